@@ -1,0 +1,143 @@
+"""The distillation objectives of SD-Zero (METHOD.md, equations (4) to (6)) as pure functions, and how to run them without ever
+holding tokens x vocabulary.
+
+Shapes: N tokens (rows), V vocabulary entries, K of them, D hidden size. Every objective takes the logits of the student and
+of the teacher for the SAME N tokens, [N, V] each, and returns one number a token, [N], in nats: the caller masks, sums and divides.
+Half-precision logits are computed in fp32, float64 stays float64. The gradient flows into `student` alone if `teacher` has none.
+
+Ids that can never be sampled must be cut off both sides (`logits[:, :n]`), not set to -inf: 0 x inf has no gradient.
+
+Which one? `full_logits(alpha=1)` is the paper's equation (4). `topk_logits` is the same with less to store, `sampled_token` needs
+one log-probability a side. To start reading: `full_logits`; `chunked` shows how they are called in training.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+
+def _log_softmax(logits: torch.Tensor) -> torch.Tensor:
+    return F.log_softmax(logits if logits.dtype == torch.float64 else logits.float(), dim=-1)
+
+
+def _kl(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+    """D_KL(p || q) of log-probabilities [N, K] -> [N]. Never clamped: rounding may give -1e-9, and a clamp would kill its gradient."""
+    return (p.exp() * (p - q)).sum(-1)
+
+
+def _divergence(student: torch.Tensor, teacher: torch.Tensor, alpha: float) -> torch.Tensor:
+    """The family of equation (5) on log-probabilities [N, K] -> [N]."""
+    if not 0 <= alpha <= 1:
+        raise ValueError(f"alpha must lie in [0, 1], not {alpha}")
+    if alpha == 1:
+        return _kl(student, teacher)
+    if alpha == 0:
+        return _kl(teacher, student)
+    mixture = torch.logaddexp(student + math.log(1 - alpha), teacher + math.log(alpha))
+    return alpha * _kl(teacher, mixture) + (1 - alpha) * _kl(student, mixture)
+
+
+def full_logits(student: torch.Tensor, teacher: torch.Tensor, alpha: float = 1.0) -> torch.Tensor:
+    """Divergence over the whole vocabulary, METHOD.md (4) and (5). student, teacher: [N, V] -> [N].
+
+    alpha = 1: reverse KL D_KL(student || teacher), the paper's. alpha = 0: forward KL D_KL(teacher || student). Between: the generalised
+    Jensen-Shannon divergence alpha D_KL(teacher || M) + (1 - alpha) D_KL(student || M), M = (1 - alpha) student + alpha teacher.
+    The family JUMPS at its ends: (5) goes to 0 as alpha goes to 0 or 1, where the full KLs take over; alpha = 0.999 is not almost
+    reverse KL but almost no loss at all. Raises ValueError for alpha outside [0, 1].
+    """
+    return _divergence(_log_softmax(student), _log_softmax(teacher), alpha)
+
+
+def topk_logits(student: torch.Tensor, teacher: torch.Tensor, k: int, alpha: float = 1.0, tail: bool = True) -> torch.Tensor:
+    """The same divergence on the student's k most likely tokens (METHOD.md, topk_logits). student, teacher: [N, V] -> [N].
+
+    tail=True: all other tokens are one more bucket, so the value is at most the full one's, and equal to it at k = V.
+    tail=False: both sides are renormalised on the k tokens; what the student puts elsewhere is then invisible.
+    """
+    indices = student.detach().topk(min(k, student.shape[-1]), dim=-1).indices  # [N, K]
+
+    def on_support(logits: torch.Tensor) -> torch.Tensor:
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        top = logits.gather(-1, indices)
+        if tail and k < logits.shape[-1]:
+            # the bucket from the rest's own logsumexp: 1 - sum(top) has no digits left when the top k hold nearly everything
+            rest = logits.scatter(-1, indices, float("-inf")).logsumexp(-1, keepdim=True)
+            top = torch.cat([top, rest], dim=-1)  # [N, K + 1]
+        return F.log_softmax(top, dim=-1)
+
+    return _divergence(on_support(student), on_support(teacher), alpha)
+
+
+def sampled_token(student: torch.Tensor, teacher: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
+    """Score-function estimate of (4): stop_gradient(log pi - log pi_bar) * log pi at the sampled tokens.
+
+    student, teacher: [N, V], token_ids: [N] -> [N]. Averaged over tokens drawn from the student, its GRADIENT is that of the reverse KL;
+    its VALUE is not a KL (log `token_logprobs(student) - token_logprobs(teacher)` for that).
+    """
+    log_pi, log_pi_bar = token_logprobs(student, token_ids), token_logprobs(teacher, token_ids)
+    return (log_pi - log_pi_bar).detach() * log_pi
+
+
+def mixed_kl(student: torch.Tensor, teacher: torch.Tensor, w: float = 0.5, k: int | None = None) -> torch.Tensor:
+    """The authors' code: w D_KL(teacher || student) + (1 - w) D_KL(student || teacher). student, teacher: [N, V] -> [N].
+
+    k: on the teacher's k most likely tokens, both sides renormalised there (theirs: 64); None: on the whole vocabulary. With k it is blind
+    to what the student puts outside the support: nearly all mass on one such token gives loss 0 and gradient 0.
+    """
+    if k is not None:
+        indices = teacher.topk(min(k, teacher.shape[-1]), dim=-1).indices
+        student, teacher = student.gather(-1, indices), teacher.gather(-1, indices)
+    student, teacher = _log_softmax(student), _log_softmax(teacher)
+    return w * _kl(teacher, student) + (1 - w) * _kl(student, teacher)
+
+
+def importance_weight(logprobs: torch.Tensor, old_logprobs: torch.Tensor, cap: float) -> torch.Tensor:
+    """METHOD.md (6): min(pi(y_t) / pi_old(y_t), cap), without gradient. Log-probabilities of the sampled tokens, [N] each -> [N]."""
+    return (logprobs.detach() - old_logprobs).exp().clamp(max=cap)
+
+
+def token_logprobs(logits: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
+    """log softmax(logits) at the given tokens: [N, V], [N] -> [N]."""
+    return _log_softmax(logits).gather(-1, token_ids[:, None])[:, 0]
+
+
+def output_layer(model, vocab_size: int | None = None) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The function hidden states [N, D] -> logits [N, V] of a Hugging Face causal LM, cut to the first vocab_size ids.
+
+    It does what the model does behind its last hidden state: scaling (Cohere, Granite) and soft capping (Gemma 2) included. Families with
+    another step there are found by comparison with the model's own logits on a few tokens, and refused: ValueError, by name.
+    """
+    head, config = model.get_output_embeddings(), model.config
+    scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
+    cap = getattr(config, "final_logit_softcapping", None)
+
+    def logits_of(hidden: torch.Tensor) -> torch.Tensor:
+        bias = None if head.bias is None else head.bias[:vocab_size]
+        logits = F.linear(hidden, head.weight[:vocab_size], bias) * scale
+        return logits if cap is None else torch.tanh(logits / cap) * cap
+
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    with torch.no_grad():
+        ids = torch.arange(8, device=head.weight.device)[None] % head.weight.shape[0]
+        ours, theirs = logits_of(model.base_model(input_ids=ids).last_hidden_state), model(input_ids=ids).logits[..., :vocab_size]
+    for module, mode in modes:
+        module.training = mode
+    if not torch.allclose(ours.float(), theirs.float(), rtol=1e-2 if ours.dtype in (torch.bfloat16, torch.float16) else 1e-4, atol=1e-4):
+        raise ValueError(f"losses.py does not know how the family {config.model_type!r} gets from its last hidden state to its logits")
+    return logits_of
+
+
+def chunked(function: Callable[..., torch.Tensor], *tensors: torch.Tensor, size: int = 512) -> torch.Tensor:
+    """function(*tensors), computed `size` rows (tokens) at a time: all tensors are [N, ...], the result is [N, ...].
+
+    `function` makes logits out of hidden states and a loss out of logits. Checkpointing drops the logits after each chunk's forward and makes
+    them again in its backward, so that size x V is the most that exists, never N x V. With N = 0 the result is empty but attached
+    to the graph: its sum is a zero whose gradient is zero.
+    """
+    rows = range(0, max(len(tensors[0]), 1), size)
+    parts = [checkpoint(function, *(t[i : i + size] for t in tensors), use_reentrant=False, preserve_rng_state=False) for i in rows]
+    return torch.cat(parts)
