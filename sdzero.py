@@ -110,7 +110,7 @@ def distill_step(student, teacher, student_logits, teacher_logits, examples: lis
     examples = [e for e in examples if len(e.response.ids) > args.skip_first]
     divisor = sum(len(e.response.ids) - args.skip_first for e in examples)
     parts = []
-    for group in tqdm(micro_batches([len(e.teacher_ids) for e in examples], args.micro_tokens), desc="training", delay=2, leave=False):
+    for group in tqdm(micro_batches([len(e.teacher_ids) for e in examples], args.micro_tokens), desc="training", delay=2, leave=False, disable=None):
         part = distill(student, teacher, student_logits, teacher_logits, [examples[i] for i in group], args)
         (part["loss"].sum() / divisor).backward()
         parts.append({name: x.detach() for name, x in part.items()})

@@ -147,6 +147,9 @@ def check_arguments(args) -> None:
 
 def entry(main) -> None:
     """Call main(); turn what a user can mend into one line on stderr and an exit code."""
+    if not sys.stderr.isatty():  # a log file is no place for progress bars; ours have disable=None for the same reason
+        transformers.utils.logging.disable_progress_bar()
+        datasets.disable_progress_bars()
     try:
         return main()
     except BadInput as error:
@@ -268,7 +271,7 @@ def load_problems(lm: LM, args, name: str, split: str | None) -> tuple[list[Prob
     texts = column(args.problem_column, ("problem", "question", "prompt"), "--problem-column")
     answers = column(args.answer_column, ("answer", "solution", "tests"), "--answer-column")
     problems, seen, counts = [], set(), {"rows": len(rows), "incomplete": 0, "duplicates": 0, "too_long": 0}
-    for text, answer in tqdm(zip(texts, answers), total=len(rows), desc="tokenizing", delay=2, leave=False):
+    for text, answer in tqdm(zip(texts, answers), total=len(rows), desc="tokenizing", delay=2, leave=False, disable=None):
         if not isinstance(text, str) or not text.strip() or answer in (None, "", []):
             counts["incomplete"] += 1
         elif text in seen:
@@ -336,7 +339,7 @@ def load_verifier(name: str):
 
         def verify_all(responses, answers):  # the work is done in other processes: as many at once as there are cores
             with ThreadPoolExecutor(os.cpu_count()) as pool:
-                return list(tqdm(pool.map(run_tests, responses, answers), total=len(responses), desc="verifying", delay=2, leave=False))
+                return list(tqdm(pool.map(run_tests, responses, answers), total=len(responses), desc="verifying", delay=2, leave=False, disable=None))
 
         return verify_all
     try:
@@ -358,7 +361,7 @@ def seed_of(*parts) -> int:
 
 def sample(lm: LM, args, prompts: list[list[int]], purpose: tuple, temperature: float, top_p: float, label: str) -> list[Rollout]:
     generator = torch.Generator(lm.model.device).manual_seed(seed_of(args.seed, *purpose))
-    with tqdm(total=len(prompts), desc=label, delay=2, leave=False, unit="response") as bar:
+    with tqdm(total=len(prompts), desc=label, delay=2, leave=False, disable=None, unit="response") as bar:
         return generate(lm.model, prompts, max_new_tokens=args.max_new_tokens, eos_token_ids=lm.eos_ids, temperature=temperature, top_p=top_p,
                         slots=args.slots, generator=generator, vocab_size=lm.vocab_size, progress=bar.update)  # fmt: skip
 
@@ -682,7 +685,7 @@ def srt_step(model, logits_of, traces: list[dict], weights: tuple[int, int], mic
     lengths = [sum(len(t[k]) for k in ("prompt_ids", "init_ids", "phrase_ids", "revision_ids")) for t in traces]
     divisor = sum(weights[0] * (len(t["init_ids"]) + len(t["phrase_ids"])) + weights[1] * len(t["revision_ids"]) for t in traces)
     total, nll, is_revision = 0.0, [], []
-    for group in tqdm(micro_batches(lengths, micro_tokens), desc="training", delay=2, leave=False):
+    for group in tqdm(micro_batches(lengths, micro_tokens), desc="training", delay=2, leave=False, disable=None):
         loss, *parts = srt_loss(model, logits_of, [traces[i] for i in group], weights)
         (loss / divisor).backward()
         total += loss.item() / divisor
