@@ -27,7 +27,7 @@ import losses
 from losses import chunked, importance_weight, output_layer, token_logprobs
 from rollout import Rollout
 from srt import (
-    PROMPT_DEFAULTS, BadInput, Optimizer, Parser, Run, add_arguments, check_arguments, entry, evaluate, finite, hidden_states, inherit_prompt,
+    PROMPT_DEFAULTS, BadInput, Optimizer, Parser, Run, add_arguments, check_arguments, checkpoint_layers, entry, evaluate, finite, hidden_states, inherit_prompt,
     learning_rate, load_lm, load_verifier, micro_batches, predicting, sample, seed_of, split_problems, without_eos,
 )  # fmt: skip
 from teacher import Teacher
@@ -203,7 +203,7 @@ def main(argv=None):
     else:
         run.rewind(0)
     if args.gradient_checkpointing:
-        student.gradient_checkpointing_enable({"use_reentrant": False})
+        checkpoint_layers(student)
     student_logits, teacher_logits = output_layer(student, lm.vocab_size), output_layer(teacher.module, lm.vocab_size)
     phrases = [lm.phrase_ids(args.phrase_wrong), lm.phrase_ids(args.phrase_right)]
     batches = []

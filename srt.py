@@ -438,6 +438,11 @@ def predicting(hidden: torch.Tensor, starts: list[int], ends: list[int]) -> torc
     return torch.cat([h[start - 1 : end - 1] for h, start, end in zip(hidden, starts, ends)])
 
 
+def checkpoint_layers(model) -> None:
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable  # renamed in transformers 5.2x
+    enable({"use_reentrant": False})
+
+
 class Optimizer:
     """AdamW over fp32 weights. A model in bf16 gets fp32 masters: at a learning rate of 5e-6 an update is below half of a bf16 weight's last bit
     and would be rounded away. Gradients of micro-batches are summed in fp32 as well. fp32 weights are their own masters.
@@ -724,7 +729,7 @@ def train(lm: LM, args, verify, traces: list[dict], held_out: list[Problem], run
     if state:
         optimizer.load_state_dict(state["optimizer"])
     if args.gradient_checkpointing:
-        lm.model.gradient_checkpointing_enable({"use_reentrant": False})
+        checkpoint_layers(lm.model)
     logits_of = output_layer(lm.model, lm.vocab_size)
     lm.model.train()
     for step in range(state["step"] + 1 if state else 1, len(steps) + 1):

@@ -1,69 +1,1117 @@
-"""The binary verifier r(y, a): 1 when the last final answer of a response equals the gold answer (first version; being deepened)."""
+r"""The binary verifier r(y, a): 1 when the last final answer of a response equals the gold answer, else 0.
 
+    verify(response, gold)         mathematics by the conventions of GSM8K, MATH, OpenR1-Math and AIME
+    verify_code(response, tests)   Python programs, by input/output pairs or assert statements
+
+The verifiable rewards of SD-Zero (arXiv 2604.12002). Standard library only: copy this file out and it works. Nothing that a model wrote
+is evaluated (mathematics) or run in this process (code); nothing raises or hangs; the result is always True or False.
+
+Which answer is the last? Markers are \boxed{} and \fbox{}, `####`, and "answer is" (or "answer:"). The LAST marker in the text counts, so
+a revision outranks the first attempt whatever both used. Passed over are boxes without an answer (\boxed{}, \boxed{...}: an instruction
+repeated), headings (`#### Step 2`) and phrases that state none ("the answer is correct"). A box that never closes ends the search:
+the response was cut there and has no answer.
+
+Claimed equal, each a category of tests/verifier_cases.jsonl:
+  integers       1,234 = 1{,}234 = 1\,234 = 1 234 = 1234. A comma is never a decimal point.
+  decimals       0.50 = 1/2 = .5, exactly. A decimal that ROUNDS the gold value is wrong (0.333 for 1/3), unless gold is that decimal.
+  fractions      a/b, \frac, \dfrac, \tfrac, mixed numbers; lowest terms or not
+  percentages    50% = 0.5 = 1/2; and 50% = 50 as GSM8K and MATH have it, from 1% on (0.5% is not 0.5)
+  powers         2^{10} = 1024; scientific notation 1.5 \times 10^3 = 1.5e3; 5!
+  surds, pi      exact with square roots, pi, e, i; other roots, logarithms and trigonometric functions to 1e-9 relative
+  units          dropped when one side has none, equal when both have one (cm = centimeters, $ = dollars); degrees, currency likewise
+  assignments    x = 5, f(2) = 5, m + n = 5, Area = 5 for 5; not 2x = 10 for 10
+  tuples         in order; intervals with their brackets; vectors and matrices entry by entry, a row is not a column
+  sets, lists    in any order; {1, 2} is not (1, 2)
+  expressions    polynomial and rational ones: 2(x+1) = 2x+2. The case of a letter counts.
+  relations      equations up to a constant factor, inequalities up to a positive one; x > 3 = (3, \infty)
+  choices        (B) = B = \text{B} = B. 12; words by letters, whatever their case and spaces
+Not claimed: conversion of units, number words, decimal commas; ratios (3:4) and numbers in other bases count as written.
+"""
+
+import ast
+import builtins
+import cmath
+import ctypes
+import functools
+import json
+import math
+import operator
+import os
 import re
+import secrets
+import selectors
+import signal
 import subprocess
 import sys
 import tempfile
+import time
 from fractions import Fraction
+from typing import NamedTuple
 
-_MARKER = re.compile(r"\\f?boxed\s*\{|####|answer(?:\s+is|\s*:)", re.IGNORECASE)
+# ------------------------------------------------------------------------------------------------------------ finding the answer
+
+_MARKER = re.compile(
+    r"(?P<box>\\f?box(?:ed)?(?![a-zA-Z]))|(?P<hash>####)|\banswers?\b(?:"
+    r"[^\n.:=]{0,60}?\s(?:is|are|was|equals|(?:would|should|will|must)\s+be)\b[*:\s]*"  # the answer, in dollars, is
+    r"|[^\n\w:=]{0,4}[:=][*\s]*|[*#\s]{0,4}\n\s*)",  # **Answer:**, ### Final Answer
+    re.IGNORECASE,
+)
+_EMPTY = re.compile(r"(?:\\text\{)?(?:\s|\.|…|\\[lc]?dots|\\[,; ]|_|\?|your|the|final|answer|number|letter|here)*\}?", re.IGNORECASE)
+_NO_ANSWER = re.compile(  # what stands behind "the answer is" or "####" and is no answer
+    r"(?:not|in|of|to|that|therefore|thus|indeed|(?:in)?correct|right|wrong|(?:in)?valid|reasonable|consistent|verified|confirmed|unique|simply"
+    r"|obtained|given|found|expressed|written|rounded|as|what|clear|step|verif\w+|check\w*|solution|conclusion|explanation|note|analysis|case"
+    r"|method|part|summary|why|how|we|i|this)\b",
+    re.IGNORECASE,
+)
+_REASON = re.compile(r"[,;]?\s*\(?\b(?:because|since|which|where|when|so|as|if|but|hence|thus|therefore|after|from|given|not|by|using)\b", re.I)
+_BRACES = re.compile(r"\\.|[{}]", re.DOTALL)
+_BARE_BOX = re.compile(r" *(-?[\d.,]*\d|\\frac\d\d|\\?\w+)")
+_DELIMITERS = (("$$", "$$"), (r"\[", r"\]"), (r"\(", r"\)"), ("$", "$"))
 
 
-def extract_answer(response: str) -> str | None:
-    """The last final answer of a response, or None."""
-    for match in reversed(list(_MARKER.finditer(response))):
-        rest = response[match.end() :]
-        if not match.group().endswith("{"):
-            line = rest.strip().split("\n")[0].strip(" *$.")
-            return re.split(r"\.\s", line)[0] or None
-        depth = 1
-        for i, c in enumerate(rest):
-            depth += {"{": 1, "}": -1}.get(c, 0)
-            if depth == 0:
-                if rest[:i].strip():
-                    return rest[:i].strip()
-                break
-        else:
-            return None
+def _boxed(text: str, start: int) -> str | None:
+    """What stands in the box whose command ends at `start`; None when it never closes."""
+    while text[start : start + 1].isspace():
+        start += 1
+    if text[start : start + 1] != "{":  # \boxed 5
+        match = _BARE_BOX.match(text, start)
+        return match[1] if match else None
+    depth = 0
+    for match in _BRACES.finditer(text, start):  # an escaped brace is a set's, not a group's
+        depth += {"{": 1, "}": -1}.get(match.group(), 0)
+        if depth == 0:
+            return text[start + 1 : match.start()]
     return None
 
 
-def _value(text: str):
-    text = re.sub(r"\\[dt]?frac\{(-?\d+)\}\{(\d+)\}", r"\1/\2", text)
-    text = re.sub(r"[\s$,]|\\[!,;$]|\.$", "", text)
+def _stated(text: str) -> str:
+    """The answer at the beginning of a text: a formula in its delimiters, or words up to the end of the sentence or its reason."""
+    text = text.lstrip(" \t\n*:_")
+    for left, right in _DELIMITERS:
+        end = text.find(right, len(left)) if text.startswith(left) else -1
+        rest = text[end + len(right) :]
+        if end > 0 and text[len(left) : end].strip() and not re.match(r"\s?(?:,|;|and\b|or\b|\d)", rest):
+            unit = re.match(r"\s*(\\?%|°|[a-zA-Z]+)(?=\s*\*{0,2}(?:[.,;!]|\n|$))", rest)  # $5$ cm.
+            return text[len(left) : end] + (f" {unit[1]}" if unit else "")
+    sentence = re.split(r"[.!?](?=[\s*]|$)|(?<=\w)\*\*(?!\w)|\n", text, maxsplit=1)[0]
+    return _REASON.split(sentence, maxsplit=1)[0].strip(" *,;:")
+
+
+def extract_answer(response: str) -> str | None:
+    """The last final answer of a response, as it was written; None when it states none. The rule stands at the top of this file."""
+    fallback = None
+    for match in reversed(list(_MARKER.finditer(response))):
+        if match["box"]:
+            content = _boxed(response, match.end())
+            if content is None:
+                return fallback
+            if not _EMPTY.fullmatch(content):
+                return content.strip()
+        else:
+            content = response[match.end() : match.end() + 500].lstrip(" \t#*")
+            if match["hash"]:
+                content = re.sub(r"(?:the\s+)?(?:final\s+)?answer\W*", "", content.split("\n")[0].strip(" *"), count=1, flags=re.IGNORECASE)
+            else:
+                content = _stated(content)
+            if content and not _EMPTY.fullmatch(content) and not _NO_ANSWER.match(content):
+                if len(content.split()) <= 3 or re.match(r"[-+$¤£€\\({\[.\d]", content):
+                    return content
+                fallback = fallback or content  # a long sentence counts only when nothing better stands before it
+    return fallback
+
+
+# ------------------------------------------------------------------------------------------------------------------ exact values
+
+
+class _Unreadable(ValueError):
+    """Not mathematics that this file reads, or too deep: the answer is then compared as text."""
+
+
+_PRIMES = [p for p in range(2, 200) if all(p % q for q in range(2, p))]
+# Expressions are compared by their images in the field of P elements, at three random points: equal images of different rational functions
+# have a chance of 1e-80, and no intermediate result grows. P is 1 modulo 8 and modulo every odd prime below 200, so by quadratic
+# reciprocity -1 and all those primes have square roots there, and sqrt(a) sqrt(b) = sqrt(ab) holds as long as the same roots are taken.
+_P = 8 * 25 * math.prod(_PRIMES[1:]) + 1
+_MAX_BITS, _MAX_LENGTH, _MAX_DEPTH, _POINTS = 4096, 600, 24, 3
+
+
+@functools.lru_cache(maxsize=4096)
+def _random_image(name: str) -> int:
+    return pow(3, int.from_bytes(name.encode(errors="replace"), "big") * 2 + 10**60 + 1, _P)
+
+
+@functools.lru_cache(maxsize=None)
+def _root_image(p: int) -> int:
+    """A square root of -1 or of a small prime modulo P (P - 1 is 8 times an odd number: Tonelli and Shanks in one line)."""
+    odd = (_P - 1) // 8
+    eighth = next(z for z in (pow(g, odd, _P) for g in range(2, 1000)) if pow(z, 4, _P) == _P - 1)
+    return next(r for r in (pow(p, (odd + 1) // 2, _P) * pow(eighth, k, _P) % _P for k in range(8)) if (r * r - p) % _P == 0)
+
+
+class _Value:
+    """A number or an expression: its exact value if rational, its images modulo P (None: only floats know it), its floats.
+
+    Images and floats stand for the same few points, at which every variable has a value of its own.
+    """
+
+    __slots__ = ("rational", "_images", "_floats")
+
+    def __init__(self, rational: Fraction | None, images: tuple | None = None, floats: tuple | None = None):
+        self.rational, self._images, self._floats = rational, images, floats
+
+    @property
+    def images(self) -> tuple | None:
+        if self.rational is None:
+            return self._images
+        return (self.rational.numerator * pow(self.rational.denominator, -1, _P) % _P,) * _POINTS
+
+    @property
+    def floats(self) -> tuple:
+        return self._floats if self.rational is None else (_attempt(complex, self.rational),) * _POINTS
+
+    def __add__(self, other):
+        return _apply(operator.add, self, other)
+
+    def __mul__(self, other):
+        return _apply(operator.mul, self, other)
+
+    def __sub__(self, other):
+        return _apply(operator.sub, self, other)
+
+    def __truediv__(self, other):
+        if other.rational == 0 or other.rational is None and other.images and 0 in other.images:
+            raise _Unreadable("division by zero")
+        inverse = _Value(
+            1 / other.rational if other.rational else None,
+            other.images and tuple(pow(x, -1, _P) for x in other.images),
+            tuple(_attempt(operator.truediv, 1, x) for x in other.floats),
+        )
+        return self * inverse
+
+    def __pow__(self, other):
+        n = other.rational
+        if n is None:
+            return _function("power", self, other)
+        if n.denominator > 1:
+            return _root(self, n.denominator) ** _Value(Fraction(n.numerator))
+        n, size = int(n), max(map(int.bit_length, self.rational.as_integer_ratio())) if self.rational is not None else _MAX_BITS
+        if n < 0:
+            return _Value(Fraction(1)) / self ** _Value(Fraction(-n))
+        if n * size <= _MAX_BITS and self.rational is not None:
+            return _Value(self.rational**n)
+        return _Value(None, self.images and tuple(pow(x, n, _P) for x in self.images), tuple(_attempt(pow, x, n) for x in self.floats))
+
+
+def _attempt(function, *arguments) -> complex:
     try:
-        return Fraction(text)
-    except (ValueError, ZeroDivisionError):
-        return text.lower()
+        return complex(function(*arguments))
+    except (ArithmeticError, ValueError, TypeError):
+        return complex(math.nan)
+
+
+def _apply(operation, a: _Value, b: _Value) -> _Value:
+    if a.rational is not None and b.rational is not None:
+        rational = operation(a.rational, b.rational)
+        if max(map(int.bit_length, rational.as_integer_ratio())) <= _MAX_BITS:
+            return _Value(rational)
+    images = tuple(operation(x, y) % _P for x, y in zip(a.images, b.images)) if a.images and b.images else None
+    return _Value(None, images, tuple(_attempt(operation, x, y) for x, y in zip(a.floats, b.floats)))
+
+
+def _number(x) -> _Value:
+    return _Value(Fraction(x))
+
+
+def _symbol(name: str) -> _Value:
+    """A variable, pi, e or infinity. Its floats have both signs, so that |x| is not x."""
+    if name in ("π", "e"):
+        return _Value(None, (_random_image(name),) * _POINTS, (complex(math.pi if name == "π" else math.e),) * _POINTS)
+    images = tuple(_random_image(f"{name} {point}") for point in range(_POINTS))
+    return _Value(None, images, tuple((x % 10**6 / 4e5 + 0.1) * (-1) ** point + 0j for point, x in enumerate(images)))
+
+
+_FUNCTIONS = {
+    "sin": cmath.sin, "cos": cmath.cos, "tan": cmath.tan, "cot": lambda x: 1 / cmath.tan(x), "sec": lambda x: 1 / cmath.cos(x),
+    "csc": lambda x: 1 / cmath.sin(x), "arcsin": cmath.asin, "arccos": cmath.acos, "arctan": cmath.atan, "ln": cmath.log, "exp": cmath.exp,
+    "log": lambda x, base=10: cmath.log(x) / cmath.log(base), "abs": abs, "root": lambda x, n: x ** (1 / n), "power": pow,
+}  # fmt: skip
+
+
+def _function(name: str, *arguments: _Value) -> _Value:
+    """What only floats know."""
+    return _Value(None, None, tuple(_attempt(_FUNCTIONS[name], *xs) for xs in zip(*(a.floats for a in arguments))))
+
+
+def _root(value: _Value, degree: int) -> _Value:
+    """The degree-th root: exact for perfect powers, and for square roots of numbers whose prime factors are below 200."""
+    x = value.rational
+    if x is None or not 2 <= degree <= 64:
+        return _function("root", value, _number(degree))
+    if x < 0 and degree > 2:
+        return _number(-1) * _root(_number(-x), degree) if degree % 2 else _function("root", value, _number(degree))
+    n, rest, factors = abs(x.numerator) * x.denominator ** (degree - 1), 1, [-1] * (x < 0)  # root(a/b) = root(a b^(d-1)) / b
+    for p in _PRIMES if n else ():
+        k = 0
+        while n % p == 0:
+            n, k = n // p, k + 1
+        rest, factors = rest * p ** (k // degree), factors + [p] * (k % degree)
+    root = round(n ** (1 / degree)) if n < 2**900 else 0
+    root = math.isqrt(n) if degree == 2 else root
+    result = _number(Fraction(rest * (root if root**degree == n else 1), x.denominator))
+    if degree > 2 and factors or root**degree != n:
+        return result * _function("root", _number(n * math.prod(factors)), _number(degree))
+    return math.prod((_Value(None, (_root_image(p),) * _POINTS, (cmath.sqrt(p),) * _POINTS) for p in factors), start=result)
+
+
+def _close(a: _Value, b: _Value, tolerance: float) -> bool:
+    pairs = [(x, y) for x, y in zip(a.floats, b.floats) if cmath.isfinite(x) and cmath.isfinite(y)]
+    return all(abs(x - y) <= tolerance * max(abs(x), abs(y)) + 1e-13 for x, y in pairs) and len(pairs) * 2 > _POINTS
+
+
+def _equal(a: _Value, b: _Value) -> bool:
+    if a.rational is not None and b.rational is not None:
+        return a.rational == b.rational
+    if a.images and b.images:
+        return a.images == b.images
+    for x in (a.rational, b.rational):  # a decimal that agrees to 1e-9 with an irrational number is that number rounded
+        if x is not None and x.denominator > 10**6 and 10**400 % x.denominator == 0:
+            return False
+    return _close(a, b, 1e-9)
+
+
+# ------------------------------------------------------------------------------------------------------------- reading an answer
+
+
+class _Quantity(NamedTuple):
+    value: _Value
+    unit: str = ""
+
+
+class _Group(NamedTuple):
+    kind: str  # its two brackets; "" a bare list; "∪" a union; "matrix" and its "row"s; "text" with one string
+    items: list
+
+
+class _Relation(NamedTuple):
+    sides: list
+    operators: list
+    names: list  # for every side, whether it only names what is asked for: x, m + n, a/b, sin A, f(2), (x, y); not 2x, x + 1, x^2
+
+
+_COMMANDS = {
+    **dict.fromkeys("left right big Big bigl bigr Bigl Bigr bigg Bigg displaystyle textstyle quad qquad limits boxed mathit mathbb mathcal "
+                    "boldsymbol bm vec hat overline operatorname angle triangle hline , ; : ! > ( ) [ ]".split(), " "),
+    " ": " ", "\n": " ", "dfrac": r"\frac ", "tfrac": r"\frac ", "cfrac": r"\frac ", "cdot": "*", "times": "*", "ast": "*", "div": "/",
+    "le": "≤", "leq": "≤", "leqslant": "≤", "ge": "≥", "geq": "≥", "geqslant": "≥", "lt": "<", "gt": ">", "ne": "≠", "neq": "≠",
+    "pi": "π", "infty": "∞", "circ": "°", "degree": "°", "{": "⦃", "}": "⦄", "lbrace": "⦃", "rbrace": "⦄", "langle": "(", "rangle": ")",
+    "%": "%", "$": "¤", "pm": "±", "mp": "∓", "cup": "∪", "in": "∈", "approx": "≈", "simeq": "≈", "lvert": "|", "rvert": "|", "vert": "|",
+    "|": "|", "emptyset": "∅", "varnothing": "∅", "sqrt": "√", "lor": " or ", "vee": " or ", "land": " and ", "wedge": " and ",
+    "lbrack": "[", "rbrack": "]", "\\": "⏎", **{name: f" {name} " for name in _FUNCTIONS},
+}  # fmt: skip
+_UNICODE = str.maketrans({
+    "−": "-", "–": "-", "×": "*", "·": "*", "⋅": "*", "÷": "/", "½": " 1/2", "¼": " 1/4", "¾": " 3/4", "⅓": " 1/3", "⅔": " 2/3", "²": "^2",
+    "³": "^3", "\u00a0": " ", "\u202f": " ", "\u2009": " ", "’": "'", "“": "", "”": "", '"': "", "`": "", "⟨": "(", "⟩": ")", "º": "°",
+    "θ": r"\theta ", "α": r"\alpha ", "β": r"\beta ", "\x01": " ",
+})  # fmt: skip
+_GREEK = set("alpha beta gamma delta epsilon varepsilon eta theta lambda mu nu rho sigma tau phi varphi psi omega Delta Gamma Omega".split())
+_UNITS = {
+    alias: words.split()[0]
+    for words in (
+        "$ dollar usd ¤ buck|£ pound gbp|€ euro eur|¢ cent|% percent|° degree deg|mm millimeter millimetre|cm centimeter centimetre|m meter"
+        " metre|km kilometer kilometre|in inch inche|ft foot feet|yd yard|mi mile|mg milligram|g gram|kg kilogram|lb|oz ounce|ml milliliter"
+        " millilitre|l liter litre|s second sec|min minute|h hour hr|mph|kph|d day|week|month|year yr|unit|rad radian"
+    ).split("|")
+    for alias in words.split()
+}
+_SCALES = {"hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
+_TEXT = re.compile(r"\\(?:text(?:bf|it|rm|sf|tt|up|normal)?|mathrm|mathbf|mathsf|mbox|hbox)\s*\{([^{}]*)\}")
+_NUMBER = r"\d+(?:\.\d+)?(?:[eE][+-]?\d{1,4}(?![\w^]))?|\.\d+"
+_TOKENS = [
+    re.compile(rf"\s*(?:(?P<word>\x01[^\x01]*\x01)|(?P<number>{n})|(?P<name>[A-Za-z]+)|(?P<command>\\[A-Za-z]+)|(?P<sign>\S))")
+    for n in (_NUMBER, rf"\d{{1,3}}(?:,\d{{3}})+(?![\d,])(?:\.\d+)?|{_NUMBER}")
+]
+_NAMES = re.compile(  # see _Relation.names
+    r"(?!-)(?:(?!log|ln|exp)[A-Za-z]'*+(?:_(?:\w|\{\w{1,9}\}))?+(?:\(-?\d[\d./]*+\))?+|\\[A-Za-z]++(?:_\w)?+|[-+*/(),|{}])++"
+)
+_FILLER = re.compile(r"(?:\x01?\b(?:approximately|about|roughly|around|exactly|only|just|a total of|is|equals|equal to|either|both)\b\x01?\s*)+", re.I)
+_LABEL = re.compile(r"\s*(?=[^=:\d]{0,60}?[A-Za-z]{3})[A-Za-z\x01][^=:<>≤≥≠≈∈\d]{0,60}[=:](?!\s*$)")  # Area = 5, total cost: 5
+
+
+def _clean(text: str) -> str:
+    """One spelling for what LaTeX, Markdown and Unicode spell in several ways. Words of \\text{} come out between \\x01 characters."""
+    text = re.sub(r"(?<=\d)(?:\{,\}|,?\\[,!;: ]|,\\!)\s*(?=\d{3}(?!\d))", "", text.translate(_UNICODE))  # 1{,}234
+    for _ in range(2):  # \text{} in \text{}
+        text = _TEXT.sub(lambda m: f" \x01{m[1].strip()}\x01 " if re.fullmatch(r"[A-Za-z ./'-]*[A-Za-z][A-Za-z ./'-]*", m[1]) else f" {m[1]} ", text)
+    text = re.sub(r"\\begin\{(?:[pbB]?matrix\}|array\}(?:\{[^{}]*\})?)", "⟦", text)
+    text = re.sub(r"\\end\{(?:[pbB]?matrix|array)\}", "⟧", text)
+    text = re.sub(r"\\([A-Za-z]+|.)", lambda m: _COMMANDS.get(m[1], m[0] + " "), text, flags=re.DOTALL)
+    text = re.sub(r"\*\*|__", "", re.sub(r"(?<=[\w)}])\*\*(?=[\w({])", "^", text))
+    for old, new in (("<=", "≤"), (">=", "≥"), ("!=", "≠"), ("==", "=")):
+        text = text.replace(old, new)
+    if text.count("$") % 2:  # an odd one is a currency sign
+        text = re.sub(r"\$(?=\s?[\d.])", "¤", text)
+    text = re.sub(r"\^\s*(?:\{\s*°\s*\}|°)", "°", text.replace("$", " "))
+    text = re.sub(r"(?<![\d.,])\d{1,3}(?: \d{3})+(?![\d/,]| \d)", lambda m: m[0].replace(" ", ""), text)  # 10 000
+    return re.sub(r"\s+", " ", text).lstrip(" ,;:=").rstrip(" .,;:")
+
+
+def _unit(text: str) -> str:
+    """One spelling for a unit: centimeters -> cm, square meters -> m^2, dollars -> $."""
+    words = []
+    for word in re.sub(r"\bper\b|/", " / ", text.lower()).replace("^ ", "^").split():
+        name, _, power = word.strip(".").partition("^")
+        name = _UNITS.get(name) or _UNITS.get(name.removesuffix("s")) or name.removesuffix("s")
+        if words and words[-1] in ("square", "sq", "cubic"):
+            power = "3" if words.pop() == "cubic" else "2"
+        words.append(name + (f"^{power}" if power else ""))
+    return " ".join(words)
+
+
+class _Reader:
+    """Recursive descent over the tokens of one answer: list, relation, union, quantity, sum, product, power, atom."""
+
+    def __init__(self, text: str, commas: bool, letters: bool, sign: str = "+"):
+        """commas: 1,234 is one number. letters: the m of `5 m` is a unit. sign: which of its two values a plus-minus has."""
+        if len(text) > _MAX_LENGTH:
+            raise _Unreadable("too long")
+        self.tokens, self.at, self.depth, self.commas, self.sign = [], 0, 0, commas, sign
+        for match in _TOKENS[commas].finditer(text):
+            kind, token = match.lastgroup, match[match.lastgroup].strip("\x01")
+            spaced, behind, low = match.start() < match.start(kind), self.tokens[-1][0] if self.tokens else "", token.lower()
+            if kind in ("word", "name") and low in ("and", "or"):
+                kind = "and"
+            elif kind == "name" and low in ("sqrt", "pi", "infinity", "inf"):
+                kind, token = "sign", {"s": "√", "p": "π", "i": "∞"}[low[0]]
+            elif kind == "name" and low in _FUNCTIONS:
+                kind, token = "function", low
+            elif kind == "name" and (len(token) > 1 or letters and spaced and low in _UNITS and behind in ("number", "close")):
+                if len(token) > 3 or low in _UNITS or spaced and behind or not behind and (len(token) > 2 or low in ("no", "on", "is")):
+                    kind = "word"
+                else:  # a product of variables
+                    self.tokens += [("name", letter, False) for letter in token]
+                    continue
+            elif kind == "sign" and token in "}⦄)]⟧":
+                kind = "close"
+            self.tokens.append((kind, token, spaced))
+        self.tokens.append(("end", "", False))
+
+    @property
+    def kind(self) -> str:
+        return self.tokens[self.at][0]
+
+    @property
+    def token(self) -> str:
+        return self.tokens[self.at][1]
+
+    def next(self) -> str:
+        self.at += 1
+        return self.tokens[self.at - 1][1]
+
+    def accept(self, tokens: str) -> str:
+        return self.next() if self.kind in ("sign", "close") and self.token in tokens else ""
+
+    def expect(self, tokens: str) -> str:
+        return self.accept(tokens) or self.fail()
+
+    def fail(self):
+        raise _Unreadable(f"unexpected {self.token!r}")
+
+    def answer(self):
+        node = self.items()
+        return node[0] if len(node) == 1 else _Group("", node)
+
+    def items(self, closing: str = "") -> list:
+        """Statements separated by commas, semicolons, `and`, `or`, up to the closing bracket or the end."""
+        items = []
+        while True:
+            items.append(self.statement())
+            if self.kind == ("close" if closing else "end"):
+                return items
+            if self.kind != "and" and self.token not in (",", ";"):
+                self.fail()
+            while self.kind == "and" or self.token in (",", ";"):
+                self.next()
+
+    def statement(self):
+        sides, operators, names = [], [], []
+        while True:
+            start = self.at
+            sides.append(self.union())
+            names.append(bool(_NAMES.fullmatch("".join(token for _, token, _ in self.tokens[start : self.at]))))
+            operator_ = self.accept("=<>≤≥≠≈∈")
+            if not operator_:
+                break
+            operators.append(operator_)
+        if operators == ["∈"] and names[0]:
+            return sides[1]
+        return _Relation(sides, operators, names) if operators else sides[0]
+
+    def union(self):
+        parts = [self.quantity()]
+        while self.accept("∪"):
+            parts.append(self.quantity())
+        return parts[0] if len(parts) == 1 else _Group("∪", parts)
+
+    def quantity(self):
+        if self.kind == "word":
+            words = [self.next()]
+            while self.kind in ("word", "name") or self.token == "-":
+                words.append(self.next())
+            return _Group("text", [" ".join(words)])
+        start, minus, currency = self.at, self.accept("-"), self.accept("¤£€")
+        if minus and not currency:
+            self.at = start
+        node = self.sum()
+        if isinstance(node, _Group):
+            return node
+        while self.kind == "word" and self.token.lower() in _SCALES:
+            node = node * _number(_SCALES[self.next().lower()])
+        unit = self.unit()
+        return _Quantity(node * _number(-1) if minus and currency else node, _unit(currency) or unit)
+
+    def unit(self) -> str:
+        """What stands behind a number: words, signs like %, and powers and quotients of them."""
+        text = ""
+        while self.kind == "word" or self.kind == "sign" and self.token in "%°¤£€¢" or text and self.token in ("^", "/", "*", "{", "}", "-"):
+            text += " " * (self.kind == "word") + self.next()
+            if text[-1] in "^{" and self.kind == "number" or text[-1] in "/*°" and self.kind == "name":  # cm^2, m/s, °C
+                text += self.next()
+        return _unit(re.sub(r"[{}]", "", text))
+
+    def sum(self):
+        node = self.product()
+        while self.kind == "sign" and self.token in "+-±∓":
+            minus = self.minus()
+            other = self.product()
+            node = _scalar(node) - _scalar(other) if minus else _scalar(node) + _scalar(other)
+        return node
+
+    def minus(self) -> bool:
+        return {"+": False, "-": True, "±": self.sign == "-", "∓": self.sign == "+"}[self.next()]
+
+    def product(self):
+        minus = False
+        while self.kind == "sign" and self.token in "+-±∓":
+            minus ^= self.minus()
+        node = self.power()
+        while True:
+            if self.accept("*"):
+                node = _scaled(node, self.signed())
+            elif self.accept("/"):
+                node = _scaled(node, _number(1) / self.signed())
+            elif self.kind in ("name", "function", "command") or self.kind == "sign" and self.token in "(√π∞{⟦[":
+                node = _scaled(node, self.power())
+            else:
+                return _scaled(node, _number(-1)) if minus else node
+
+    def signed(self):
+        """A factor behind a written * or /, or an exponent: it may have a sign."""
+        minus = self.accept("-")
+        node = self.power()
+        return _scaled(node, _number(-1)) if minus else node
+
+    def power(self):
+        node = self.atom()
+        while True:
+            if self.accept("^"):
+                minus = self.accept("-")
+                exponent = _scalar(self.atom())
+                node = _scalar(node) ** (exponent * _number(-1) if minus else exponent)
+                if self.token == "^":
+                    self.fail()  # 2^3^4: not TeX, and read in two ways
+            elif self.accept("!"):
+                n = _scalar(node).rational
+                node = _number(math.factorial(int(n))) if n is not None and n.denominator == 1 and 0 <= n <= 99 else self.fail()
+            else:
+                return node
+
+    def atom(self):
+        """Every recursion passes here."""
+        self.depth += 1
+        if self.depth > _MAX_DEPTH:
+            raise _Unreadable("too deep")
+        kind, token = self.kind, self.next()
+        if kind == "number":
+            node = self.number(token.replace(",", ""))
+        elif kind == "name" or kind == "command" and token[1:] in _GREEK:
+            if self.accept("_"):
+                token += "_" + (self.subscript() if self.accept("{") else self.next())
+            while self.accept("'"):
+                token += "'"
+            node = _Value(None, (_root_image(-1),) * _POINTS, (1j,) * _POINTS) if token == "i" else _symbol(token)
+        elif kind == "function":
+            node = self.function(token)
+        elif token == r"\frac":
+            node = self.argument()
+            node = node / self.argument()
+        elif kind != "sign":
+            node = self.fail()
+        elif token in "π∞":
+            node = _symbol(token)
+        elif token == "∅":
+            node = _Group("⦃⦄", [])
+        elif token in "([{⦃":
+            node = self.bracket(token)
+        elif token == "⟦":
+            node = self.matrix()
+        elif token == "√":
+            degree = _number(2)
+            if self.accept("["):
+                degree = _scalar(self.sum())
+                self.expect("]")
+            node = _scalar(self.atom()) ** (_number(1) / degree)
+        elif token == "|":
+            node = _scalar(self.sum())
+            node = _function("abs", node) if node.rational is None else _number(abs(node.rational))
+            self.expect("|")
+        else:
+            node = self.fail()
+        self.depth -= 1
+        return node
+
+    def number(self, literal: str) -> _Value:
+        if len(literal) > 400 or self.token == "_" or not self.commas and re.match(r"0\d", literal):
+            self.fail()  # a number in another base; the end of 1,000 read as the list 1, 000
+        mantissa, _, exponent = literal.lower().partition("e")
+        if abs(int(exponent or 0)) > 400:
+            self.fail()
+        value = _number(Fraction(mantissa) * Fraction(10) ** int(exponent or 0))
+        if literal.isdigit() and self.token == r"\frac":  # 3\frac{1}{2} is a mixed number, 3\frac{x}{2} a product
+            fraction = self.atom()
+            return value * fraction if fraction.rational is None else value + fraction
+        following = self.tokens[self.at : self.at + 3]
+        if literal.isdigit() and [kind for kind, *_ in following] == ["number", "sign", "number"] and following[1][1] == "/":
+            self.at += 3  # 3 1/2
+            return value + _number(Fraction(following[0][1])) / _number(Fraction(following[2][1]))
+        return value
+
+    def subscript(self) -> str:
+        name = ""
+        while not self.accept("}"):
+            name += self.next() if self.kind != "end" else self.fail()
+        return name
+
+    def argument(self) -> _Value:
+        r"""An argument of \frac: a group or one character, for \frac12 is a half."""
+        if self.kind != "number":
+            return _scalar(self.atom())
+        kind, digits, _ = self.tokens[self.at]
+        if not digits.isdigit():
+            self.fail()
+        self.tokens[self.at] = (kind, digits[1:], False)
+        self.at += len(digits) == 1
+        return _number(int(digits[0]))
+
+    def function(self, name: str) -> _Value:
+        exponent = base = None
+        while self.token in ("^", "_"):
+            if self.next() == "^":
+                exponent = _scalar(self.atom())
+            else:
+                base = _scalar(self.atom())
+        if self.accept("("):
+            argument = self.statement()
+            self.expect(")")
+            degrees, argument = getattr(argument, "unit", "") == "°", _scalar(getattr(argument, "value", argument))
+        else:
+            argument = _scalar(self.power())
+            while self.kind in ("name", "command") or self.kind == "sign" and self.token in "√π{":
+                argument = argument * _scalar(self.power())
+            degrees = self.accept("°")
+        if degrees:
+            argument = argument * _symbol("π") / _number(180)
+        if name == "exp":
+            result = _symbol("e") ** argument
+        else:
+            result = _function(name, argument) if base is None else _function("log", argument, base) if name == "log" else self.fail()
+        return result if exponent is None else result**exponent
+
+    def bracket(self, left: str):
+        if left == "⦃" and self.accept("⦄"):
+            return _Group("⦃⦄", [])
+        items = self.items(left)
+        kind = left + (self.expect(")]") if left in "([" else self.expect({"{": "}", "⦃": "⦄"}[left]))
+        if len(items) == 1 and kind in ("()", "[]", "{}"):
+            return items[0].value if isinstance(items[0], _Quantity) else items[0] if isinstance(items[0], _Group) else self.fail()
+        if kind == "[]" and all(isinstance(row, _Group) and row.kind == "[]" for row in items):
+            return _Group("matrix", [_Group("row", row.items) for row in items])  # [[1, 2], [3, 4]]
+        return _Group("" if kind == "{}" else kind, items)
+
+    def matrix(self) -> _Group:
+        rows = [[]]
+        while not self.accept("⟧"):
+            if self.accept("⏎"):
+                rows.append([])
+            elif not self.accept("&"):
+                rows[-1].append(self.quantity())
+        return _Group("matrix", [_Group("row", row) for row in rows if row])
+
+
+def _scalar(node) -> _Value:
+    if not isinstance(node, _Value):
+        raise _Unreadable("arithmetic on something other than a number")
+    return node
+
+
+def _scaled(node, factor):
+    """The product of two numbers, or of a number and a matrix."""
+    if isinstance(factor, _Group):
+        node, factor = factor, node
+    if isinstance(node, _Group) and node.kind in ("matrix", "row"):
+        return _Group(node.kind, [_scaled(item, factor) for item in node.items])
+    return _Quantity(node.value * _scalar(factor), node.unit) if isinstance(node, _Quantity) else _scalar(node) * _scalar(factor)
+
+
+# ------------------------------------------------------------------------------------------------------------- comparing answers
+
+
+def _same(a, b) -> bool:
+    """Whether two parsed answers are equal."""
+    if isinstance(a, _Relation) and isinstance(b, _Relation):
+        return _same_relation(a, b)
+    if isinstance(a, _Quantity) and isinstance(b, _Quantity):
+        return _same_quantity(a, b)
+    if isinstance(a, _Group) and isinstance(b, _Group):
+        kinds, x, y = {a.kind, b.kind}, a.items, b.items
+        if kinds == {"text"}:
+            return _plain(x[0]) == _plain(y[0])
+        if kinds <= {"", "⦃⦄"} or kinds == {"∪"}:
+            x, y = (_distinct(x), _distinct(y)) if kinds == {"⦃⦄"} else (x, y)
+            same = _paired(x, y, _same)
+        else:  # "1, 2" may stand for the point (1, 2)
+            same = (a.kind == b.kind or kinds == {"", "()"}) and len(x) == len(y) and all(map(_same, x, y))
+        if same:
+            return True
+    for x, y in ((a, b), (b, a)):
+        if isinstance(x, _Group) and x.kind == "⦃⦄" and len(x.items) == 1 and isinstance(y, _Quantity):
+            return _same(x.items[0], y)
+        if not isinstance(y, _Relation) and any(_same(z, y) for z in _meanings(x)):
+            return True
+    return False
+
+
+def _same_quantity(a: _Quantity, b: _Quantity) -> bool:
+    if a.unit and b.unit and a.unit != b.unit:
+        return False
+    if a.unit == b.unit or "%" not in (a.unit, b.unit):
+        return _equal(a.value, b.value)
+    percent, plain = (a.value, b.value) if a.unit else (b.value, a.value)
+    large = percent.rational is None or abs(percent.rational) >= 1
+    return large and _equal(percent, plain) or _equal(percent, plain * _number(100))
+
+
+def _paired(a: list, b: list, same) -> bool:
+    """Whether the items of a and b can be paired (equality is transitive, so the first partner will do)."""
+    rest = list(b)
+    if len(a) != len(b) or len(a) > 40:
+        return False
+    for x in a:
+        i = next((i for i, y in enumerate(rest) if same(x, y)), None)
+        if i is None:
+            return False
+        del rest[i]
+    return True
+
+
+def _distinct(items: list) -> list:
+    kept = []
+    for item in items[:41]:
+        if not any(_same(item, other) for other in kept):
+            kept.append(item)
+    return kept
+
+
+def _meanings(node) -> list:
+    """What relations may stand for when the other side has none: x = 5 for 5, x = 1 or x = 2 for a list, x > 3 for (3, oo)."""
+    if isinstance(node, _Relation):
+        sides, operators, names = node
+        if set(operators) <= {"=", "≈"}:
+            if "≈" in operators:  # sqrt(2) = 1.41 (about): either
+                return [side for side, name in zip(sides, names) if not name]
+            return sides[-1:] if all(name or _same(side, sides[-1]) for side, name in zip(sides[:-1], names)) else []
+        flip = {"<": ">", ">": "<", "≤": "≥", "≥": "≤"}
+        if names[-1] and len(sides) == 2 or operators[0] in ">≥" and len(sides) == 3:  # write it from left to right
+            sides, operators, names = sides[::-1], [flip.get(o, o) for o in reversed(operators)], names[::-1]
+        left, right, oo = "([" ["≤" in operators[0] or "≥" in operators[0]], ")]" ["≤" in operators[-1]], _Quantity(_symbol("∞"))
+        if len(sides) == 3 and names[1] and set(operators) <= set("<≤"):
+            return [_Group(left + right, [sides[0], sides[2]])]
+        if len(sides) == 2 and names[0] and operators[0] in "<≤":
+            return [_Group("(" + right, [_scaled(oo, _number(-1)), sides[1]])]
+        return [_Group(left + ")", [sides[1], oo])] if len(sides) == 2 and names[0] and operators[0] in ">≥" else []
+    if isinstance(node, _Group) and node.kind == "" and isinstance(node.items[0], _Relation):
+        pairs = [item for item in node.items if isinstance(item, _Relation)]
+        if any(pair.operators != ["="] or not pair.names[0] for pair in pairs):
+            return []
+        values = [item.sides[1] if isinstance(item, _Relation) else item for item in node.items]
+        if all(_same(pair.sides[0], pairs[0].sides[0]) for pair in pairs):
+            return [_Group("", values)]  # x = 1 or x = 2
+        return [_Group("()", values)] if len(pairs) == len(values) else []  # x = 1, y = 2
+    return []
+
+
+def _same_relation(a: _Relation, b: _Relation) -> bool:
+    def differences(relation) -> list:  # (operator, what it says is 0, positive or not negative)
+        pairs = zip(relation.sides, relation.operators, relation.sides[1:])
+        return [
+            ({">": "<", "≥": "≤", "≈": "="}.get(o, o), x.value - y.value if o in ">≥" else y.value - x.value)
+            for x, o, y in pairs
+            if isinstance(x, _Quantity) and isinstance(y, _Quantity)
+        ]
+
+    x, y = differences(a), differences(b)
+    if len(x) < len(a.operators) or len(y) < len(b.operators):
+        return a.operators == b.operators and all(map(_same, a.sides, b.sides))
+    return _paired(x, y, lambda s, t: s[0] == t[0] and _proportional(s[1], t[1], s[0] in "<≤"))
+
+
+def _proportional(a: _Value, b: _Value, positive: bool) -> bool:
+    """Whether a = c b for one number c, greater than zero where `positive`."""
+    if a.rational == 0 or b.rational == 0:
+        return a.rational == b.rational
+    ratio = a / b
+    constant = _Value(None, ratio.images and ratio.images[:1] * _POINTS, ratio.floats[:1] * _POINTS)
+    return _equal(ratio, constant) and (not positive or ratio.floats[0].real > 0)
+
+
+def _plain(text: str) -> str:
+    """Text without spaces, braces, a leading article and a full stop; without case where it is no formula."""
+    text = re.sub(r"[\s{}\x01]", "", re.sub(r"^(?:the|an|a)\s", "", text.strip(" \x01"), flags=re.IGNORECASE)).strip(".,;:")
+    return text if re.search(r"[\\=^_+*/<>]", text) else text.lower()
+
+
+def _read(text: str, commas: bool, letters: bool):
+    try:
+        node = _Reader(text, commas, letters).answer()
+        if "±" in text or "∓" in text:  # both values, as one list
+            nodes = [node, _Reader(text, commas, letters, "-").answer()]
+            nodes = [x for n in nodes for x in (_meanings(n) or [n])]
+            node = _Group("", _distinct([x for n in nodes for x in (n.items if isinstance(n, _Group) and n.kind in ("", "⦃⦄") else [n])]))
+        return node
+    except (ValueError, ArithmeticError):
+        return None
+
+
+def _same_text(a: str, b: str) -> bool:
+    if not a or not b or _plain(a) == _plain(b):
+        return bool(a and b)
+    for commas in (True, False) if re.search(r"\d,\d{3}", a + " " + b) else (True,):
+        for letters in (False, True) if re.search(r"\d [a-zA-Z](?![a-zA-Z])", a + " " + b) else (False,):
+            x = _read(a, commas, letters)
+            y = x and _read(b, commas, letters)
+            try:
+                if x is not None and y is not None and _same(x, y):
+                    return True
+            except (ValueError, ArithmeticError):
+                pass
+    return False
+
+
+_CHOICE = re.compile(r"\(?\s*([A-J])(?:\s*[).:]+\s*(.*))?")
 
 
 def is_equivalent(answer: str, gold: str) -> bool:
-    """Whether two answers are the same."""
-    return _value(answer) == _value(gold)
+    """Whether two bare answers are equal, by the categories at the top of this file. Longer than 4,000 characters: only when identical."""
+    if max(len(answer), len(gold)) > 4000:
+        return answer.strip() == gold.strip()
+    a, b = _clean(answer), _clean(gold)
+    x, y = _CHOICE.fullmatch(a.replace("\x01", "")), _CHOICE.fullmatch(b.replace("\x01", ""))
+    if x and y:
+        return x[1] == y[1] and (not x[2] or not y[2] or _same_text(x[2], y[2]))
+    if x or y:
+        choice, other = (x, b) if x else (y, a)
+        if other.strip("( )").upper() == choice[1] or choice[2] and _same_text(choice[2], other):
+            return True
+    return _same_text(a, b) or _same_text(*(_FILLER.sub("", _LABEL.sub("", _FILLER.sub("", t, count=1), count=1), count=1) for t in (a, b)))
 
 
 def verify(response: str, gold: str) -> bool:
-    """Whether the last final answer of `response` equals `gold`. Always True or False."""
-    answer = extract_answer(response)
-    return answer is not None and is_equivalent(answer, extract_answer(gold) or gold)
+    """Whether the last final answer of `response` equals `gold`: bare, boxed, or a GSM8K solution that ends in `#### 42`.
 
-
-def verify_code(response: str, tests: list, *, timeout: float = 5.0, memory: int = 512) -> bool:
-    """Whether the last fenced Python block of `response` passes every test."""
-    blocks = re.findall(r"```(?:python|py)?[ \t]*\n(.*?)```", response, re.DOTALL)
-    if not blocks or not tests:
+    True or False for any two strings, in less than 100 ms for 100,000 characters. It never raises.
+    """
+    try:
+        answer = extract_answer(response)
+        return answer is not None and is_equivalent(answer, extract_answer(gold) or gold)
+    except Exception:  # the fuzzer finds none that gets here; a training run must not end when it missed one
         return False
-    for test in tests:
-        pair = isinstance(test, dict)
-        with tempfile.TemporaryDirectory() as folder:
+
+
+# ------------------------------------------------------------------------------------------------------------------------- code
+# verify_code starts `python -I verifier.py` for every input/output pair, or once for all asserts. That process is a launcher: it shuts
+# itself off from the system, forks the one that runs the solution, and kills whatever the solution started when that ends.
+
+_MAX_OUTPUT, _MAX_FILE, _MAX_PROCESSES = 4 << 20, 16 << 20, 32
+
+
+def verify_code(response: str, tests: list, *, timeout: float = 5.0, memory: int = 1024) -> bool:
+    """Whether the last fenced Python block of `response` passes every test; False for no tests and for a block that never closes. Linux.
+
+    tests: `{"input": str, "output": str}` each (standard input and output of a run of its own, compared line by line without trailing
+    blanks; exit status 0), or statements with asserts as strings, run in their order behind the solution in one process.
+    timeout: seconds of wall time and of CPU time for a process. memory: MiB of address space for a process.
+    Raises SyntaxError, TypeError or KeyError for tests of another form, and nothing because of the response.
+
+    The verdict is made in this process. Outputs are compared here. Of `assert f(2) == 4` the child gets `f(2)` and sends back plain
+    data; the 4 never leaves this process. So an early exit, printing "passed", objects that equal everything, patched built-ins
+    and AssertionErrors fail. An assert of another form, `assert isclose(f(2), 4)`, is evaluated in the child, with the
+    built-ins restored: code that sets out to, by inspecting frames or patching the math module, can forge those.
+
+    The child has an empty environment, no inherited descriptors, its own session, a folder that disappears, and limits on CPU and wall
+    time, address space, processes, file size and output. Where the kernel allows it (to root, or to users by unprivileged namespaces)
+    it also has no network, sees no other process, and can write to that folder only; started by root it runs as nobody. Where
+    the kernel forbids namespaces (many containers) network and the user's own files and processes are NOT protected. Files
+    that the user can read can be read everywhere. A container or a virtual machine is the answer for hostile code.
+    """
+    parts = re.split(r"^[ \t]*```[ \t]*(\w*).*$", response, flags=re.MULTILINE)  # text, language, code, "", text, language, code, ...
+    blocks = [parts[i + 1 : i + 3] for i in range(1, len(parts), 4) if parts[i].lower() in ("python", "python3", "py", "")]
+    if not blocks or len(blocks[-1]) < 2 or not tests:
+        return False
+    job = {"code": blocks[-1][0], "timeout": timeout, "memory": memory << 20}
+    if isinstance(tests[0], dict):
+        pairs = [(test["input"].encode(errors="replace"), test["output"]) for test in tests]
+        runs = ((_run(job, given), wanted) for given, wanted in pairs)
+        return all(out is not None and _lines(out.decode(errors="replace")) == _lines(wanted) for out, wanted in runs)
+    steps, wanted = [], []
+    for statement in ast.parse("\n".join(tests)).body:
+        test = statement.test if isinstance(statement, ast.Assert) else None
+        if isinstance(test, ast.Compare) and len(test.ops) == 1 and isinstance(test.ops[0], ast.Eq):
+            wanted.append([_literal(ast.unparse(side)) for side in (test.left, test.comparators[0])])
+            steps.append([None if x else ast.unparse(side) for x, side in zip(wanted[-1], (test.left, test.comparators[0]))])
+        else:
+            wanted.append(None)
+            steps.append(ast.unparse(statement))
+    token = secrets.token_hex(16)  # what the solution prints or guesses while it is loaded is no reply
+    replies = (_run(job | {"asserts": True}, json.dumps([token, steps]).encode()) or b"").split(b"\n")[1:-1]
+    return len(replies) == len(steps) and all(_passed(reply, token, values) for reply, values in zip(replies, wanted))
+
+
+def _lines(text: str) -> list[str]:
+    return [line.rstrip() for line in text.rstrip().splitlines()]
+
+
+def _literal(source: str) -> tuple | None:
+    """The plain value that a source text spells, in a tuple; None when it spells none."""
+    try:
+        return (ast.literal_eval(source),)
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
+        return None
+
+
+def _passed(reply: bytes, token: str, wanted: list | None) -> bool:
+    """Whether the child's reply to one statement says that it passed. wanted: the literal sides of an equality."""
+    try:
+        answer, *values = json.loads(reply)
+    except (ValueError, TypeError, RecursionError):
+        return False
+    if answer != token or len(values) != (1 if wanted is None or values[1:] == [] else 2):
+        return False
+    if len(values) == 1:  # it ran without an error, or two objects that are no plain data were equal
+        return values == [True] and (wanted is None or wanted == [None, None])
+    left, right = (side or _literal(str(value)) for side, value in zip(wanted, values))
+    return left is not None and right is not None and left == right
+
+
+def _run(job: dict, data: bytes) -> bytes | None:
+    """What a child wrote to standard output; None when it failed or had to be stopped. data: its input (asserts: after it was loaded)."""
+    with tempfile.TemporaryDirectory(prefix="verifier_", ignore_cleanup_errors=True) as folder:
+        os.chmod(folder, 0o777)
+        header = json.dumps(job | {"folder": folder}).encode()
+        header = b"%10d" % len(header) + header
+        process = subprocess.Popen(
+            [sys.executable, "-I", os.path.abspath(__file__)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+            cwd=folder, env={}, start_new_session=True, bufsize=0,
+        )  # fmt: skip
+        try:
+            out = _exchange(process, header, data, "asserts" in job, time.monotonic() + job["timeout"] + 5)
+            return out if out is not None and process.wait(5) == 0 else None
+        except subprocess.TimeoutExpired:
+            return None
+        finally:
+            process.terminate()  # the launcher kills its tree
             try:
-                done = subprocess.run(
-                    [sys.executable, "-I", "-c", blocks[-1] if pair else f"{blocks[-1]}\n{test}\nprint('passed')"],
-                    input=test["input"] if pair else "", capture_output=True, text=True, timeout=timeout, cwd=folder, env={},
-                )  # fmt: skip
-            except (subprocess.SubprocessError, ValueError):
-                return False
-        expected = test["output"] if pair else "passed"
-        if done.returncode or [x.rstrip() for x in done.stdout.strip().split("\n")] != [x.rstrip() for x in expected.strip().split("\n")]:
-            return False
+                process.wait(5)
+            except subprocess.TimeoutExpired:
+                pass
+            try:
+                os.killpg(process.pid, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
+            process.wait()
+            process.stdin.close()
+            process.stdout.close()
+
+
+def _exchange(process, header: bytes, data: bytes, wait: bool, deadline: float) -> bytes | None:
+    """Write and read without blocking; None past the deadline or _MAX_OUTPUT bytes. wait: data follows the child's first line."""
+    out, pending = bytearray(), memoryview(header if wait else header + data)
+    os.set_blocking(process.stdin.fileno(), False)
+    with selectors.DefaultSelector() as selector:
+        selector.register(process.stdout, selectors.EVENT_READ)
+        selector.register(process.stdin, selectors.EVENT_WRITE)
+        while len(out) <= _MAX_OUTPUT and time.monotonic() < deadline:
+            for key, _ in selector.select(max(0, deadline - time.monotonic())):
+                if key.fileobj is process.stdout:
+                    chunk = os.read(process.stdout.fileno(), 1 << 16)
+                    if not chunk:
+                        return bytes(out)
+                    out += chunk
+                    if wait and b"\n" in out:
+                        wait, pending = False, memoryview(data)
+                        selector.register(process.stdin, selectors.EVENT_WRITE)
+                    continue
+                try:
+                    pending = pending[os.write(process.stdin.fileno(), pending) :]
+                except BrokenPipeError:  # it does not read its input
+                    pending = memoryview(b"")
+                if not pending:
+                    selector.unregister(process.stdin)
+                    if not wait:
+                        process.stdin.close()
+    return None
+
+
+def _launch() -> None:
+    """The launcher: reads its job from standard input (ten digits for the length, JSON), and leaves the rest to the solution."""
+    text = b""
+    size = int(os.read(0, 10))
+    while len(text) < size:
+        text += os.read(0, size - len(text))
+    job, libc = json.loads(text), ctypes.CDLL(None, use_errno=True)
+    isolated = _isolate(libc, job["folder"].encode())
+    libc.prctl(36, 1)  # PR_SET_CHILD_SUBREAPER: what the solution's children leave behind becomes a child of this process
+
+    def stop(*_):
+        raise TimeoutError
+
+    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGALRM, stop)
+    pid = os.fork()
+    if pid == 0:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        _restrict(libc, job)
+        return _solve(job)
+    status = 1
+    try:
+        signal.setitimer(signal.ITIMER_REAL, job["timeout"])
+        status = os.waitpid(pid, 0)[1]
+    except TimeoutError:
+        pass
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if status == 1 and isolated:
+        os.kill(pid, signal.SIGKILL)  # the first process of a PID namespace takes all others with it
+    while not isolated:
+        _kill_descendants()
+        try:
+            os.waitpid(-1, os.WNOHANG)
+        except ChildProcessError:
+            break
+    os._exit(status != 0)
+
+
+def _kill_descendants() -> None:
+    parents = {}
+    for entry in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            with open(f"/proc/{entry}/stat") as file:
+                parents[int(entry)] = int(file.read().rpartition(")")[2].split()[1])
+        except (OSError, ValueError):
+            pass
+    for pid in parents:
+        ancestor = pid
+        while ancestor in parents and ancestor != os.getpid():
+            ancestor = parents[ancestor]
+        if ancestor == os.getpid() != pid:
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except OSError:
+                pass
+
+
+def _isolate(libc, folder: bytes) -> bool:
+    """New namespaces: no network, no other processes, nothing writable but `folder`. Whether the kernel allowed it."""
+    uid, gid = os.getuid(), os.getgid()
+    spaces = 0x40000000 | 0x20000000 | 0x20000 | 0x8000000  # CLONE_NEWNET, NEWPID, NEWNS, NEWIPC
+    for user in (0, 0x10000000) if uid == 0 else (0x10000000,):  # CLONE_NEWUSER: how those who are not root get the others
+        if libc.unshare(spaces | user) == 0:
+            break
+    else:
+        return False
+    for name, text in (("setgroups", "deny"), ("uid_map", f"{uid} {uid} 1"), ("gid_map", f"{gid} {gid} 1")) if user else ():
+        with open(f"/proc/self/{name}", "w") as file:
+            file.write(text)
+    private, readonly = 1 << 18, 1
+    if libc.mount(None, b"/", None, private | 1 << 14, None) == 0:  # MS_PRIVATE | MS_REC: what follows is seen in here only
+        libc.syscall(442, -100, b"/", 0x8000, (ctypes.c_uint64 * 4)(readonly, 0, 0, 0), 32)  # mount_setattr(AT_RECURSIVE)
+        libc.mount(b"tmpfs", folder, b"tmpfs", 6, b"size=%d,mode=777" % _MAX_FILE)  # MS_NOSUID | MS_NODEV
+        libc.mount(b"tmpfs", b"/proc", b"tmpfs", 6 | readonly, None)  # /proc/<pid>/environ of the user's processes
     return True
+
+
+def _restrict(libc, job: dict) -> None:
+    """Fewer rights and resource limits for this process."""
+    import resource
+
+    libc.prctl(38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS
+    capabilities = 0
+    if os.getuid() == 0:
+        os.setegid(65534)
+        os.seteuid(65534)
+        if not os.access(os.__file__, os.R_OK, effective_ids=True):
+            capabilities = 1 << 2  # CAP_DAC_READ_SEARCH: the interpreter lies below /root, say
+        os.seteuid(0)
+        libc.prctl(8, 1, 0, 0, 0)  # PR_SET_KEEPCAPS
+        os.setgroups([])
+        os.setgid(65534)
+        os.setuid(65534)  # root would not be bound by the limit on processes
+    libc.capset((ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)(capabilities, capabilities))
+    libc.prctl(1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG: not without the launcher
+    os.chdir(job["folder"])
+    for name, limit in (
+        ("CPU", math.ceil(job["timeout"])), ("AS", job["memory"]), ("NPROC", _MAX_PROCESSES), ("FSIZE", _MAX_FILE), ("CORE", 0), ("NOFILE", 64),
+    ):  # fmt: skip
+        resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (limit, limit))
+
+
+def _solve(job: dict) -> None:
+    """Run the solution: as a program, or loaded and then asked for the values of the tests' expressions."""
+    code = compile(job["code"], "solution.py", "exec")
+    if "asserts" not in job:
+        exec(code, {"__name__": "__main__"})
+        return
+    requests, replies, null = os.dup(0), os.dup(1), os.open(os.devnull, os.O_RDWR)
+    os.dup2(null, 0)
+    os.dup2(null, 1)
+    originals, namespace = dict(vars(builtins)), {"__name__": "solution"}
+    exec(code, namespace)
+    vars(builtins).update(originals)
+    os.write(replies, b"ready\n")
+    with open(requests, "rb") as file:
+        token, steps = json.loads(file.read())
+    for step in steps:
+        if isinstance(step, str):
+            exec(step, namespace)
+            values = [True]
+        else:
+            sides = [side and eval(side, namespace) for side in step]
+            values = [repr(_plain_data(side)) for side in sides]
+            if None not in step and None in map(_literal, values):
+                values = [bool(sides[0] == sides[1])]
+        os.write(replies, json.dumps([token, *values]).encode() + b"\n")
+    os._exit(0)
+
+
+def _plain_data(value):
+    """The built-in containers and numbers that a value consists of: a Counter becomes a dict, a NumPy array a list."""
+    if isinstance(value, dict):
+        return {_plain_data(k): _plain_data(v) for k, v in value.items()}
+    for kind in (list, tuple, bool, int, float, complex, str, bytes):
+        if isinstance(value, kind):
+            return kind(map(_plain_data, value)) if kind in (list, tuple) else kind(value)
+    if isinstance(value, (set, frozenset)):
+        return {_plain_data(item) for item in value}
+    return _plain_data(value.tolist()) if hasattr(value, "tolist") else value
+
+
+if __name__ == "__main__":
+    _launch()

@@ -21,15 +21,21 @@ pre-training, of stage 1, of stage 2 and the held-out ones are disjoint, as sets
 """
 import argparse
 import json
+import os
 import random
+import shlex
+import subprocess
 import sys
+import time
 from pathlib import Path
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # so small a model is faster on one core than on two; before torch is imported
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+ROOT = Path(__file__).resolve().parents[1]
 PHRASES = "Wait, this response is not correct, let me start over.", "Let me rephrase the above solution."  # [r]: the paper's, our default
 GOODS = [a + b + c for a in "bdgklmnprt" for b in "aeiu" for c in ("ko", "lu", "sa")]  # 120: each is seen some 2,000 times
 HARD = 18                    # goods with a misconception: 0.85 ** 4 = 52% of the problems have none, so the base is right about half the time
@@ -167,17 +173,38 @@ def write(out, world):
     tokenizer.save_pretrained(out / "base")
 
 
+def stage(script, out, name, *flags):
+    """Run srt.py or sdzero.py as a user would; returns its evaluations, the first of them before any training."""
+    command = [sys.executable, ROOT / script, "--dataset", out / f"{name}.jsonl", "--eval-dataset", out / "heldout.jsonl",
+               "--eval-problems", SIZES["heldout"], "--eval-samples", 4, "--eval-temperature", 1, "--temperature", 1, "--max-new-tokens", 64, *flags]
+    command = [str(part) for part in command]
+    print("\n$", shlex.join(["python", script, *command[2:]]), flush=True)
+    if code := subprocess.run(command).returncode:
+        raise SystemExit(code)
+    lines = [json.loads(line) for line in open(Path(command[-1]) / "metrics.jsonl")]
+    return [line for line in lines if line["kind"] == "eval"]
+
+
 def main():
     parser = argparse.ArgumentParser(description="Self-Distillation Zero on a toy, on a CPU, without a download")
     parser.add_argument("--out", type=Path, default=Path("runs/toy"), help="folder to write; must not hold a run (default: runs/toy)")
     parser.add_argument("--seed", type=int, default=0, help="of the prices, the problems, the model and all sampling (default: 0)")
     args = parser.parse_args()
-    if args.out.exists() and any(args.out.iterdir()):
-        print(f"toy.py: {args.out} already holds something: name another folder with --out, or remove it", file=sys.stderr)
+    out, started = args.out, time.time()
+    if out.exists() and any(out.iterdir()):
+        print(f"toy.py: {out} already holds something: name another folder with --out, or remove it", file=sys.stderr)
         raise SystemExit(2)
-    args.out.mkdir(parents=True, exist_ok=True)
-    write(args.out, World(args.seed))
-    # lead: run srt.py and sdzero.py here
+    out.mkdir(parents=True, exist_ok=True)
+    write(out, World(args.seed))
+    srt = stage("srt.py", out, "stage1", "--model", out / "base", "--problems", SIZES["stage1"], "--batch-size", 16, "--lr", 5e-4,
+                "--seed", args.seed, "--eval-every", 100, "--output", out / "srt")
+    sdzero = stage("sdzero.py", out, "stage2", "--model", out / "srt", "--batch-size", 32, "--lr", 3e-4, "--warmup", 5,
+                   "--seed", args.seed, "--eval-every", 25, "--output", out / "sdzero")
+    print("\n| model | accuracy, % | after one revision, % | wrong put right, % | right broken, % | tokens |\n| --- | --- | --- | --- | --- | --- |")
+    for name, e in (("base", srt[0]), ("SRT", srt[-1]), ("SD-Zero", sdzero[-1])):
+        percent = [f"{100 * e[k]:.1f}" for k in ("accuracy", "accuracy_se", "revised_accuracy", "wrong_to_right", "right_to_wrong")]
+        print(f"| {name} | {percent[0]} ± {percent[1]} | {' | '.join(percent[2:])} | {e['length']:.1f} |")
+    print(f"\n{SIZES['heldout']} held-out problems, 4 samples each; seed {args.seed}; {(time.time() - started) / 60:.1f} minutes")
 
 
 if __name__ == "__main__":

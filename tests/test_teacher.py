@@ -35,7 +35,7 @@ def test_starts_as_a_copy_with_its_own_storage_and_base_never_moves(kind):
     """Catches an average that starts at zero, a copy that shares memory with the student, gradients switched off in the student."""
     student = tiny("llama", dtype=torch.float32).train()
     student.register_buffer("statistic", torch.ones(3))
-    teacher = Teacher(student, kind, rate=0.1, interval=4)  # of three steps none moves the average
+    teacher = Teacher(student, kind, rate=0.1, interval=4 if kind == "ema" else 1)  # of three steps none moves the average
     start = fingerprint(teacher.module)
     assert start == fingerprint(student)
     assert all(p.requires_grad for p in student.parameters()) and not any(p.requires_grad for p in teacher.module.parameters())
@@ -102,15 +102,19 @@ def test_scoring_is_in_eval_mode_without_gradient_and_puts_modes_back(kind):
     if kind != "live":
         teacher.module.train()  # even when somebody calls it
         teacher.module.transformer.h[0].eval()
-    modes = [(m.training, n.training) for m, n in zip(student.modules(), teacher.module.modules())]
+
+    def modes():
+        return [m.training for m in [*student.modules(), *teacher.module.modules()]]
+
+    before = modes()
     for _ in range(2):
         with teacher.scoring() as model:
             logits = model(input_ids=IDS).logits
         assert torch.equal(logits, expected) and not logits.requires_grad and torch.is_grad_enabled()
-        assert [(m.training, n.training) for m, n in zip(student.modules(), teacher.module.modules())] == modes
+        assert modes() == before
     with pytest.raises(RuntimeError, match="out of memory"), teacher.scoring():
         raise RuntimeError("out of memory")
-    assert [(m.training, n.training) for m, n in zip(student.modules(), teacher.module.modules())] == modes and torch.is_grad_enabled()
+    assert modes() == before and torch.is_grad_enabled()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -119,8 +123,8 @@ def test_a_restored_teacher_goes_on_as_if_never_stopped(dtype):
     student = tiny("llama", dtype=dtype)
     first = Teacher(student, "ema", rate=0.02)
     list(train(student, 3, first))
-    file = io.BytesIO()
-    torch.save(first.state_dict(), file)
+    saved = {n: t.clone() for n, t in first.state_dict().items()}
+    torch.save(saved, file := io.BytesIO())
     state = torch.load(io.BytesIO(file.getvalue()))
     second = Teacher(student, "ema", rate=0.02)
     assert fingerprint(second.module) != fingerprint(first.module)
@@ -129,7 +133,6 @@ def test_a_restored_teacher_goes_on_as_if_never_stopped(dtype):
         assert fingerprint(second.module) == fingerprint(first.module)
         assert all(torch.equal(second.average[n], a) for n, a in first.average.items())
         first.update(step), second.update(step)
-    saved = torch.load(io.BytesIO(file.getvalue()))
     assert all(torch.equal(state[n], saved[n]) for n in saved)  # loaded by value: the caller's tensors did not move along
     with pytest.raises(KeyError, match="lm_head"):
         second.load_state_dict({n: t for n, t in state.items() if n != "lm_head.weight"})
@@ -151,7 +154,7 @@ def test_tied_weights_stay_tied():
     torch.testing.assert_close(teacher.module.lm_head.weight, (start + student.lm_head.weight.detach()) / 2)
 
 
-@pytest.mark.parametrize("settings", [{"kind": "frozen"}, {"rate": 0.0}, {"rate": 1.5}, {"rate": -0.1}, {"rate": float("nan")}, {"interval": 0}])
-def test_wrong_settings_raise(settings):
-    with pytest.raises(ValueError, match="teacher"):
-        Teacher(torch.nn.Linear(1, 1), **{"kind": "ema", **settings})
+def test_wrong_settings_raise():
+    for settings in ({"kind": "frozen"}, {"rate": 0.0}, {"rate": 1.5}, {"rate": -0.1}, {"rate": float("nan")}, {"interval": 0}):
+        with pytest.raises(ValueError, match="teacher"):
+            Teacher(torch.nn.Linear(1, 1), **{"kind": "ema", **settings})

@@ -1,7 +1,8 @@
-"""Tiny random models of every family that rollout.py supports, with windows shorter than the tests' sequences."""
+"""Tiny random models of every family that rollout.py supports, with windows shorter than the tests' sequences, and a tokenizer for them."""
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 SETTINGS = {  # what a family needs beyond COMMON
     "gpt2": dict(n_embd=32, n_layer=3, n_head=4, n_positions=64, n_inner=48),
@@ -46,3 +47,23 @@ def tiny(family: str, vocab_size: int = 40, seed: int = 0, dtype: torch.dtype = 
             if p.dim() > 1:
                 p.normal_(std=1.0 if "embed" in name or "wte" in name else 0.3)
     return model
+
+
+def make_tokenizer(eos: bool = True, template: bool = True):
+    """One character a token, with a chat template; padding is EOS, as SmolLM2-Instruct has it."""
+    special = ["<|im_end|>", "<|unk|>", "<|user|>", "<|assistant|>"]
+    words = special + list("\n" + "".join(map(chr, range(32, 127))))
+    backend = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<|unk|>"))
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
+    backend.decoder = decoders.Fuse()
+    names = dict(eos_token="<|im_end|>", pad_token="<|im_end|>") if eos else {}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<|unk|>", additional_special_tokens=special, **names)
+    if template:
+        tokenizer.chat_template = ("{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|im_end|>{% endfor %}"
+                                   "{% if add_generation_prompt %}<|assistant|>{{ mark or '' }}{% endif %}")  # fmt: skip
+    return tokenizer
+
+
+def odd(response: str, answer) -> bool:
+    """A verifier that a random model satisfies about half of the time."""
+    return len(response.replace(" ", "")) % 2 == 1
