@@ -183,11 +183,11 @@ def main(argv=None):
     if args.eval_only:
         print(json.dumps(evaluate(lm, args, verify, held_out, 0), indent=1))
         return
-    if args.resume and (args.output / "config.json").exists():
-        print(f"{args.output} is complete")
-        return
     srt = {"prompt": {name: getattr(args, name) for name in PROMPT_DEFAULTS}, "problems": used}
     run = Run(args, srt, {"eos_ids": sorted(lm.eos_ids), "vocab_size": lm.vocab_size, "context": lm.context, "counts": counts})
+    if (args.output / "config.json").exists():
+        print(f"{args.output} is complete")
+        return
     print(f"problems: {json.dumps(counts)}")
     if not stage_1:
         print(f"warning: {args.model} has no srt.json, so stage 1 did not make it: without a reviser stage 2 gains almost nothing", file=sys.stderr)

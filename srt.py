@@ -20,6 +20,7 @@ import argparse
 import hashlib
 import importlib
 import json
+import logging
 import math
 import os
 import random
@@ -150,6 +151,7 @@ def entry(main) -> None:
     if not sys.stderr.isatty():  # a log file is no place for progress bars; ours have disable=None for the same reason
         transformers.utils.logging.disable_progress_bar()
         datasets.disable_progress_bars()
+    datasets.utils.logging.set_verbosity(logging.CRITICAL)  # what it logs as an error it raises as well
     try:
         return main()
     except BadInput as error:
@@ -642,8 +644,8 @@ def collect_all(lm: LM, args, verify, problems: list[Problem], run: Run) -> list
     traces, total = [json.loads(line) for line in open(path)], done["counts"]
     if not traces:
         raise BadInput(f"not one of {total['revisions_of_wrong'] + total['revisions_of_right']} revisions verified ({total['right']} of "
-                       f"{total['attempts']} first attempts did): try a stronger model, easier problems, more --problems or --revisions, or look "
-                       f"at --prompt-suffix and --verifier")  # fmt: skip
+                       f"{total['attempts']} first attempts did; {total['too_long']} revisions did not fit the context): try a stronger model, "
+                       f"easier problems, more --problems or --revisions, or look at --prompt-suffix, --verifier and the lengths")  # fmt: skip
     return traces
 
 
@@ -778,13 +780,13 @@ def main(argv=None):
     if args.eval_only:
         print(json.dumps(evaluate(lm, args, verify, held_out, 0), indent=1))
         return
-    if args.resume and (args.output / "config.json").exists():
-        print(f"{args.output} is complete")
-        return
     traces, used = load_traces(lm, args) if args.traces else (None, [p.key for p in problems])
     held_out = [p for p in held_out if p.key not in set(used)]
     srt = {"prompt": {name: getattr(args, name) for name in PROMPT_DEFAULTS}, "problems": used}
     run = Run(args, srt, {"eos_ids": sorted(lm.eos_ids), "vocab_size": lm.vocab_size, "context": lm.context, "counts": counts})
+    if (args.output / "config.json").exists():
+        print(f"{args.output} is complete")
+        return
     print(f"problems: {json.dumps(counts)}")
 
     if not any(args.output.glob("checkpoint-*")):

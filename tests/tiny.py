@@ -66,4 +66,4 @@ def make_tokenizer(eos: bool = True, template: bool = True):
 
 def odd(response: str, answer) -> bool:
     """A verifier that a random model satisfies about half of the time."""
-    return len(response.replace(" ", "")) % 2 == 1
+    return sum(map(ord, response)) % 2 == 1
