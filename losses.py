@@ -96,7 +96,7 @@ def mixed_kl(student: torch.Tensor, teacher: torch.Tensor, w: float = 0.5, k: in
 
 def importance_weight(logprobs: torch.Tensor, old_logprobs: torch.Tensor, cap: float) -> torch.Tensor:
     """METHOD.md (6): min(pi(y_t) / pi_old(y_t), cap), without gradient. Log-probabilities of the sampled tokens, [N] each -> [N]."""
-    return (logprobs.detach() - old_logprobs).exp().clamp(max=cap)
+    return (logprobs - old_logprobs).detach().exp().clamp(max=cap)
 
 
 def token_logprobs(logits: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
@@ -121,11 +121,13 @@ def output_layer(model, vocab_size: int | None = None) -> Callable[[torch.Tensor
 
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
-    with torch.no_grad():
-        ids = torch.arange(8, device=head.weight.device)[None] % head.weight.shape[0]
-        ours, theirs = logits_of(model.base_model(input_ids=ids).last_hidden_state), model(input_ids=ids).logits[..., :vocab_size]
-    for module, mode in modes:
-        module.training = mode
+    try:
+        with torch.no_grad():
+            ids = torch.arange(8, device=head.weight.device)[None] % head.weight.shape[0]
+            ours, theirs = logits_of(model.base_model(input_ids=ids).last_hidden_state), model(input_ids=ids).logits[..., :vocab_size]
+    finally:
+        for module, mode in modes:
+            module.training = mode
     if not torch.allclose(ours.float(), theirs.float(), rtol=1e-2 if ours.dtype in (torch.bfloat16, torch.float16) else 1e-4, atol=1e-4):
         raise ValueError(f"losses.py does not know how the family {config.model_type!r} gets from its last hidden state to its logits")
     return logits_of

@@ -24,7 +24,7 @@ class Teacher:
     student: any torch module; `base` and `ema` copy it, weights and buffers, so that the first targets are the student's own.
     kind: "base", "live" or "ema". rate in (0, 1] and interval >= 1 (optimizer steps): `ema` alone. Raises ValueError otherwise.
 
-    The average is kept in fp32: a bf16 one would stand still, since rate x difference is below half of its last bit. `module`, which
+    Buffers stay as they were. The average is kept in fp32: a bf16 one would stand still, since rate x difference is below half of its last bit. `module`, which
     scores, is in the student's dtype.
     """
 
@@ -35,8 +35,9 @@ class Teacher:
             raise ValueError(f"teacher needs 0 < rate <= 1 and interval >= 1, not {rate} and {interval}")
         self.student, self.kind, self.rate, self.interval = student, kind, rate, interval
         self.module = student if kind == "live" else copy.deepcopy(student).requires_grad_(False).eval()
-        # for fp32 weights `float()` copies nothing: the average and the weights that score are then the same tensors
-        self.average = {n: p.detach().float() for n, p in self.module.named_parameters()} if kind == "ema" else {}
+        # fp32 and float64 weights are not copied once more: the average and the weights that score are then the same tensors
+        moving = self.module.named_parameters() if kind == "ema" else ()
+        self.average = {n: p.detach().to(torch.promote_types(p.dtype, torch.float32)) for n, p in moving}
 
     @contextmanager
     def scoring(self):
@@ -57,7 +58,7 @@ class Teacher:
             return
         student = dict(self.student.named_parameters())
         for name, weight in self.module.named_parameters():  # matched by name
-            self.average[name].lerp_(student[name].float(), self.rate)
+            self.average[name].lerp_(student[name].to(self.average[name].dtype), self.rate)
             weight.copy_(self.average[name])
 
     def state_dict(self) -> dict[str, torch.Tensor]:

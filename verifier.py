@@ -33,25 +33,24 @@ import builtins
 import cmath
 import ctypes
 import functools
+import glob
 import json
 import math
 import operator
 import os
 import re
 import secrets
-import selectors
 import signal
 import subprocess
 import sys
 import tempfile
-import time
 from fractions import Fraction
 from typing import NamedTuple
 
 # ------------------------------------------------------------------------------------------------------------ finding the answer
 
 _MARKER = re.compile(
-    r"(?P<box>\\f?box(?:ed)?(?![a-zA-Z]))|(?P<hash>####)|\banswers?\b(?:"
+    r"(?P<box>\\f?box(?:ed)?(?![a-zA-Z]))|(?P<hash>#{4,})|\banswers?\b(?:"
     r"[^\n.:=]{0,60}?\s(?:is|are|was|equals|(?:would|should|will|must)\s+be)\b[*:\s]*"  # the answer, in dollars, is
     r"|[^\n\w:=]{0,4}[:=][*\s]*|[*#\s]{0,4}\n\s*)",  # **Answer:**, ### Final Answer
     re.IGNORECASE,
@@ -100,7 +99,7 @@ def _stated(text: str) -> str:
 def extract_answer(response: str) -> str | None:
     """The last final answer of a response, as it was written; None when it states none. The rule stands at the top of this file."""
     fallback = None
-    for match in reversed(list(_MARKER.finditer(response))):
+    for match in [*_MARKER.finditer(response)][:-1000:-1]:  # from the last one on; more than that is no honest text
         if match["box"]:
             content = _boxed(response, match.end())
             if content is None:
@@ -328,10 +327,10 @@ _TEXT = re.compile(r"\\(?:text(?:bf|it|rm|sf|tt|up|normal)?|mathrm|mathbf|mathsf
 _NUMBER = r"\d+(?:\.\d+)?(?:[eE][+-]?\d{1,4}(?![\w^]))?|\.\d+"
 _TOKENS = [
     re.compile(rf"\s*(?:(?P<word>\x01[^\x01]*\x01)|(?P<number>{n})|(?P<name>[A-Za-z]+)|(?P<command>\\[A-Za-z]+)|(?P<sign>\S))")
-    for n in (_NUMBER, rf"\d{{1,3}}(?:,\d{{3}})+(?![\d,])(?:\.\d+)?|{_NUMBER}")
+    for n in (_NUMBER, rf"\d{{1,3}}(?:,\d{{3}})+(?!\d|,\d)(?:\.\d+)?|{_NUMBER}")
 ]
 _NAMES = re.compile(  # see _Relation.names
-    r"(?!-)(?:(?!log|ln|exp)[A-Za-z]'*+(?:_(?:\w|\{\w{1,9}\}))?+(?:\(-?\d[\d./]*+\))?+|\\[A-Za-z]++(?:_\w)?+|[-+*/(),|{}])++"
+    r"(?!-)(?:(?!log|ln|exp)[A-Za-z]'*+(?:_(?:\w|\{\w{1,9}\}))?+(?:\(-?\d[\d./]*+\))?+|\\[A-Za-z]++(?:_\w)?+|[-+*/(),|{}⟦⟧⏎&])++"
 )
 _FILLER = re.compile(r"(?:\x01?\b(?:approximately|about|roughly|around|exactly|only|just|a total of|is|equals|equal to|either|both)\b\x01?\s*)+", re.I)
 _LABEL = re.compile(r"\s*(?=[^=:\d]{0,60}?[A-Za-z]{3})[A-Za-z\x01][^=:<>≤≥≠≈∈\d]{0,60}[=:](?!\s*$)")  # Area = 5, total cost: 5
@@ -352,7 +351,7 @@ def _clean(text: str) -> str:
         text = re.sub(r"\$(?=\s?[\d.])", "¤", text)
     text = re.sub(r"\^\s*(?:\{\s*°\s*\}|°)", "°", text.replace("$", " "))
     text = re.sub(r"(?<![\d.,])\d{1,3}(?: \d{3})+(?![\d/,]| \d)", lambda m: m[0].replace(" ", ""), text)  # 10 000
-    return re.sub(r"\s+", " ", text).lstrip(" ,;:=").rstrip(" .,;:")
+    return re.sub(r"\s+", " ", text).lstrip(" ,;:=≈").rstrip(" .,;:")
 
 
 def _unit(text: str) -> str:
@@ -404,8 +403,8 @@ class _Reader:
         return self.tokens[self.at][1]
 
     def next(self) -> str:
-        self.at += 1
-        return self.tokens[self.at - 1][1]
+        token, self.at = self.token, min(self.at + 1, len(self.tokens) - 1)
+        return token
 
     def accept(self, tokens: str) -> str:
         return self.next() if self.kind in ("sign", "close") and self.token in tokens else ""
@@ -774,9 +773,10 @@ def _proportional(a: _Value, b: _Value, positive: bool) -> bool:
 
 
 def _plain(text: str) -> str:
-    """Text without spaces, braces, a leading article and a full stop; without case where it is no formula."""
-    text = re.sub(r"[\s{}\x01]", "", re.sub(r"^(?:the|an|a)\s", "", text.strip(" \x01"), flags=re.IGNORECASE)).strip(".,;:")
-    return text if re.search(r"[\\=^_+*/<>]", text) else text.lower()
+    """Text without spaces, a leading article and a full stop; words also without case."""
+    text = re.sub(r"[\s\x01]", "", re.sub(r"^(?:the|an|a)\s", "", text.strip(" \x01"), flags=re.IGNORECASE)).strip(".,;:")
+    text = re.sub(r"\{(\w)\}", r"\1", text)
+    return text.lower() if text.isalpha() and (len(text) > 2 or text.lower() == "no") else text
 
 
 def _read(text: str, commas: bool, letters: bool):
@@ -840,7 +840,7 @@ def verify(response: str, gold: str) -> bool:
 # verify_code starts `python -I verifier.py` for every input/output pair, or once for all asserts. That process is a launcher: it shuts
 # itself off from the system, forks the one that runs the solution, and kills whatever the solution started when that ends.
 
-_MAX_OUTPUT, _MAX_FILE, _MAX_PROCESSES = 4 << 20, 16 << 20, 32
+_MAX_FILE, _MAX_PROCESSES = 16 << 20, 32  # bytes (of the output, too); count
 
 
 def verify_code(response: str, tests: list, *, timeout: float = 5.0, memory: int = 1024) -> bool:
@@ -880,8 +880,8 @@ def verify_code(response: str, tests: list, *, timeout: float = 5.0, memory: int
         else:
             wanted.append(None)
             steps.append(ast.unparse(statement))
-    token = secrets.token_hex(16)  # what the solution prints or guesses while it is loaded is no reply
-    replies = (_run(job | {"asserts": True}, json.dumps([token, steps]).encode()) or b"").split(b"\n")[1:-1]
+    token = secrets.token_hex(16)  # what the solution guesses and prints is no reply
+    replies = (_run(job | {"asserts": True}, json.dumps([token, steps]).encode()) or b"").split(b"\n")[:-1]
     return len(replies) == len(steps) and all(_passed(reply, token, values) for reply, values in zip(replies, wanted))
 
 
@@ -903,129 +903,77 @@ def _passed(reply: bytes, token: str, wanted: list | None) -> bool:
         answer, *values = json.loads(reply)
     except (ValueError, TypeError, RecursionError):
         return False
-    if answer != token or len(values) != (1 if wanted is None or values[1:] == [] else 2):
+    if wanted in (None, [None, None]) and values == [True]:  # it ran without an error, or two objects that are no plain data are equal
+        return answer == token
+    if wanted is None or answer != token or len(values) != 2:
         return False
-    if len(values) == 1:  # it ran without an error, or two objects that are no plain data were equal
-        return values == [True] and (wanted is None or wanted == [None, None])
     left, right = (side or _literal(str(value)) for side, value in zip(wanted, values))
     return left is not None and right is not None and left == right
 
 
 def _run(job: dict, data: bytes) -> bytes | None:
-    """What a child wrote to standard output; None when it failed or had to be stopped. data: its input (asserts: after it was loaded)."""
-    with tempfile.TemporaryDirectory(prefix="verifier_", ignore_cleanup_errors=True) as folder:
+    """What a child, given `data`, wrote to standard output; None when it failed or had to be stopped."""
+    with tempfile.TemporaryDirectory(prefix="verifier_", ignore_cleanup_errors=True) as folder, tempfile.TemporaryFile() as given:
         os.chmod(folder, 0o777)
         header = json.dumps(job | {"folder": folder}).encode()
-        header = b"%10d" % len(header) + header
-        process = subprocess.Popen(
-            [sys.executable, "-I", os.path.abspath(__file__)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-            cwd=folder, env={}, start_new_session=True, bufsize=0,
-        )  # fmt: skip
-        try:
-            out = _exchange(process, header, data, "asserts" in job, time.monotonic() + job["timeout"] + 5)
-            return out if out is not None and process.wait(5) == 0 else None
-        except subprocess.TimeoutExpired:
-            return None
-        finally:
-            process.terminate()  # the launcher kills its tree
+        given.write(b"%10d" % len(header) + header + data)
+        given.seek(0)
+        with tempfile.TemporaryFile() as out:  # a file: the limit on file size bounds it, and nobody has to read while it grows
+            child = subprocess.Popen(
+                [sys.executable, "-I", os.path.abspath(__file__)], stdin=given, stdout=out, stderr=subprocess.DEVNULL, cwd=folder, env={},
+                start_new_session=True,
+            )  # fmt: skip
             try:
-                process.wait(5)
+                status = child.wait(job["timeout"] + 5)  # the launcher stops the solution after `timeout`
             except subprocess.TimeoutExpired:
-                pass
-            try:
-                os.killpg(process.pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
-            process.wait()
-            process.stdin.close()
-            process.stdout.close()
-
-
-def _exchange(process, header: bytes, data: bytes, wait: bool, deadline: float) -> bytes | None:
-    """Write and read without blocking; None past the deadline or _MAX_OUTPUT bytes. wait: data follows the child's first line."""
-    out, pending = bytearray(), memoryview(header if wait else header + data)
-    os.set_blocking(process.stdin.fileno(), False)
-    with selectors.DefaultSelector() as selector:
-        selector.register(process.stdout, selectors.EVENT_READ)
-        selector.register(process.stdin, selectors.EVENT_WRITE)
-        while len(out) <= _MAX_OUTPUT and time.monotonic() < deadline:
-            for key, _ in selector.select(max(0, deadline - time.monotonic())):
-                if key.fileobj is process.stdout:
-                    chunk = os.read(process.stdout.fileno(), 1 << 16)
-                    if not chunk:
-                        return bytes(out)
-                    out += chunk
-                    if wait and b"\n" in out:
-                        wait, pending = False, memoryview(data)
-                        selector.register(process.stdin, selectors.EVENT_WRITE)
-                    continue
+                status = None
+            finally:
                 try:
-                    pending = pending[os.write(process.stdin.fileno(), pending) :]
-                except BrokenPipeError:  # it does not read its input
-                    pending = memoryview(b"")
-                if not pending:
-                    selector.unregister(process.stdin)
-                    if not wait:
-                        process.stdin.close()
-    return None
+                    os.killpg(child.pid, signal.SIGKILL)
+                except ProcessLookupError:
+                    pass
+                child.wait()
+            out.seek(0)
+            return out.read() if status == 0 else None
 
 
 def _launch() -> None:
     """The launcher: reads its job from standard input (ten digits for the length, JSON), and leaves the rest to the solution."""
-    text = b""
-    size = int(os.read(0, 10))
+    text, size = b"", int(os.read(0, 10))
     while len(text) < size:
         text += os.read(0, size - len(text))
-    job, libc = json.loads(text), ctypes.CDLL(None, use_errno=True)
+    job, libc = json.loads(text), ctypes.CDLL(None)
     isolated = _isolate(libc, job["folder"].encode())
-    libc.prctl(36, 1)  # PR_SET_CHILD_SUBREAPER: what the solution's children leave behind becomes a child of this process
-
-    def stop(*_):
-        raise TimeoutError
-
-    signal.signal(signal.SIGTERM, stop)
-    signal.signal(signal.SIGALRM, stop)
+    libc.prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER: what the solution's children leave behind becomes a child of this process
     pid = os.fork()
     if pid == 0:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         _restrict(libc, job)
         return _solve(job)
-    status = 1
-    try:
-        signal.setitimer(signal.ITIMER_REAL, job["timeout"])
-        status = os.waitpid(pid, 0)[1]
-    except TimeoutError:
-        pass
-    signal.setitimer(signal.ITIMER_REAL, 0)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    if status == 1 and isolated:
-        os.kill(pid, signal.SIGKILL)  # the first process of a PID namespace takes all others with it
-    while not isolated:
+    signal.signal(signal.SIGALRM, lambda *_: os.kill(pid, signal.SIGKILL))
+    signal.setitimer(signal.ITIMER_REAL, job["timeout"])
+    status = os.waitpid(pid, 0)[1]  # the first process of a PID namespace takes all others with it
+    if not isolated:
         _kill_descendants()
-        try:
-            os.waitpid(-1, os.WNOHANG)
-        except ChildProcessError:
-            break
     os._exit(status != 0)
 
 
 def _kill_descendants() -> None:
-    parents = {}
-    for entry in filter(str.isdigit, os.listdir("/proc")):
-        try:
-            with open(f"/proc/{entry}/stat") as file:
-                parents[int(entry)] = int(file.read().rpartition(")")[2].split()[1])
-        except (OSError, ValueError):
-            pass
-    for pid in parents:
-        ancestor = pid
-        while ancestor in parents and ancestor != os.getpid():
-            ancestor = parents[ancestor]
-        if ancestor == os.getpid() != pid:
-            try:
-                os.kill(pid, signal.SIGKILL)
-            except OSError:
-                pass
+    """Stop them first: a stopped process forks no more but still counts towards the limit, so that a fork bomb comes to its end."""
+    stopped, found = set(), {0}
+    while found - stopped:
+        for pid in found - stopped - {0}:
+            os.kill(pid, signal.SIGSTOP)
+        stopped, found, parents = stopped | found, set(), [os.getpid()]
+        for parent in parents:
+            for file in glob.glob(f"/proc/{parent}/task/*/children"):
+                try:
+                    parents += map(int, open(file).read().split())
+                except OSError:  # it ended
+                    pass
+        found = set(parents[1:])
+    for pid in found:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(-1, 0)
 
 
 def _isolate(libc, folder: bytes) -> bool:
@@ -1085,7 +1033,6 @@ def _solve(job: dict) -> None:
     originals, namespace = dict(vars(builtins)), {"__name__": "solution"}
     exec(code, namespace)
     vars(builtins).update(originals)
-    os.write(replies, b"ready\n")
     with open(requests, "rb") as file:
         token, steps = json.loads(file.read())
     for step in steps:
