@@ -8,7 +8,7 @@ Half-precision logits are computed in fp32, float64 stays float64. The gradient 
 Ids that can never be sampled must be cut off both sides (`logits[:, :n]`), not set to -inf: 0 x inf has no gradient.
 
 Which one? `full_logits(alpha=1)` is the paper's equation (4). `topk_logits` is the same with less to store, `sampled_token` needs
-one log-probability a side. To start reading: `full_logits`; `chunked` shows how they are called in training.
+one log-probability a side. To start reading: `full_logits`; `backward_by_chunks` is how they are called in training.
 """
 
 import math
@@ -16,7 +16,6 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
 
 
 def _log_softmax(logits: torch.Tensor) -> torch.Tensor:
@@ -104,42 +103,84 @@ def token_logprobs(logits: torch.Tensor, token_ids: torch.Tensor) -> torch.Tenso
     return _log_softmax(logits).gather(-1, token_ids[:, None])[:, 0]
 
 
-def output_layer(model, vocab_size: int | None = None) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The function hidden states [N, D] -> logits [N, V] of a Hugging Face causal LM, cut to the first vocab_size ids.
+class OutputLayer:
+    """From last hidden states [N, D] to logits [N, V] of a Hugging Face causal LM, cut to the first vocab_size ids.
 
     It does what the model does behind its last hidden state: scaling (Cohere, Granite) and soft capping (Gemma 2) included. Families with
     another step there are found by comparison with the model's own logits on a few tokens, and refused: ValueError, by name.
     """
-    head, config = model.get_output_embeddings(), model.config
-    scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
-    cap = getattr(config, "final_logit_softcapping", None)
 
-    def logits_of(hidden: torch.Tensor) -> torch.Tensor:
-        bias = None if head.bias is None else head.bias[:vocab_size]
-        logits = F.linear(hidden, head.weight[:vocab_size], bias) * scale
-        return logits if cap is None else torch.tanh(logits / cap) * cap
+    def __init__(self, model, vocab_size: int | None = None):
+        head, config = model.get_output_embeddings(), model.config
+        self.weight, self.bias = head.weight, head.bias  # [at least V, D], [at least V] or None
+        self.vocab_size = min(vocab_size or len(head.weight), len(head.weight))
+        self.scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
+        self.cap = getattr(config, "final_logit_softcapping", None)
 
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad():
-            ids = torch.arange(8, device=head.weight.device)[None] % head.weight.shape[0]
-            ours, theirs = logits_of(model.base_model(input_ids=ids).last_hidden_state), model(input_ids=ids).logits[..., :vocab_size]
-    finally:
-        for module, mode in modes:
-            module.training = mode
-    if not torch.allclose(ours.float(), theirs.float(), rtol=1e-2 if ours.dtype in (torch.bfloat16, torch.float16) else 1e-4, atol=1e-4):
-        raise ValueError(f"losses.py does not know how the family {config.model_type!r} gets from its last hidden state to its logits")
-    return logits_of
+        modes = [(module, module.training) for module in model.modules()]
+        model.eval()
+        try:
+            with torch.no_grad():
+                ids = torch.arange(8, device=head.weight.device)[None] % len(head.weight)
+                ours, theirs = self(model.base_model(input_ids=ids).last_hidden_state), model(input_ids=ids).logits[..., : self.vocab_size]
+        finally:
+            for module, mode in modes:
+                module.training = mode
+        if not torch.allclose(ours.float(), theirs.float(), rtol=1e-2 if ours.dtype in (torch.bfloat16, torch.float16) else 1e-4, atol=1e-4):
+            raise ValueError(f"losses.py does not know how the family {config.model_type!r} gets from its last hidden state to its logits")
+
+    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.finish(self.linear(hidden))
+
+    def linear(self, hidden: torch.Tensor) -> torch.Tensor:
+        return F.linear(hidden, self.weight[: self.vocab_size], None if self.bias is None else self.bias[: self.vocab_size])
+
+    def finish(self, logits: torch.Tensor) -> torch.Tensor:
+        logits = logits * self.scale if self.scale != 1 else logits
+        return logits if self.cap is None else torch.tanh(logits / self.cap) * self.cap
+
+    @torch.no_grad()
+    def linear_backward(self, hidden: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
+        """`linear`'s backward by hand: [N, D], [N, V] -> gradient of hidden [N, D]; that of the weights is added where it lies."""
+        for parameter, product in ((self.weight, (grad.T, hidden)), (self.bias, None)):
+            if parameter is None or not parameter.requires_grad:
+                continue
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter, dtype=parameter.grad_dtype)
+            total = parameter.grad[: self.vocab_size]
+            if product is None:
+                total += grad.sum(0)
+            elif total.dtype == grad.dtype:
+                total.addmm_(*product)  # no second [V, D] tensor
+            else:
+                total += product[0] @ product[1]
+        return grad @ self.weight[: self.vocab_size]
 
 
-def chunked(function: Callable[..., torch.Tensor], *tensors: torch.Tensor, size: int = 512) -> torch.Tensor:
-    """function(*tensors), computed `size` rows (tokens) at a time: all tensors are [N, ...], the result is [N, ...].
+def backward_by_chunks(
+    loss: Callable[..., torch.Tensor], layer: OutputLayer, hidden: torch.Tensor, *tensors: torch.Tensor, divisor: float, size: int | None = None
+) -> torch.Tensor:
+    """Forward AND backward of sum(loss) / divisor through the output layer, `size` rows (tokens) at a time.
 
-    `function` makes logits out of hidden states and a loss out of logits. Checkpointing drops the logits after each chunk's forward and makes
-    them again in its backward, so that size x V is the most that exists, never N x V. With N = 0 the result is empty but attached
-    to the graph: its sum is a zero whose gradient is zero.
+    hidden: [N, D], with a graph behind it; tensors: [N, ...] each. loss(logits [n, V], *tensors [n, ...]) -> [n, C]: column 0 is the
+    loss, the others are figures to log. Gradients are added to the layer's weights and to all that `hidden` depends on. Returns all
+    columns, [N, C], detached. It equals
+
+        columns = loss(layer(hidden), *tensors);  (columns[:, 0].sum() / divisor).backward()
+
+    but a chunk's logits are dropped once their gradient is known, before the next chunk's exist: size x V is the most there is, and nothing is
+    computed twice. With N = 0 the gradients are zeros. Default size: logits of 16 MB in fp32 on a CPU, of 512 MB on a GPU.
     """
-    rows = range(0, max(len(tensors[0]), 1), size)
-    parts = [checkpoint(function, *(t[i : i + size] for t in tensors), use_reentrant=False, preserve_rng_state=False) for i in rows]
-    return torch.cat(parts)
+    size = size or max(1, 2 ** (27 if hidden.is_cuda else 22) // layer.vocab_size)
+    columns, grads = [], []
+    for i in range(0, max(len(hidden), 1), size):
+        h = hidden[i : i + size].detach()
+        with torch.no_grad():
+            logits = layer.linear(h)
+        logits.requires_grad_()
+        part = loss(layer.finish(logits), *(t[i : i + size] for t in tensors))
+        (part[:, 0].sum() / divisor).backward()
+        grads.append(layer.linear_backward(h, logits.grad))
+        columns.append(part.detach())
+    hidden.backward(torch.cat(grads))
+    return torch.cat(columns)

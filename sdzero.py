@@ -24,7 +24,7 @@ import torch
 from tqdm import tqdm
 
 import losses
-from losses import chunked, importance_weight, output_layer, token_logprobs
+from losses import OutputLayer, backward_by_chunks, importance_weight, token_logprobs
 from rollout import Rollout
 from srt import (
     PROMPT_DEFAULTS, BadInput, Optimizer, Parser, Run, add_arguments, check_arguments, checkpoint_layers, entry, evaluate, finite, hidden_states, inherit_prompt,
@@ -65,12 +65,11 @@ def objective(args):
     return losses.sampled_token
 
 
-def distill(student, teacher, student_logits, teacher_logits, examples: list[Example], args) -> dict[str, torch.Tensor]:
-    """(4) on some examples: one forward of each model, the divergence for every token of y.
+def distill(student, teacher, student_layer, teacher_layer, examples: list[Example], args, divisor: int) -> dict[str, torch.Tensor]:
+    """Add the gradient of (4) of some examples, divided by `divisor`, to the student's: one forward of each model.
 
-    student, teacher: models, the teacher's without gradient and in eval mode. student_logits, teacher_logits: their output layers. Returns
-    per token [N], in the examples' order: "loss" (with gradient), "kl" (log pi - log pi_bar of the sampled token: its mean over
-    y ~ pi estimates the reverse KL whatever the objective), "reward" and "position" (t, from 0) of each token.
+    student: model; teacher: `Teacher`; *_layer: their output layers. Returns per token [N], in the examples' order: "loss", "kl" (log pi -
+    log pi_bar of the sampled token: its mean over y ~ pi estimates the reverse KL whatever the objective), "reward" and "position" (t, from 0).
     """
     spans = [(len(e.prompt_ids) + args.skip_first, len(e.student_ids)) for e in examples]
     shifts = [len(e.teacher_ids) - len(e.student_ids) for e in examples]  # the second copy's distance from the first
@@ -81,39 +80,38 @@ def distill(student, teacher, student_logits, teacher_logits, examples: list[Exa
     device, divergence = student_h.device, objective(args)
     token_ids = torch.tensor([t for e in examples for t in e.response.ids[args.skip_first :]], device=device)
     old_logprobs = torch.tensor([p for e in examples for p in e.response.logprobs[args.skip_first :]], device=device)
+    temperature = args.temperature or 1  # sampling's belongs to both distributions; at 0 there is none to speak of
 
-    def per_token(student_h, teacher_h, token_ids, old_logprobs):
-        # the sampling temperature belongs to both distributions; at temperature 0 there is none to speak of
-        student_l, teacher_l = student_logits(student_h) / (args.temperature or 1), teacher_logits(teacher_h).detach() / (args.temperature or 1)
-        log_pi, log_pi_bar = token_logprobs(student_l.detach(), token_ids), token_logprobs(teacher_l, token_ids)
-        loss = divergence(student_l, teacher_l, token_ids)
+    def loss(student_l, teacher_h, token_ids, old_logprobs):
+        with torch.no_grad():
+            teacher_l = teacher_layer(teacher_h) / temperature
+            log_pi, log_pi_bar = token_logprobs(student_l / temperature, token_ids), token_logprobs(teacher_l, token_ids)
+        value = divergence(student_l / temperature, teacher_l, token_ids)
         if args.importance_cap:
-            loss = loss * importance_weight(log_pi, old_logprobs, args.importance_cap)
-        return torch.stack([loss, log_pi - log_pi_bar], dim=-1)
+            value = value * importance_weight(log_pi, old_logprobs, args.importance_cap)
+        return torch.stack([value, log_pi - log_pi_bar], dim=-1)
 
-    loss, kl = chunked(per_token, student_h, teacher_h, token_ids, old_logprobs).unbind(-1)
+    columns = backward_by_chunks(loss, student_layer, student_h, teacher_h, token_ids, old_logprobs, divisor=divisor)
     counts = [end - start for start, end in spans]
     return {
-        "loss": loss,
-        "kl": kl.detach(),
+        "loss": columns[:, 0],
+        "kl": columns[:, 1],
         "reward": torch.tensor([e.reward for e, n in zip(examples, counts) for _ in range(n)], device=device),
         "position": torch.tensor([args.skip_first + i for n in counts for i in range(n)], device=device),
     }
 
 
-def distill_step(student, teacher, student_logits, teacher_logits, examples: list[Example], args) -> dict:
+def distill_step(student, teacher, student_layer, teacher_layer, examples: list[Example], args) -> dict:
     """Add the gradient of the mean of (4) over all response tokens of this optimizer step to the student's; returns its metrics.
 
     The divisor is counted before the micro-batches, so that cutting the step differently changes nothing. Without a single token the loss is
-    a zero and the gradient is left alone.
+    0 and the gradient is left alone.
     """
     examples = [e for e in examples if len(e.response.ids) > args.skip_first]
     divisor = sum(len(e.response.ids) - args.skip_first for e in examples)
     parts = []
     for group in tqdm(micro_batches([len(e.teacher_ids) for e in examples], args.micro_tokens), desc="training", delay=2, leave=False, disable=None):
-        part = distill(student, teacher, student_logits, teacher_logits, [examples[i] for i in group], args)
-        (part["loss"].sum() / divisor).backward()
-        parts.append({name: x.detach() for name, x in part.items()})
+        parts.append(distill(student, teacher, student_layer, teacher_layer, [examples[i] for i in group], args, divisor))
     if not parts:
         return {"loss": 0.0, "kl": None, "loss_tokens": 0}
     whole = {name: torch.cat([p[name] for p in parts]) for name in parts[0]}
@@ -204,7 +202,7 @@ def main(argv=None):
         run.rewind(0)
     if args.gradient_checkpointing:
         checkpoint_layers(student)
-    student_logits, teacher_logits = output_layer(student, lm.vocab_size), output_layer(teacher.module, lm.vocab_size)
+    student_layer, teacher_layer = OutputLayer(student, lm.vocab_size), OutputLayer(teacher.module, lm.vocab_size)
     phrases = [lm.phrase_ids(args.phrase_wrong), lm.phrase_ids(args.phrase_right)]
     batches = []
     for epoch in range(args.epochs):
@@ -230,7 +228,7 @@ def main(argv=None):
 
         # score, loss, step
         for step in range(step, step + args.passes):
-            metrics = distill_step(student, teacher, student_logits, teacher_logits, scored, args)
+            metrics = distill_step(student, teacher, student_layer, teacher_layer, scored, args)
             lr = learning_rate(args, step, total)
             norm = optimizer.step(lr)
             teacher.update(step)

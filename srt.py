@@ -38,7 +38,7 @@ import transformers
 from tqdm import tqdm
 
 import verifier
-from losses import chunked, output_layer, token_logprobs
+from losses import OutputLayer, backward_by_chunks, token_logprobs
 from rollout import Rollout, check_supported, generate
 
 PHRASES = ("Wait, this response is not correct, let me start over.", "Let me rephrase the above solution.")  # P_r by r: the paper's
@@ -200,7 +200,7 @@ def load_lm(args) -> LM:
         tokenizer = transformers.AutoTokenizer.from_pretrained(args.model)
         model = transformers.AutoModelForCausalLM.from_pretrained(args.model, dtype=getattr(torch, name)).to(args.device)
         check_supported(model)
-        output_layer(model)
+        OutputLayer(model)
     except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
         raise BadInput(f"cannot use the model {args.model}: {first_line(error)}") from error
     if tokenizer.eos_token_id is None:
@@ -451,24 +451,20 @@ class Optimizer:
     """
 
     def __init__(self, model: torch.nn.Module, args):
-        self.weights = [p for p in model.parameters() if p.requires_grad]
-        self.masters = [p if p.dtype in (torch.float32, torch.float64) else p.detach().float() for p in self.weights]
-        for weight, master in zip(self.weights, self.masters):
-            if master is not weight:
-                weight.register_post_accumulate_grad_hook(lambda w, m=master: self.to_master(w, m))
-        decay, rest = [m for m in self.masters if m.dim() > 1], [m for m in self.masters if m.dim() <= 1]
-        groups = [{"params": decay, "weight_decay": args.weight_decay}, {"params": rest, "weight_decay": 0.0}]
-        self.adamw = torch.optim.AdamW(groups, lr=args.lr, betas=tuple(args.betas))
-        self.clip = args.clip
-
-    @staticmethod
-    def to_master(weight, master):
-        master.grad = weight.grad.float() if master.grad is None else master.grad.add_(weight.grad)
-        weight.grad = None
+        weights = [p for p in model.parameters() if p.requires_grad]
+        masters = [p if p.dtype in (torch.float32, torch.float64) else p.detach().float() for p in weights]
+        self.narrow = [(w, m) for w, m in zip(weights, masters) if w is not m]
+        for weight, _ in self.narrow:
+            weight.grad_dtype = torch.float32
+        groups = [{"params": [m for m in masters if m.dim() > 1], "weight_decay": args.weight_decay},
+                  {"params": [m for m in masters if m.dim() <= 1], "weight_decay": 0.0}]  # fmt: skip
+        self.masters, self.clip, self.adamw = masters, args.clip, torch.optim.AdamW(groups, lr=args.lr, betas=tuple(args.betas))
 
     @torch.no_grad()
     def step(self, lr: float) -> float:
         """One clipped step; returns the gradient's norm before clipping. Raises Stopped, weights untouched, when that is not finite."""
+        for weight, master in self.narrow:
+            master.grad, weight.grad = weight.grad, None
         norm = torch.nn.utils.clip_grad_norm_(self.masters, self.clip).item()
         if not math.isfinite(norm):
             raise Stopped("the gradient is not finite; the last checkpoint stands: lower --lr and go on from it")
@@ -476,17 +472,17 @@ class Optimizer:
             group["lr"] = lr
         self.adamw.step()
         self.adamw.zero_grad()
-        for weight, master in zip(self.weights, self.masters):
+        for weight, master in self.narrow:
             weight.copy_(master)
         return norm
 
     def state_dict(self) -> dict:
-        return {"adamw": self.adamw.state_dict(), "masters": [m.detach() for m, w in zip(self.masters, self.weights) if m is not w]}
+        return {"adamw": self.adamw.state_dict(), "masters": [master for _, master in self.narrow]}
 
     @torch.no_grad()
     def load_state_dict(self, state: dict) -> None:
         self.adamw.load_state_dict(state["adamw"])
-        for master, saved in zip([m for m, w in zip(self.masters, self.weights) if m is not w], state["masters"], strict=True):
+        for (_, master), saved in zip(self.narrow, state["masters"], strict=True):
             master.copy_(saved)
 
 
@@ -670,39 +666,38 @@ def load_traces(lm: LM, args) -> tuple[list[dict], list[str]]:
     return traces, sorted({*keys, *(Problem(t["problem"], None, []).key for t in traces)})
 
 
-def srt_loss(model, logits_of, traces: list[dict], weights: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """L_SRT (3) of some traces in ONE forward pass. Returns (sum over tokens of weight x -log pi [], -log pi [N], is_revision [N]).
+def srt_loss(model, layer: OutputLayer, traces: list[dict], weights: tuple[int, int], divisor: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Add the gradient of L_SRT (3) of some traces, in ONE forward pass, to the model's. Returns (-log pi [N], weight [N]) of their tokens.
 
     L_revision (1) scores y_rev, L_generation (2) scores y_init, P_r and y_rev, both in the sequence x + y_init + P_r + y_rev: their sum is that
-    sequence with weight 1 on y_init and P_r and 2 on y_rev and its EOS, `weights` = (1, 2). A sum, not a mean: the caller divides
-    by the weights of the whole optimizer step, so that micro-batches change nothing.
+    sequence with weight 1 on y_init and P_r and 2 on y_rev and its EOS, `weights` = (1, 2). The loss is the sum of weight x -log pi / divisor,
+    where the caller's divisor is the sum of the weights in the whole optimizer step, so that micro-batches change nothing.
     """
     sequences = [t["prompt_ids"] + t["init_ids"] + t["phrase_ids"] + t["revision_ids"] for t in traces]
     starts, ends = [len(t["prompt_ids"]) for t in traces], [len(s) for s in sequences]
     hidden = predicting(hidden_states(model, sequences), starts, ends)  # [N, D]
     targets = torch.tensor([token for s, start in zip(sequences, starts) for token in s[start:]], device=hidden.device)
-    parts = [[False] * (len(t["init_ids"]) + len(t["phrase_ids"])) + [True] * len(t["revision_ids"]) for t in traces]
-    is_revision = torch.tensor(sum(parts, []), device=hidden.device)
-    nll = chunked(lambda h, token: -token_logprobs(logits_of(h), token), hidden, targets)
-    return (nll * torch.where(is_revision, weights[1], weights[0])).sum(), nll.detach(), is_revision
+    parts = [[weights[0]] * (len(t["init_ids"]) + len(t["phrase_ids"])) + [weights[1]] * len(t["revision_ids"]) for t in traces]
+    weight = torch.tensor(sum(parts, []), device=hidden.device)
+
+    def loss(logits, target, weight):
+        nll = -token_logprobs(logits, target)
+        return torch.stack([weight * nll, nll], dim=-1)
+
+    return backward_by_chunks(loss, layer, hidden, targets, weight, divisor=divisor)[:, 1], weight
 
 
-def srt_step(model, logits_of, traces: list[dict], weights: tuple[int, int], micro_tokens: int) -> dict:
+def srt_step(model, layer: OutputLayer, traces: list[dict], weights: tuple[int, int], micro_tokens: int) -> dict:
     """Add the gradient of one optimizer step's mean loss to the model's; returns its metrics. One number however it is cut."""
     lengths = [sum(len(t[k]) for k in ("prompt_ids", "init_ids", "phrase_ids", "revision_ids")) for t in traces]
     divisor = sum(weights[0] * (len(t["init_ids"]) + len(t["phrase_ids"])) + weights[1] * len(t["revision_ids"]) for t in traces)
-    total, nll, is_revision = 0.0, [], []
+    parts = []
     for group in tqdm(micro_batches(lengths, micro_tokens), desc="training", delay=2, leave=False, disable=None):
-        loss, *parts = srt_loss(model, logits_of, [traces[i] for i in group], weights)
-        (loss / divisor).backward()
-        total += loss.item() / divisor
-        nll.append(parts[0])
-        is_revision.append(parts[1])
-    nll, is_revision = torch.cat(nll), torch.cat(is_revision)
+        parts.append(srt_loss(model, layer, [traces[i] for i in group], weights, divisor))
+    nll, weight = (torch.cat(column) for column in zip(*parts))
     return {
-        "loss": finite(total),
-        "nll_revision": nll[is_revision].mean().item(),
-        "nll_attempt": nll[~is_revision].mean().item(),
+        "loss": finite((nll * weight).sum().item() / divisor),
+        "nll": nll.mean().item(),  # a token, of y_init, P_r and y_rev alike
         "reward": sum(t["reward"] for t in traces) / len(traces),  # of the first attempts
         "length": sum(len(t["revision_ids"]) for t in traces) / len(traces),
         "cut_off": sum(not t["finished"] for t in traces) / len(traces),
@@ -732,13 +727,13 @@ def train(lm: LM, args, verify, traces: list[dict], held_out: list[Problem], run
         optimizer.load_state_dict(state["optimizer"])
     if args.gradient_checkpointing:
         checkpoint_layers(lm.model)
-    logits_of = output_layer(lm.model, lm.vocab_size)
+    layer = OutputLayer(lm.model, lm.vocab_size)
     lm.model.train()
     for step in range(state["step"] + 1 if state else 1, len(steps) + 1):
         started = time.time()
         torch.manual_seed(seed_of(args.seed, "dropout", step))
         indices, weights = steps[step - 1]
-        metrics = srt_step(lm.model, logits_of, [traces[i] for i in indices], weights, args.micro_tokens)
+        metrics = srt_step(lm.model, layer, [traces[i] for i in indices], weights, args.micro_tokens)
         lr = learning_rate(args, step, len(steps))
         norm = optimizer.step(lr)
         seconds = time.time() - started

@@ -31,12 +31,12 @@ Not claimed: conversion of units, number words, decimal commas; ratios (3:4) and
 import ast
 import builtins
 import cmath
+import contextlib
 import ctypes
 import functools
 import glob
 import json
 import math
-import operator
 import os
 import re
 import secrets
@@ -45,24 +45,29 @@ import subprocess
 import sys
 import tempfile
 from fractions import Fraction
+from operator import add, mul, sub, truediv
 from typing import NamedTuple
 
 # ------------------------------------------------------------------------------------------------------------ finding the answer
 
 _MARKER = re.compile(
-    r"(?P<box>\\f?box(?:ed)?(?![a-zA-Z]))|(?P<hash>#{4,})|\banswers?\b(?:"
-    r"[^\n.:=]{0,60}?\s(?:is|are|was|equals|(?:would|should|will|must)\s+be)\b[*:\s]*"  # the answer, in dollars, is
+    r"(?P<box>\\f?box(?:ed)?(?![a-zA-Z]))|(?P<hash>#{4,})"
+    r"|\b(?<!check the )(?<!verify the )(?<!if the )(?<!\{)(?<!\{the )(?<!\{final )(?<!\{the final )answers?\b(?:"
+    r"[^\n.:=]{0,60}?\s(?:is|are|was|equals|(?:would|should|will|must)\s+be)\b"  # the answer, in dollars, is
+    r"(?:\s+(?:therefore|thus|simply|indeed|then|just|clearly)\b)?[*:\s]*"
     r"|[^\n\w:=]{0,4}[:=][*\s]*|[*#\s]{0,4}\n\s*)",  # **Answer:**, ### Final Answer
     re.IGNORECASE,
 )
 _EMPTY = re.compile(r"(?:\\text\{)?(?:\s|\.|…|\\[lc]?dots|\\[,; ]|_|\?|your|the|final|answer|number|letter|here)*\}?", re.IGNORECASE)
 _NO_ANSWER = re.compile(  # what stands behind "the answer is" or "####" and is no answer
-    r"(?:not|in|of|to|that|therefore|thus|indeed|(?:in)?correct|right|wrong|(?:in)?valid|reasonable|consistent|verified|confirmed|unique|simply"
-    r"|obtained|given|found|expressed|written|rounded|as|what|clear|step|verif\w+|check\w*|solution|conclusion|explanation|note|analysis|case"
-    r"|method|part|summary|why|how|we|i|this)\b",
+    r"(?:not|in|of|to|that|quite|very|(?:in)?correct|right|wrong|(?:in)?valid|reasonable|consistent|verified|confirmed|unique"
+    r"|obtained|given|found|expressed|written|rounded|as|what|clear|step|verif\w+|check\w*|solution|conclusion|explanation|note|analysis"
+    r"|case|method|part|summary|why|how|we|i|this)\b",
     re.IGNORECASE,
 )
-_REASON = re.compile(r"[,;]?\s*\(?\b(?:because|since|which|where|when|so|as|if|but|hence|thus|therefore|after|from|given|not|by|using)\b", re.I)
+_REASON = re.compile(  # what may follow the answer in its sentence
+    r"[,;]?\s*\(?\b(?:because|since|which|where|when|so|as|if|but|hence|thus|therefore|after|from|given|not|by|using|see)\b", re.IGNORECASE
+)
 _BRACES = re.compile(r"\\.|[{}]", re.DOTALL)
 _BARE_BOX = re.compile(r" *(-?[\d.,]*\d|\\frac\d\d|\\?\w+)")
 _DELIMITERS = (("$$", "$$"), (r"\[", r"\]"), (r"\(", r"\)"), ("$", "$"))
@@ -89,17 +94,17 @@ def _stated(text: str) -> str:
     for left, right in _DELIMITERS:
         end = text.find(right, len(left)) if text.startswith(left) else -1
         rest = text[end + len(right) :]
-        if end > 0 and text[len(left) : end].strip() and not re.match(r"\s?(?:,|;|and\b|or\b|\d)", rest):
+        if end > 0 and text[len(left) : end].strip() and not re.match(r"(?:[ ,;]|and\b|or\b)*(?:\$|\\\(|-?\d)", rest):
             unit = re.match(r"\s*(\\?%|°|[a-zA-Z]+)(?=\s*\*{0,2}(?:[.,;!]|\n|$))", rest)  # $5$ cm.
             return text[len(left) : end] + (f" {unit[1]}" if unit else "")
     sentence = re.split(r"[.!?](?=[\s*]|$)|(?<=\w)\*\*(?!\w)|\n", text, maxsplit=1)[0]
-    return _REASON.split(sentence, maxsplit=1)[0].strip(" *,;:")
+    return re.sub(r"\s\([A-Za-z][A-Za-z -]{3,}\)$", "", _REASON.split(sentence, maxsplit=1)[0].strip(" *,;:"))  # 42 (forty-two)
 
 
 def extract_answer(response: str) -> str | None:
     """The last final answer of a response, as it was written; None when it states none. The rule stands at the top of this file."""
     fallback = None
-    for match in [*_MARKER.finditer(response)][:-1000:-1]:  # from the last one on; more than that is no honest text
+    for match in [*_MARKER.finditer(response)][:-200:-1]:  # from the last one on; more is no honest text
         if match["box"]:
             content = _boxed(response, match.end())
             if content is None:
@@ -113,25 +118,47 @@ def extract_answer(response: str) -> str | None:
             else:
                 content = _stated(content)
             if content and not _EMPTY.fullmatch(content) and not _NO_ANSWER.match(content):
-                if len(content.split()) <= 3 or re.match(r"[-+$¤£€\\({\[.\d]", content):
+                if len(content.split()) <= 3 and not content.startswith(("a ", "an ")) or re.match(r"[-+$¤£€\\({\[.\d]", content):
                     return content
                 fallback = fallback or content  # a long sentence counts only when nothing better stands before it
     return fallback
 
 
 # ------------------------------------------------------------------------------------------------------------------ exact values
+# Expressions are compared by their images in the field of P elements at three random points: equal images of different rational functions
+# have a chance of 1e-80, and nothing grows. P is 1 modulo 8 and modulo every odd prime below 200, so by quadratic reciprocity -1 and
+# those primes have square roots there; sqrt(a) sqrt(b) = sqrt(ab) and i i = -1 hold when the same roots are always taken.
+
+_PRIMES = [p for p in range(2, 200) if all(p % q for q in range(2, p))]
+_P = 8 * 25 * math.prod(_PRIMES[1:]) + 1
+_MAX_BITS, _MAX_LENGTH, _MAX_DEPTH, _POINTS = 4096, 600, 24, 3
 
 
 class _Unreadable(ValueError):
     """Not mathematics that this file reads, or too deep: the answer is then compared as text."""
 
 
-_PRIMES = [p for p in range(2, 200) if all(p % q for q in range(2, p))]
-# Expressions are compared by their images in the field of P elements, at three random points: equal images of different rational functions
-# have a chance of 1e-80, and no intermediate result grows. P is 1 modulo 8 and modulo every odd prime below 200, so by quadratic
-# reciprocity -1 and all those primes have square roots there, and sqrt(a) sqrt(b) = sqrt(ab) holds as long as the same roots are taken.
-_P = 8 * 25 * math.prod(_PRIMES[1:]) + 1
-_MAX_BITS, _MAX_LENGTH, _MAX_DEPTH, _POINTS = 4096, 600, 24, 3
+class _Value(NamedTuple):
+    """A number or an expression. Images and floats stand for the same points; at each of them every variable has a value of its own."""
+
+    rational: Fraction | None  # exactly, if it is a rational number of reasonable length
+    images: tuple[int, ...] | None  # modulo P; None when only floats know the value
+    floats: tuple[complex, ...]
+
+
+def _number(x) -> _Value:
+    x = Fraction(x)
+    return _Value(x, (x.numerator * pow(x.denominator, -1, _P) % _P,) * _POINTS, (_attempt(complex, x),) * _POINTS)
+
+
+def _symbol(name: str) -> _Value:
+    """A variable, pi, e, i or infinity. The floats of variables have both signs, so that |x| is not x."""
+    if name == "i":
+        return _Value(None, (_root_image(-1),) * _POINTS, (1j,) * _POINTS)
+    if name in ("π", "e"):
+        return _Value(None, (_random_image(name),) * _POINTS, (complex(math.pi if name == "π" else math.e),) * _POINTS)
+    images = tuple(_random_image(f"{name} {point}") for point in range(_POINTS))
+    return _Value(None, images, tuple(complex((x % 10**6 / 4e5 + 0.1) * (-1) ** point) for point, x in enumerate(images)))
 
 
 @functools.lru_cache(maxsize=4096)
@@ -141,64 +168,10 @@ def _random_image(name: str) -> int:
 
 @functools.lru_cache(maxsize=None)
 def _root_image(p: int) -> int:
-    """A square root of -1 or of a small prime modulo P (P - 1 is 8 times an odd number: Tonelli and Shanks in one line)."""
+    """A square root of -1 or of a small prime modulo P (P - 1 is 8 times an odd number: Tonelli and Shanks in two lines)."""
     odd = (_P - 1) // 8
-    eighth = next(z for z in (pow(g, odd, _P) for g in range(2, 1000)) if pow(z, 4, _P) == _P - 1)
+    eighth = next(z for z in (pow(g, odd, _P) for g in range(200, 1000)) if pow(z, 4, _P) == _P - 1)
     return next(r for r in (pow(p, (odd + 1) // 2, _P) * pow(eighth, k, _P) % _P for k in range(8)) if (r * r - p) % _P == 0)
-
-
-class _Value:
-    """A number or an expression: its exact value if rational, its images modulo P (None: only floats know it), its floats.
-
-    Images and floats stand for the same few points, at which every variable has a value of its own.
-    """
-
-    __slots__ = ("rational", "_images", "_floats")
-
-    def __init__(self, rational: Fraction | None, images: tuple | None = None, floats: tuple | None = None):
-        self.rational, self._images, self._floats = rational, images, floats
-
-    @property
-    def images(self) -> tuple | None:
-        if self.rational is None:
-            return self._images
-        return (self.rational.numerator * pow(self.rational.denominator, -1, _P) % _P,) * _POINTS
-
-    @property
-    def floats(self) -> tuple:
-        return self._floats if self.rational is None else (_attempt(complex, self.rational),) * _POINTS
-
-    def __add__(self, other):
-        return _apply(operator.add, self, other)
-
-    def __mul__(self, other):
-        return _apply(operator.mul, self, other)
-
-    def __sub__(self, other):
-        return _apply(operator.sub, self, other)
-
-    def __truediv__(self, other):
-        if other.rational == 0 or other.rational is None and other.images and 0 in other.images:
-            raise _Unreadable("division by zero")
-        inverse = _Value(
-            1 / other.rational if other.rational else None,
-            other.images and tuple(pow(x, -1, _P) for x in other.images),
-            tuple(_attempt(operator.truediv, 1, x) for x in other.floats),
-        )
-        return self * inverse
-
-    def __pow__(self, other):
-        n = other.rational
-        if n is None:
-            return _function("power", self, other)
-        if n.denominator > 1:
-            return _root(self, n.denominator) ** _Value(Fraction(n.numerator))
-        n, size = int(n), max(map(int.bit_length, self.rational.as_integer_ratio())) if self.rational is not None else _MAX_BITS
-        if n < 0:
-            return _Value(Fraction(1)) / self ** _Value(Fraction(-n))
-        if n * size <= _MAX_BITS and self.rational is not None:
-            return _Value(self.rational**n)
-        return _Value(None, self.images and tuple(pow(x, n, _P) for x in self.images), tuple(_attempt(pow, x, n) for x in self.floats))
 
 
 def _attempt(function, *arguments) -> complex:
@@ -208,25 +181,31 @@ def _attempt(function, *arguments) -> complex:
         return complex(math.nan)
 
 
-def _apply(operation, a: _Value, b: _Value) -> _Value:
+def _op(f, a: _Value, b: _Value) -> _Value:
+    """f(a, b) for operator.add, sub, mul or truediv. Raises ValueError or ZeroDivisionError for a division by zero."""
     if a.rational is not None and b.rational is not None:
-        rational = operation(a.rational, b.rational)
+        rational = f(a.rational, b.rational)
         if max(map(int.bit_length, rational.as_integer_ratio())) <= _MAX_BITS:
-            return _Value(rational)
-    images = tuple(operation(x, y) % _P for x, y in zip(a.images, b.images)) if a.images and b.images else None
-    return _Value(None, images, tuple(_attempt(operation, x, y) for x, y in zip(a.floats, b.floats)))
+            return _number(rational)
+    images = None
+    if a.images and b.images:
+        pairs = zip(a.images, [pow(y, -1, _P) for y in b.images] if f is truediv else b.images)
+        images = tuple((mul if f is truediv else f)(x, y) % _P for x, y in pairs)
+    return _Value(None, images, tuple(_attempt(f, x, y) for x, y in zip(a.floats, b.floats)))
 
 
-def _number(x) -> _Value:
-    return _Value(Fraction(x))
-
-
-def _symbol(name: str) -> _Value:
-    """A variable, pi, e or infinity. Its floats have both signs, so that |x| is not x."""
-    if name in ("π", "e"):
-        return _Value(None, (_random_image(name),) * _POINTS, (complex(math.pi if name == "π" else math.e),) * _POINTS)
-    images = tuple(_random_image(f"{name} {point}") for point in range(_POINTS))
-    return _Value(None, images, tuple((x % 10**6 / 4e5 + 0.1) * (-1) ** point + 0j for point, x in enumerate(images)))
+def _power(base: _Value, exponent: _Value) -> _Value:
+    n = exponent.rational
+    if n is None:
+        return _function("power", base, exponent)
+    if n.denominator > 1:
+        return _power(_root(base, n.denominator), _number(n.numerator))
+    if n < 0:
+        return _op(truediv, _number(1), _power(base, _number(-n)))
+    if base.rational is not None and n * max(map(int.bit_length, base.rational.as_integer_ratio())) <= _MAX_BITS:
+        return _number(base.rational ** int(n))
+    images = base.images and tuple(pow(x, int(n), _P) for x in base.images)
+    return _Value(None, images, tuple(_attempt(pow, x, int(n)) for x in base.floats))
 
 
 _FUNCTIONS = {
@@ -244,27 +223,24 @@ def _function(name: str, *arguments: _Value) -> _Value:
 def _root(value: _Value, degree: int) -> _Value:
     """The degree-th root: exact for perfect powers, and for square roots of numbers whose prime factors are below 200."""
     x = value.rational
-    if x is None or not 2 <= degree <= 64:
+    if x is None or not 2 <= degree <= 64 or x < 0 and degree % 2 == 0 and degree > 2:
         return _function("root", value, _number(degree))
     if x < 0 and degree > 2:
-        return _number(-1) * _root(_number(-x), degree) if degree % 2 else _function("root", value, _number(degree))
-    n, rest, factors = abs(x.numerator) * x.denominator ** (degree - 1), 1, [-1] * (x < 0)  # root(a/b) = root(a b^(d-1)) / b
+        return _op(mul, _number(-1), _root(_number(-x), degree))  # the real one
+    n, outside, inside = abs(x.numerator) * x.denominator ** (degree - 1), 1, [-1] * (x < 0)  # root(a/b) = root(a b^(d-1)) / b
     for p in _PRIMES if n else ():
         k = 0
         while n % p == 0:
             n, k = n // p, k + 1
-        rest, factors = rest * p ** (k // degree), factors + [p] * (k % degree)
-    root = round(n ** (1 / degree)) if n < 2**900 else 0
-    root = math.isqrt(n) if degree == 2 else root
-    result = _number(Fraction(rest * (root if root**degree == n else 1), x.denominator))
-    if degree > 2 and factors or root**degree != n:
-        return result * _function("root", _number(n * math.prod(factors)), _number(degree))
-    return math.prod((_Value(None, (_root_image(p),) * _POINTS, (cmath.sqrt(p),) * _POINTS) for p in factors), start=result)
-
-
-def _close(a: _Value, b: _Value, tolerance: float) -> bool:
-    pairs = [(x, y) for x, y in zip(a.floats, b.floats) if cmath.isfinite(x) and cmath.isfinite(y)]
-    return all(abs(x - y) <= tolerance * max(abs(x), abs(y)) + 1e-13 for x, y in pairs) and len(pairs) * 2 > _POINTS
+        outside, inside = outside * p ** (k // degree), inside + [p] * (k % degree)
+    root = math.isqrt(n) if degree == 2 else round(n ** (1 / degree)) if n < 2**900 else 0
+    outside, n = (outside * root, 1) if root**degree == n else (outside, n)
+    result = _number(Fraction(outside, x.denominator))
+    if n > 1 or degree > 2 and inside:
+        return _op(mul, result, _function("root", _number(n * math.prod(inside)), _number(degree)))
+    for p in inside:
+        result = _op(mul, result, _Value(None, (_root_image(p),) * _POINTS, (cmath.sqrt(p),) * _POINTS))
+    return result
 
 
 def _equal(a: _Value, b: _Value) -> bool:
@@ -275,7 +251,8 @@ def _equal(a: _Value, b: _Value) -> bool:
     for x in (a.rational, b.rational):  # a decimal that agrees to 1e-9 with an irrational number is that number rounded
         if x is not None and x.denominator > 10**6 and 10**400 % x.denominator == 0:
             return False
-    return _close(a, b, 1e-9)
+    pairs = [(x, y) for x, y in zip(a.floats, b.floats) if cmath.isfinite(x) and cmath.isfinite(y)]
+    return len(pairs) > 1 and all(abs(x - y) <= 1e-9 * max(abs(x), abs(y)) + 1e-13 for x, y in pairs)
 
 
 # ------------------------------------------------------------------------------------------------------------- reading an answer
@@ -299,7 +276,7 @@ class _Relation(NamedTuple):
 
 _COMMANDS = {
     **dict.fromkeys("left right big Big bigl bigr Bigl Bigr bigg Bigg displaystyle textstyle quad qquad limits boxed mathit mathbb mathcal "
-                    "boldsymbol bm vec hat overline operatorname angle triangle hline , ; : ! > ( ) [ ]".split(), " "),
+                    "boldsymbol bm operatorname angle triangle hline , ; : ! > ( ) [ ]".split(), " "),
     " ": " ", "\n": " ", "dfrac": r"\frac ", "tfrac": r"\frac ", "cfrac": r"\frac ", "cdot": "*", "times": "*", "ast": "*", "div": "/",
     "le": "≤", "leq": "≤", "leqslant": "≤", "ge": "≥", "geq": "≥", "geqslant": "≥", "lt": "<", "gt": ">", "ne": "≠", "neq": "≠",
     "pi": "π", "infty": "∞", "circ": "°", "degree": "°", "{": "⦃", "}": "⦄", "lbrace": "⦃", "rbrace": "⦄", "langle": "(", "rangle": ")",
@@ -312,7 +289,7 @@ _UNICODE = str.maketrans({
     "³": "^3", "\u00a0": " ", "\u202f": " ", "\u2009": " ", "’": "'", "“": "", "”": "", '"': "", "`": "", "⟨": "(", "⟩": ")", "º": "°",
     "θ": r"\theta ", "α": r"\alpha ", "β": r"\beta ", "\x01": " ",
 })  # fmt: skip
-_GREEK = set("alpha beta gamma delta epsilon varepsilon eta theta lambda mu nu rho sigma tau phi varphi psi omega Delta Gamma Omega".split())
+_GREEK = set("alpha beta gamma delta epsilon varepsilon eta theta lambda mu nu rho sigma tau phi psi omega Delta Gamma Omega".split())
 _UNITS = {
     alias: words.split()[0]
     for words in (
@@ -324,6 +301,7 @@ _UNITS = {
 }
 _SCALES = {"hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 _TEXT = re.compile(r"\\(?:text(?:bf|it|rm|sf|tt|up|normal)?|mathrm|mathbf|mathsf|mbox|hbox)\s*\{([^{}]*)\}")
+_WORDS = re.compile(r"(?=.*[A-Za-z])[A-Za-z ./'-]*")
 _NUMBER = r"\d+(?:\.\d+)?(?:[eE][+-]?\d{1,4}(?![\w^]))?|\.\d+"
 _TOKENS = [
     re.compile(rf"\s*(?:(?P<word>\x01[^\x01]*\x01)|(?P<number>{n})|(?P<name>[A-Za-z]+)|(?P<command>\\[A-Za-z]+)|(?P<sign>\S))")
@@ -332,15 +310,19 @@ _TOKENS = [
 _NAMES = re.compile(  # see _Relation.names
     r"(?!-)(?:(?!log|ln|exp)[A-Za-z]'*+(?:_(?:\w|\{\w{1,9}\}))?+(?:\(-?\d[\d./]*+\))?+|\\[A-Za-z]++(?:_\w)?+|[-+*/(),|{}⟦⟧⏎&])++"
 )
-_FILLER = re.compile(r"(?:\x01?\b(?:approximately|about|roughly|around|exactly|only|just|a total of|is|equals|equal to|either|both)\b\x01?\s*)+", re.I)
+_FILLER = re.compile(
+    r"(?:\x01?\b(?:(?:the )?(?:final )?answer is|approximately|about|roughly|around|exactly|only|just|a total of|is|equals|equal to|either|both)\b\x01?\s*)+",
+    re.IGNORECASE,
+)
 _LABEL = re.compile(r"\s*(?=[^=:\d]{0,60}?[A-Za-z]{3})[A-Za-z\x01][^=:<>≤≥≠≈∈\d]{0,60}[=:](?!\s*$)")  # Area = 5, total cost: 5
 
 
 def _clean(text: str) -> str:
     """One spelling for what LaTeX, Markdown and Unicode spell in several ways. Words of \\text{} come out between \\x01 characters."""
     text = re.sub(r"(?<=\d)(?:\{,\}|,?\\[,!;: ]|,\\!)\s*(?=\d{3}(?!\d))", "", text.translate(_UNICODE))  # 1{,}234
+    text = re.sub(r"(?<=\d) ?x ?(?=10\^)", "*", re.sub(r"(\d{0,50})\.(\d{0,50})\\(?:overline|bar)\{(\d{1,50})\}", _repeating, text))
     for _ in range(2):  # \text{} in \text{}
-        text = _TEXT.sub(lambda m: f" \x01{m[1].strip()}\x01 " if re.fullmatch(r"[A-Za-z ./'-]*[A-Za-z][A-Za-z ./'-]*", m[1]) else f" {m[1]} ", text)
+        text = _TEXT.sub(lambda m: f" \x01{m[1].strip()}\x01 " if _WORDS.fullmatch(m[1]) else f" {m[1]} ", text)
     text = re.sub(r"\\begin\{(?:[pbB]?matrix\}|array\}(?:\{[^{}]*\})?)", "⟦", text)
     text = re.sub(r"\\end\{(?:[pbB]?matrix|array)\}", "⟧", text)
     text = re.sub(r"\\([A-Za-z]+|.)", lambda m: _COMMANDS.get(m[1], m[0] + " "), text, flags=re.DOTALL)
@@ -354,6 +336,13 @@ def _clean(text: str) -> str:
     return re.sub(r"\s+", " ", text).lstrip(" ,;:=≈").rstrip(" .,;:")
 
 
+def _repeating(match: re.Match) -> str:
+    r"""0.1\overline{6} as a fraction."""
+    whole, digits, period = match.groups()
+    denominator = 10 ** len(digits) * (10 ** len(period) - 1)
+    return f"({int(whole + digits + period) - int((whole + digits) or 0)}/{denominator})"
+
+
 def _unit(text: str) -> str:
     """One spelling for a unit: centimeters -> cm, square meters -> m^2, dollars -> $."""
     words = []
@@ -363,7 +352,7 @@ def _unit(text: str) -> str:
         if words and words[-1] in ("square", "sq", "cubic"):
             power = "3" if words.pop() == "cubic" else "2"
         words.append(name + (f"^{power}" if power else ""))
-    return " ".join(words)
+    return " ".join(words).replace("mi / h", "mph")
 
 
 class _Reader:
@@ -373,13 +362,15 @@ class _Reader:
         """commas: 1,234 is one number. letters: the m of `5 m` is a unit. sign: which of its two values a plus-minus has."""
         if len(text) > _MAX_LENGTH:
             raise _Unreadable("too long")
-        self.tokens, self.at, self.depth, self.commas, self.sign = [], 0, 0, commas, sign
+        self.tokens, self.depth, self.commas, self.sign = [], 0, commas, sign
         for match in _TOKENS[commas].finditer(text):
             kind, token = match.lastgroup, match[match.lastgroup].strip("\x01")
             spaced, behind, low = match.start() < match.start(kind), self.tokens[-1][0] if self.tokens else "", token.lower()
+            if kind == "word" and len(token) == 1 and behind not in ("number", "close"):
+                kind = "name"  # \text{A}, \text{C}
             if kind in ("word", "name") and low in ("and", "or"):
                 kind = "and"
-            elif kind == "name" and low in ("sqrt", "pi", "infinity", "inf"):
+            elif kind == "name" and low in ("sqrt", "pi", "infinity"):
                 kind, token = "sign", {"s": "√", "p": "π", "i": "∞"}[low[0]]
             elif kind == "name" and low in _FUNCTIONS:
                 kind, token = "function", low
@@ -387,60 +378,55 @@ class _Reader:
                 if len(token) > 3 or low in _UNITS or spaced and behind or not behind and (len(token) > 2 or low in ("no", "on", "is")):
                     kind = "word"
                 else:  # a product of variables
-                    self.tokens += [("name", letter, False) for letter in token]
+                    self.tokens += [("name", letter) for letter in token]
                     continue
-            elif kind == "sign" and token in "}⦄)]⟧":
-                kind = "close"
-            self.tokens.append((kind, token, spaced))
-        self.tokens.append(("end", "", False))
-
-    @property
-    def kind(self) -> str:
-        return self.tokens[self.at][0]
-
-    @property
-    def token(self) -> str:
-        return self.tokens[self.at][1]
+            elif kind == "sign":
+                kind = "close" if token in "}⦄)]⟧" else "and" if token in ",;" else kind
+            self.tokens.append((kind, token))
+        self.tokens.append(("end", ""))
+        self.at = -1
+        self.next()
 
     def next(self) -> str:
-        token, self.at = self.token, min(self.at + 1, len(self.tokens) - 1)
+        """The token at hand; the one behind it comes to hand."""
+        token, self.at = self.tokens[self.at][1], min(self.at + 1, len(self.tokens) - 1)
+        self.kind, self.token = self.tokens[self.at]
         return token
 
-    def accept(self, tokens: str) -> str:
-        return self.next() if self.kind in ("sign", "close") and self.token in tokens else ""
+    def sees(self, signs: str) -> bool:
+        return self.kind in ("sign", "close") and self.token in signs
 
-    def expect(self, tokens: str) -> str:
-        return self.accept(tokens) or self.fail()
+    def accept(self, signs: str) -> str:
+        return self.next() if self.sees(signs) else ""
+
+    def expect(self, signs: str) -> str:
+        return self.accept(signs) or self.fail()
 
     def fail(self):
         raise _Unreadable(f"unexpected {self.token!r}")
 
     def answer(self):
-        node = self.items()
-        return node[0] if len(node) == 1 else _Group("", node)
+        items = self.items()
+        return items[0] if len(items) == 1 else _Group("", items)
 
-    def items(self, closing: str = "") -> list:
-        """Statements separated by commas, semicolons, `and`, `or`, up to the closing bracket or the end."""
-        items = []
-        while True:
-            items.append(self.statement())
-            if self.kind == ("close" if closing else "end"):
-                return items
-            if self.kind != "and" and self.token not in (",", ";"):
-                self.fail()
-            while self.kind == "and" or self.token in (",", ";"):
+    def items(self, end: str = "end") -> list:
+        """Statements between commas, semicolons, `and`, `or`, up to the end or a closing bracket."""
+        items = [self.statement()]
+        while self.kind == "and":
+            while self.kind == "and":
                 self.next()
+            items.append(self.statement())
+        return items if self.kind == end else self.fail()
 
     def statement(self):
         sides, operators, names = [], [], []
         while True:
             start = self.at
             sides.append(self.union())
-            names.append(bool(_NAMES.fullmatch("".join(token for _, token, _ in self.tokens[start : self.at]))))
-            operator_ = self.accept("=<>≤≥≠≈∈")
-            if not operator_:
+            names.append(bool(_NAMES.fullmatch("".join(token for _, token in self.tokens[start : self.at]))))
+            if not self.sees("=<>≤≥≠≈∈"):
                 break
-            operators.append(operator_)
+            operators.append(self.next())
         if operators == ["∈"] and names[0]:
             return sides[1]
         return _Relation(sides, operators, names) if operators else sides[0]
@@ -454,79 +440,65 @@ class _Reader:
     def quantity(self):
         if self.kind == "word":
             words = [self.next()]
-            while self.kind in ("word", "name") or self.token == "-":
+            while self.kind in ("word", "name") or self.sees("-"):
                 words.append(self.next())
             return _Group("text", [" ".join(words)])
         start, minus, currency = self.at, self.accept("-"), self.accept("¤£€")
         if minus and not currency:
-            self.at = start
+            self.at = start - 1
+            self.next()
         node = self.sum()
         if isinstance(node, _Group):
             return node
         while self.kind == "word" and self.token.lower() in _SCALES:
-            node = node * _number(_SCALES[self.next().lower()])
-        unit = self.unit()
-        return _Quantity(node * _number(-1) if minus and currency else node, _unit(currency) or unit)
+            node = _op(mul, node, _number(_SCALES[self.next().lower()]))
+        unit = ""  # words, signs like %, and powers and quotients of them: cm^2, m/s, °C
+        while self.kind == "word" or self.kind == "sign" and self.token in "%°¤£€¢" or unit and self.sees("^/*{}-"):
+            unit += " " * (self.kind == "word") + self.next()
+            if unit[-1] in "^{" and self.kind == "number" or unit[-1] in "/*°" and self.kind == "name":
+                unit += self.next()
+        return _Quantity(_scaled(node, _number(-1)) if minus and currency else node, _unit(currency or re.sub(r"[{}]", "", unit)))
 
-    def unit(self) -> str:
-        """What stands behind a number: words, signs like %, and powers and quotients of them."""
-        text = ""
-        while self.kind == "word" or self.kind == "sign" and self.token in "%°¤£€¢" or text and self.token in ("^", "/", "*", "{", "}", "-"):
-            text += " " * (self.kind == "word") + self.next()
-            if text[-1] in "^{" and self.kind == "number" or text[-1] in "/*°" and self.kind == "name":  # cm^2, m/s, °C
-                text += self.next()
-        return _unit(re.sub(r"[{}]", "", text))
+    def minus(self) -> bool:
+        """Whether the signs at hand make a minus."""
+        minus = False
+        while self.sees("+-±∓"):
+            minus ^= {"+": False, "-": True, "±": self.sign == "-", "∓": self.sign == "+"}[self.next()]
+        return minus
 
     def sum(self):
         node = self.product()
-        while self.kind == "sign" and self.token in "+-±∓":
-            minus = self.minus()
-            other = self.product()
-            node = _scalar(node) - _scalar(other) if minus else _scalar(node) + _scalar(other)
+        while self.sees("+-±∓"):
+            node = _op(sub if self.minus() else add, _scalar(node), _scalar(self.product()))
         return node
 
-    def minus(self) -> bool:
-        return {"+": False, "-": True, "±": self.sign == "-", "∓": self.sign == "+"}[self.next()]
-
     def product(self):
-        minus = False
-        while self.kind == "sign" and self.token in "+-±∓":
-            minus ^= self.minus()
-        node = self.power()
+        node = _scaled(self.power(), _number(-1)) if self.minus() else self.power()
         while True:
             if self.accept("*"):
-                node = _scaled(node, self.signed())
+                node = _scaled(node, _scaled(self.power(), _number(-1)) if self.accept("-") else self.power())
             elif self.accept("/"):
-                node = _scaled(node, _number(1) / self.signed())
-            elif self.kind in ("name", "function", "command") or self.kind == "sign" and self.token in "(√π∞{⟦[":
+                node = _scaled(_op(truediv, _number(-1 if self.accept("-") else 1), _scalar(self.power())), node)
+            elif self.kind in ("name", "function", "command") or self.sees("(√π∞{⟦["):
                 node = _scaled(node, self.power())
-            else:
-                return _scaled(node, _number(-1)) if minus else node
-
-    def signed(self):
-        """A factor behind a written * or /, or an exponent: it may have a sign."""
-        minus = self.accept("-")
-        node = self.power()
-        return _scaled(node, _number(-1)) if minus else node
-
-    def power(self):
-        node = self.atom()
-        while True:
-            if self.accept("^"):
-                minus = self.accept("-")
-                exponent = _scalar(self.atom())
-                node = _scalar(node) ** (exponent * _number(-1) if minus else exponent)
-                if self.token == "^":
-                    self.fail()  # 2^3^4: not TeX, and read in two ways
-            elif self.accept("!"):
-                n = _scalar(node).rational
-                node = _number(math.factorial(int(n))) if n is not None and n.denominator == 1 and 0 <= n <= 99 else self.fail()
             else:
                 return node
 
+    def power(self):
+        node = self.atom()
+        while self.sees("^!"):
+            if self.next() == "^":
+                sign = _number(-1 if self.accept("-") else 1)
+                node = _power(_scalar(node), _op(mul, sign, _scalar(self.atom())))
+                if self.sees("^"):
+                    self.fail()  # 2^3^4 is not TeX, and may be read in two ways
+            else:
+                n = _scalar(node).rational
+                node = _number(math.factorial(int(n))) if n is not None and n.denominator == 1 and 0 <= n <= 99 else self.fail()
+        return node
+
     def atom(self):
-        """Every recursion passes here."""
-        self.depth += 1
+        self.depth += 1  # every recursion passes here
         if self.depth > _MAX_DEPTH:
             raise _Unreadable("too deep")
         kind, token = self.kind, self.next()
@@ -534,31 +506,37 @@ class _Reader:
             node = self.number(token.replace(",", ""))
         elif kind == "name" or kind == "command" and token[1:] in _GREEK:
             if self.accept("_"):
-                token += "_" + (self.subscript() if self.accept("{") else self.next())
+                token += "_" + self.next()
+                while token[-1] != "}" and "{" in token:
+                    token += self.next() if self.kind != "end" else self.fail()
             while self.accept("'"):
                 token += "'"
-            node = _Value(None, (_root_image(-1),) * _POINTS, (1j,) * _POINTS) if token == "i" else _symbol(token)
+            node = _symbol(token.replace("{", "").replace("}", ""))
         elif kind == "function":
             node = self.function(token)
         elif token == r"\frac":
-            node = self.argument()
-            node = node / self.argument()
-        elif kind != "sign":
-            node = self.fail()
-        elif token in "π∞":
+            numerator = self.argument()
+            node = _op(truediv, numerator, self.argument())
+        elif kind == "sign" and token in "π∞":
             node = _symbol(token)
+        elif kind == "sign" and token in "([{⦃":
+            node = self.bracket(token)
         elif token == "∅":
             node = _Group("⦃⦄", [])
-        elif token in "([{⦃":
-            node = self.bracket(token)
         elif token == "⟦":
-            node = self.matrix()
+            rows = [[]]
+            while not self.accept("⟧"):
+                if self.accept("⏎"):
+                    rows.append([])
+                elif not self.accept("&"):
+                    rows[-1].append(self.quantity())
+            node = _Group("matrix", [_Group("row", row) for row in rows if row])
         elif token == "√":
             degree = _number(2)
             if self.accept("["):
                 degree = _scalar(self.sum())
                 self.expect("]")
-            node = _scalar(self.atom()) ** (_number(1) / degree)
+            node = _power(_scalar(self.atom()), _op(truediv, _number(1), degree))
         elif token == "|":
             node = _scalar(self.sum())
             node = _function("abs", node) if node.rational is None else _number(abs(node.rational))
@@ -569,81 +547,61 @@ class _Reader:
         return node
 
     def number(self, literal: str) -> _Value:
-        if len(literal) > 400 or self.token == "_" or not self.commas and re.match(r"0\d", literal):
-            self.fail()  # a number in another base; the end of 1,000 read as the list 1, 000
         mantissa, _, exponent = literal.lower().partition("e")
-        if abs(int(exponent or 0)) > 400:
-            self.fail()
-        value = _number(Fraction(mantissa) * Fraction(10) ** int(exponent or 0))
+        if len(literal) > 400 or abs(int(exponent or 0)) > 400 or self.sees("_") or not self.commas and re.match(r"0\d", literal):
+            self.fail()  # too long; in another base; the end of 1,000 read as the list 1, 000
+        value = _op(mul, _number(mantissa), _number(Fraction(10) ** int(exponent or 0)))
         if literal.isdigit() and self.token == r"\frac":  # 3\frac{1}{2} is a mixed number, 3\frac{x}{2} a product
             fraction = self.atom()
-            return value * fraction if fraction.rational is None else value + fraction
+            return _op(mul if fraction.rational is None else add, value, fraction)
         following = self.tokens[self.at : self.at + 3]
-        if literal.isdigit() and [kind for kind, *_ in following] == ["number", "sign", "number"] and following[1][1] == "/":
-            self.at += 3  # 3 1/2
-            return value + _number(Fraction(following[0][1])) / _number(Fraction(following[2][1]))
+        if literal.isdigit() and [kind for kind, _ in following] == ["number", "sign", "number"] and following[1][1] == "/":
+            self.at += 2  # 3 1/2
+            self.next()
+            return _op(add, value, _op(truediv, _number(following[0][1]), _number(following[2][1])))
         return value
-
-    def subscript(self) -> str:
-        name = ""
-        while not self.accept("}"):
-            name += self.next() if self.kind != "end" else self.fail()
-        return name
 
     def argument(self) -> _Value:
         r"""An argument of \frac: a group or one character, for \frac12 is a half."""
-        if self.kind != "number":
+        if self.kind != "number" or not self.token.isdigit():
             return _scalar(self.atom())
-        kind, digits, _ = self.tokens[self.at]
-        if not digits.isdigit():
-            self.fail()
-        self.tokens[self.at] = (kind, digits[1:], False)
-        self.at += len(digits) == 1
-        return _number(int(digits[0]))
+        digit = self.token[0]
+        self.tokens[self.at] = ("number", self.token[1:])
+        self.at -= len(self.token) > 1
+        self.next()
+        return _number(digit)
 
     def function(self, name: str) -> _Value:
         exponent = base = None
-        while self.token in ("^", "_"):
+        while self.sees("^_"):
             if self.next() == "^":
                 exponent = _scalar(self.atom())
             else:
                 base = _scalar(self.atom())
         if self.accept("("):
-            argument = self.statement()
+            node = self.statement()
+            argument, degrees = (node.value, node.unit == "°") if isinstance(node, _Quantity) else self.fail()
             self.expect(")")
-            degrees, argument = getattr(argument, "unit", "") == "°", _scalar(getattr(argument, "value", argument))
         else:
             argument = _scalar(self.power())
-            while self.kind in ("name", "command") or self.kind == "sign" and self.token in "√π{":
-                argument = argument * _scalar(self.power())
+            while self.kind in ("name", "command") or self.sees("√π{"):
+                argument = _op(mul, argument, _scalar(self.power()))
             degrees = self.accept("°")
         if degrees:
-            argument = argument * _symbol("π") / _number(180)
-        if name == "exp":
-            result = _symbol("e") ** argument
-        else:
-            result = _function(name, argument) if base is None else _function("log", argument, base) if name == "log" else self.fail()
-        return result if exponent is None else result**exponent
+            argument = _op(truediv, _op(mul, argument, _symbol("π")), _number(180))
+        result = _power(_symbol("e"), argument) if name == "exp" else _function(name, argument, *([base] if base and name == "log" else []))
+        return result if exponent is None else _power(result, exponent)
 
     def bracket(self, left: str):
         if left == "⦃" and self.accept("⦄"):
             return _Group("⦃⦄", [])
-        items = self.items(left)
-        kind = left + (self.expect(")]") if left in "([" else self.expect({"{": "}", "⦃": "⦄"}[left]))
+        items = self.items("close")
+        kind = left + self.expect({"(": ")]", "[": ")]", "{": "}", "⦃": "⦄"}[left])
         if len(items) == 1 and kind in ("()", "[]", "{}"):
             return items[0].value if isinstance(items[0], _Quantity) else items[0] if isinstance(items[0], _Group) else self.fail()
         if kind == "[]" and all(isinstance(row, _Group) and row.kind == "[]" for row in items):
             return _Group("matrix", [_Group("row", row.items) for row in items])  # [[1, 2], [3, 4]]
         return _Group("" if kind == "{}" else kind, items)
-
-    def matrix(self) -> _Group:
-        rows = [[]]
-        while not self.accept("⟧"):
-            if self.accept("⏎"):
-                rows.append([])
-            elif not self.accept("&"):
-                rows[-1].append(self.quantity())
-        return _Group("matrix", [_Group("row", row) for row in rows if row])
 
 
 def _scalar(node) -> _Value:
@@ -658,7 +616,9 @@ def _scaled(node, factor):
         node, factor = factor, node
     if isinstance(node, _Group) and node.kind in ("matrix", "row"):
         return _Group(node.kind, [_scaled(item, factor) for item in node.items])
-    return _Quantity(node.value * _scalar(factor), node.unit) if isinstance(node, _Quantity) else _scalar(node) * _scalar(factor)
+    if isinstance(node, _Quantity):
+        return _Quantity(_op(mul, node.value, _scalar(factor)), node.unit)
+    return _op(mul, _scalar(node), _scalar(factor))
 
 
 # ------------------------------------------------------------------------------------------------------------- comparing answers
@@ -682,8 +642,8 @@ def _same(a, b) -> bool:
         if same:
             return True
     for x, y in ((a, b), (b, a)):
-        if isinstance(x, _Group) and x.kind == "⦃⦄" and len(x.items) == 1 and isinstance(y, _Quantity):
-            return _same(x.items[0], y)
+        if isinstance(x, _Group) and x.kind == "⦃⦄" and len(x.items) == 1 and getattr(y, "kind", "") != "⦃⦄":
+            return _same(x.items[0], y)  # {5} for 5
         if not isinstance(y, _Relation) and any(_same(z, y) for z in _meanings(x)):
             return True
     return False
@@ -696,7 +656,7 @@ def _same_quantity(a: _Quantity, b: _Quantity) -> bool:
         return _equal(a.value, b.value)
     percent, plain = (a.value, b.value) if a.unit else (b.value, a.value)
     large = percent.rational is None or abs(percent.rational) >= 1
-    return large and _equal(percent, plain) or _equal(percent, plain * _number(100))
+    return large and _equal(percent, plain) or _equal(percent, _op(mul, plain, _number(100)))
 
 
 def _paired(a: list, b: list, same) -> bool:
@@ -738,6 +698,9 @@ def _meanings(node) -> list:
             return [_Group("(" + right, [_scaled(oo, _number(-1)), sides[1]])]
         return [_Group(left + ")", [sides[1], oo])] if len(sides) == 2 and names[0] and operators[0] in ">≥" else []
     if isinstance(node, _Group) and node.kind == "" and isinstance(node.items[0], _Relation):
+        if all(isinstance(item, _Relation) and set(item.operators) <= set("<>≤≥") for item in node.items):  # x < 1 or x > 2
+            intervals = [_meanings(item)[:1] for item in node.items]
+            return [_Group("∪", sum(intervals, []))] if all(intervals) else []
         pairs = [item for item in node.items if isinstance(item, _Relation)]
         if any(pair.operators != ["="] or not pair.names[0] for pair in pairs):
             return []
@@ -752,7 +715,7 @@ def _same_relation(a: _Relation, b: _Relation) -> bool:
     def differences(relation) -> list:  # (operator, what it says is 0, positive or not negative)
         pairs = zip(relation.sides, relation.operators, relation.sides[1:])
         return [
-            ({">": "<", "≥": "≤", "≈": "="}.get(o, o), x.value - y.value if o in ">≥" else y.value - x.value)
+            ({">": "<", "≥": "≤", "≈": "="}.get(o, o), _op(sub, x.value, y.value) if o in ">≥" else _op(sub, y.value, x.value))
             for x, o, y in pairs
             if isinstance(x, _Quantity) and isinstance(y, _Quantity)
         ]
@@ -767,7 +730,7 @@ def _proportional(a: _Value, b: _Value, positive: bool) -> bool:
     """Whether a = c b for one number c, greater than zero where `positive`."""
     if a.rational == 0 or b.rational == 0:
         return a.rational == b.rational
-    ratio = a / b
+    ratio = _op(truediv, a, b)
     constant = _Value(None, ratio.images and ratio.images[:1] * _POINTS, ratio.floats[:1] * _POINTS)
     return _equal(ratio, constant) and (not positive or ratio.floats[0].real > 0)
 
@@ -806,7 +769,7 @@ def _same_text(a: str, b: str) -> bool:
     return False
 
 
-_CHOICE = re.compile(r"\(?\s*([A-J])(?:\s*[).:]+\s*(.*))?")
+_CHOICE = re.compile(r"(?:[Oo]ption |[Cc]hoice )?\(?\s*([A-J])(?:\s*[).:]+\s*(.*))?")
 
 
 def is_equivalent(answer: str, gold: str) -> bool:
@@ -840,21 +803,21 @@ def verify(response: str, gold: str) -> bool:
 # verify_code starts `python -I verifier.py` for every input/output pair, or once for all asserts. That process is a launcher: it shuts
 # itself off from the system, forks the one that runs the solution, and kills whatever the solution started when that ends.
 
-_MAX_FILE, _MAX_PROCESSES = 16 << 20, 32  # bytes (of the output, too); count
+_MAX_FILE, _MAX_REPLY, _MAX_PROCESSES = 16 << 20, 1 << 20, 64  # bytes (of the output too), bytes, processes of a user
 
 
 def verify_code(response: str, tests: list, *, timeout: float = 5.0, memory: int = 1024) -> bool:
-    """Whether the last fenced Python block of `response` passes every test; False for no tests and for a block that never closes. Linux.
+    """Whether the last fenced Python block of `response` passes every test; False without tests, and for a block that never closes.
 
     tests: `{"input": str, "output": str}` each (standard input and output of a run of its own, compared line by line without trailing
     blanks; exit status 0), or statements with asserts as strings, run in their order behind the solution in one process.
     timeout: seconds of wall time and of CPU time for a process. memory: MiB of address space for a process.
-    Raises SyntaxError, TypeError or KeyError for tests of another form, and nothing because of the response.
+    Raises SyntaxError, TypeError or KeyError for tests of another form, NotImplementedError elsewhere, nothing because of the response.
 
     The verdict is made in this process. Outputs are compared here. Of `assert f(2) == 4` the child gets `f(2)` and sends back plain
     data; the 4 never leaves this process. So an early exit, printing "passed", objects that equal everything, patched built-ins
-    and AssertionErrors fail. An assert of another form, `assert isclose(f(2), 4)`, is evaluated in the child, with the
-    built-ins restored: code that sets out to, by inspecting frames or patching the math module, can forge those.
+    and AssertionErrors fail. An assert of another form, `assert isclose(f(2), 4)`, is evaluated in the child, with the built-ins
+    restored: objects with operators of their own, a patched math module, or code that inspects frames can forge those.
 
     The child has an empty environment, no inherited descriptors, its own session, a folder that disappears, and limits on CPU and wall
     time, address space, processes, file size and output. Where the kernel allows it (to root, or to users by unprivileged namespaces)
@@ -862,11 +825,14 @@ def verify_code(response: str, tests: list, *, timeout: float = 5.0, memory: int
     the kernel forbids namespaces (many containers) network and the user's own files and processes are NOT protected. Files
     that the user can read can be read everywhere. A container or a virtual machine is the answer for hostile code.
     """
+    if sys.platform != "linux":
+        raise NotImplementedError("verify_code needs Linux")
     parts = re.split(r"^[ \t]*```[ \t]*(\w*).*$", response, flags=re.MULTILINE)  # text, language, code, "", text, language, code, ...
-    blocks = [parts[i + 1 : i + 3] for i in range(1, len(parts), 4) if parts[i].lower() in ("python", "python3", "py", "")]
-    if not blocks or len(blocks[-1]) < 2 or not tests:
+    fences = [(parts[i].lower(), *parts[i + 1 : i + 3]) for i in range(1, len(parts), 4)]
+    blocks = [fence for fence in fences if fence[0] in ("python", "python3", "py")] or [fence for fence in fences if fence[0] == ""]
+    if not blocks or len(blocks[-1]) < 3 or not tests:
         return False
-    job = {"code": blocks[-1][0], "timeout": timeout, "memory": memory << 20}
+    job = {"code": blocks[-1][1], "timeout": timeout, "memory": memory << 20}
     if isinstance(tests[0], dict):
         pairs = [(test["input"].encode(errors="replace"), test["output"]) for test in tests]
         runs = ((_run(job, given), wanted) for given, wanted in pairs)
@@ -900,7 +866,7 @@ def _literal(source: str) -> tuple | None:
 def _passed(reply: bytes, token: str, wanted: list | None) -> bool:
     """Whether the child's reply to one statement says that it passed. wanted: the literal sides of an equality."""
     try:
-        answer, *values = json.loads(reply)
+        answer, *values = json.loads(reply) if len(reply) < _MAX_REPLY else ("",)
     except (ValueError, TypeError, RecursionError):
         return False
     if wanted in (None, [None, None]) and values == [True]:  # it ran without an error, or two objects that are no plain data are equal
@@ -928,10 +894,8 @@ def _run(job: dict, data: bytes) -> bytes | None:
             except subprocess.TimeoutExpired:
                 status = None
             finally:
-                try:
+                with contextlib.suppress(ProcessLookupError):
                     os.killpg(child.pid, signal.SIGKILL)
-                except ProcessLookupError:
-                    pass
                 child.wait()
             out.seek(0)
             return out.read() if status == 0 else None
@@ -966,14 +930,14 @@ def _kill_descendants() -> None:
         stopped, found, parents = stopped | found, set(), [os.getpid()]
         for parent in parents:
             for file in glob.glob(f"/proc/{parent}/task/*/children"):
-                try:
-                    parents += map(int, open(file).read().split())
-                except OSError:  # it ended
-                    pass
+                with contextlib.suppress(OSError), open(file) as children:  # (it may have ended)
+                    parents += map(int, children.read().split())
         found = set(parents[1:])
     for pid in found:
         os.kill(pid, signal.SIGKILL)
-        os.waitpid(-1, 0)
+    with contextlib.suppress(ChildProcessError):
+        while True:
+            os.waitpid(-1, 0)
 
 
 def _isolate(libc, folder: bytes) -> bool:
@@ -1015,9 +979,8 @@ def _restrict(libc, job: dict) -> None:
     libc.capset((ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)(capabilities, capabilities))
     libc.prctl(1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG: not without the launcher
     os.chdir(job["folder"])
-    for name, limit in (
-        ("CPU", math.ceil(job["timeout"])), ("AS", job["memory"]), ("NPROC", _MAX_PROCESSES), ("FSIZE", _MAX_FILE), ("CORE", 0), ("NOFILE", 64),
-    ):  # fmt: skip
+    limits = {"CPU": math.ceil(job["timeout"]), "AS": job["memory"], "NPROC": _MAX_PROCESSES, "FSIZE": _MAX_FILE, "CORE": 0, "NOFILE": 64}
+    for name, limit in limits.items():
         resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (limit, limit))
 
 
@@ -1043,7 +1006,7 @@ def _solve(job: dict) -> None:
             sides = [side and eval(side, namespace) for side in step]
             values = [repr(_plain_data(side)) for side in sides]
             if None not in step and None in map(_literal, values):
-                values = [bool(sides[0] == sides[1])]
+                values = [type(sides[0]) is type(sides[1]) and bool(sides[0] == sides[1])]  # two Fractions, say
         os.write(replies, json.dumps([token, *values]).encode() + b"\n")
     os._exit(0)
 

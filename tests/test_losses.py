@@ -7,7 +7,7 @@ import torch
 from tiny import tiny
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from losses import chunked, full_logits, importance_weight, mixed_kl, output_layer, sampled_token, token_logprobs, topk_logits
+from losses import OutputLayer, backward_by_chunks, full_logits, importance_weight, mixed_kl, sampled_token, token_logprobs, topk_logits
 
 ALPHAS = [0.0, 0.3, 0.5, 1.0]
 OBJECTIVES = {
@@ -260,52 +260,78 @@ def test_output_layer_equals_the_models_own_logits(name, settings):
     with torch.no_grad():
         hidden, expected = model.base_model(input_ids=ids).last_hidden_state, model(input_ids=ids).logits
         for vocab_size in (None, 30):
-            torch.testing.assert_close(output_layer(model, vocab_size)(hidden), expected[..., :vocab_size], rtol=0, atol=1e-12)
+            torch.testing.assert_close(OutputLayer(model, vocab_size)(hidden), expected[..., :vocab_size], rtol=0, atol=1e-12)
     for dtype in (torch.float32, torch.bfloat16):
-        output_layer(model.to(dtype))  # no false refusal by rounding
+        OutputLayer(model.to(dtype))  # no false refusal by rounding
 
 
 def test_output_layer_refuses_an_unknown_step_by_name_and_puts_modes_back():
     model = tiny("gpt2", resid_pdrop=0.5, embd_pdrop=0.5).train()
     model.transformer.h[0].eval()
     modes = [m.training for m in model.modules()]
-    output_layer(model)  # with dropout on, the two forwards would differ
+    OutputLayer(model)  # with dropout on, the two forwards would differ
     assert [m.training for m in model.modules()] == modes
     for extra in (lambda logits: logits * 1.01, lambda logits: logits + torch.arange(40) / 100):
         hook = model.lm_head.register_forward_hook(lambda module, inputs, logits: extra(logits))
         with pytest.raises(ValueError, match="gpt2"):
-            output_layer(model)
+            OutputLayer(model)
         hook.remove()
         assert [m.training for m in model.modules()] == modes
 
 
-@pytest.mark.parametrize("size", [1, 3, 1000])
-@pytest.mark.parametrize("name", ["full", "topk"])
-def test_chunked_equals_unchunked(name, size):
-    """Values and the gradients of hidden states and output weights. Catches a lost last chunk and weights that get one chunk's gradient."""
-    model, teacher = tiny("llama"), tiny("llama", seed=1).requires_grad_(False)
-    ours, theirs = output_layer(model, 37), output_layer(teacher, 37)
-    inputs = torch.randn(10, 32, dtype=torch.float64, requires_grad=True), torch.randn(10, 32, dtype=torch.float64)
+@pytest.mark.parametrize("size", [1, 3, 1000, None])
+@pytest.mark.parametrize("name", sorted(OBJECTIVES))
+@pytest.mark.parametrize("family", ["llama", "gemma2", "granite", "phi3"])
+def test_chunks_equal_the_whole(name, size, family):
+    """Values and the gradients of hidden states and output weights. Catches a lost last chunk, weights that get one chunk's gradient, a divisor
+    a chunk, a forgotten cap or scale in the backward by hand."""
+    model, teacher = tiny(family), tiny(family, seed=1).requires_grad_(False)
+    ours, theirs = OutputLayer(model, 37), OutputLayer(teacher, 37)
+    leaf, teacher_hidden, weight = torch.randn(10, 32).double().requires_grad_(), torch.randn(10, 32).double(), torch.arange(10.0).double()
+    parameters = [leaf, *model.get_output_embeddings().parameters()]
 
-    def loss(hidden, teacher_hidden):
-        return OBJECTIVES[name](ours(hidden), theirs(teacher_hidden))
+    def loss(logits, teacher_hidden, weight):
+        against = theirs(teacher_hidden)
+        value = sampled_token(logits, against, weight.long()) if name == "sampled" else OBJECTIVES[name](logits, against)
+        return torch.stack([value * weight, value], dim=-1)
 
-    results = []
-    for values in (loss(*inputs), chunked(loss, *inputs, size=size)):
-        assert values.shape == (10,)
-        results.append((values, *torch.autograd.grad((values * torch.arange(10)).sum(), [inputs[0], model.lm_head.weight])))
-    for a, b in zip(*results):
-        assert a.abs().max() > 0.1
-        torch.testing.assert_close(a, b, rtol=0, atol=1e-11)
+    whole = loss(ours(leaf * 2), teacher_hidden, weight)
+    expected = torch.autograd.grad(whole[:, 0].sum() / 7, parameters)
+    for p in parameters[1:]:
+        p.grad = torch.ones_like(p)  # what was there stays
+    columns = backward_by_chunks(loss, ours, leaf * 2, teacher_hidden, weight, divisor=7, size=size)
+    torch.testing.assert_close(columns, whole.detach(), rtol=0, atol=1e-11)
+    for p, wanted in zip(parameters, expected):
+        assert wanted.abs().max() > 0.01
+        torch.testing.assert_close(p.grad - (p is not leaf) * 1.0, wanted, rtol=0, atol=1e-11)
 
 
-def test_chunked_without_a_token_is_attached_to_the_graph():
+def test_bias_frozen_weights_and_fp32_gradients_of_bf16_weights():
+    model = tiny("llama", dtype=torch.bfloat16)
+    model.lm_head = torch.nn.Linear(32, 40).bfloat16()
+    model.lm_head.weight.grad_dtype = torch.float32
+    layer, hidden = OutputLayer(model, 37), torch.randn(9, 32).bfloat16().requires_grad_()
+
+    def loss(logits):
+        return full_logits(logits, logits.detach().roll(1, 0))[:, None]
+
+    reference = torch.autograd.grad((loss(layer(hidden))[:, 0]).sum(), [hidden, model.lm_head.weight, model.lm_head.bias])
+    backward_by_chunks(loss, layer, hidden * 1, divisor=1)
+    for p, wanted in zip((hidden, model.lm_head.weight, model.lm_head.bias), reference):
+        torch.testing.assert_close(p.grad.float(), wanted.float(), rtol=0.05, atol=0.05)
+    assert model.lm_head.weight.grad.dtype == torch.float32
+
+    model.lm_head.requires_grad_(False)
+    before = model.lm_head.weight.grad.clone()
+    backward_by_chunks(loss, layer, hidden * 1, divisor=1)
+    assert torch.equal(model.lm_head.weight.grad, before)
+
+
+def test_chunks_without_a_token_give_zero_gradients():
     model = tiny("llama")
-    hidden, head = torch.zeros(0, 32, dtype=torch.float64, requires_grad=True), output_layer(model)
-    value = chunked(lambda h: full_logits(head(h), head(h).detach()), hidden)
-    assert value.shape == (0,) and value.sum().item() == 0
-    value.sum().backward()
-    assert hidden.grad.shape == (0, 32)
+    hidden, layer = torch.zeros(0, 32, dtype=torch.float64, requires_grad=True), OutputLayer(model)
+    columns = backward_by_chunks(lambda logits: full_logits(logits, logits.detach())[:, None], layer, hidden * 1, divisor=1)
+    assert columns.shape == (0, 1) and hidden.grad.shape == (0, 32)
     assert model.lm_head.weight.grad.shape == (40, 32) and not model.lm_head.weight.grad.any()
 
 
@@ -321,24 +347,25 @@ class Largest(TorchDispatchMode):
         return result
 
 
-def test_chunked_never_holds_tokens_x_vocabulary():
-    """Neither in one tensor nor, saved for the backward, in many: without the checkpoint the chunks' logits would add up to N x V."""
-    n, v, d, size = 64, 300, 4, 5
-    weights = [torch.randn(v, d, requires_grad=True), torch.randn(v, d)]
-    hidden = [torch.randn(n, d, requires_grad=True), torch.randn(n, d)]
+@pytest.mark.parametrize("name", sorted(OBJECTIVES))
+def test_chunks_never_hold_tokens_x_vocabulary(name):
+    """Neither in one tensor nor, saved for the backward, in many."""
+    model, teacher = tiny("llama", vocab_size=500), tiny("llama", vocab_size=500, seed=1)
+    layer, other = OutputLayer(model), OutputLayer(teacher)
+    n, v, d, size = 600, 500, 32, 5
+    hidden, teacher_hidden = torch.randn(n, d).double().requires_grad_(), torch.randn(n, d).double()
 
-    def loss(student, teacher):
-        return full_logits(student @ weights[0].T, teacher @ weights[1].T, alpha=0.5)
+    def loss(logits, teacher_hidden):
+        return OBJECTIVES[name](logits, other(teacher_hidden).detach())[:, None]
 
     def measure(function):
         saved = []
         with Largest() as largest:
             with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.numel()) or x, lambda x: x):
-                value = function()
-            value.sum().backward()
-        return largest.numel, sum(saved)
+                function()
+        return largest.numel, max(saved)
 
-    largest, saved = measure(lambda: chunked(loss, *hidden, size=size))
-    assert largest <= max(size * v, v * d, n * d) and saved < size * v
-    largest, saved = measure(lambda: loss(*hidden))
+    largest, saved = measure(lambda: backward_by_chunks(loss, layer, hidden * 1, teacher_hidden, divisor=1, size=size))
+    assert largest <= max(size * v, v * d, n * d) and saved <= max(size * v, v * d)
+    largest, saved = measure(lambda: loss(layer(hidden), teacher_hidden).sum().backward())
     assert largest >= n * v and saved >= n * v  # both recorders do see it when it is there

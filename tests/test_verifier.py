@@ -58,6 +58,17 @@ def test_equality_is_symmetric():
             assert is_equivalent(gold, answer) == is_equivalent(answer, gold), case
 
 
+def test_the_field_in_which_expressions_are_compared():
+    """P is a prime (Miller and Rabin, P - 1 = 8 * odd), and the small primes and -1 have square roots there that multiply."""
+    p, odd = verifier._P, (verifier._P - 1) // 8
+    assert odd % 2 and (p - 1) % 8 == 0
+    for base in (2, 3, 5, 7, 211, 223, 10**9 + 7, 10**30 + 57):
+        x = pow(base, odd, p)
+        assert x == 1 or p - 1 in (x, x * x % p, pow(x, 4, p))
+    for n in (-1, *verifier._PRIMES):
+        assert (verifier._root_image(n) ** 2 - n) % p == 0
+
+
 N = 100_000
 HOSTILE = {
     "tower": r"\boxed{10^{10^{10^{10^{10}}}}}",
@@ -101,7 +112,13 @@ HOSTILE = {
     "matrix": r"\boxed{\begin{pmatrix}" + "1&" * 250 + r"\end{pmatrix}}",
     "asterisks": "**" * (N // 2),
     "fences": "```\n" * (N // 4),
-    # found by tests/bench_verifier.py --fuzz
+    # found by tests/bench_verifier.py --fuzz and by the random test below: a tuple as divisor; reading on behind the last token
+    "number through tuple": r"\boxed{x/x/x/(1, 2)}",
+    "number through interval": r"\boxed{x/(-\infty, 3)}",
+    "matrix not closed": r"\boxed{\begin{pmatrix}1&2}",
+    "command at the end": r"\boxed{5\frac}",
+    "subscript at the end": r"\boxed{x_}",
+    "group not closed": r"\boxed{x_\{}",
 }
 
 
@@ -126,7 +143,8 @@ def test_hostile_text(name):
 def test_random_text_never_raises():
     """A short run of the fuzzer, with the seed fixed."""
     rng = random.Random(0)
-    pieces = [case["response"][-60:] for case in CASES] + [*r"\{}()[]^_$,;&=<>|+-*/!% 0123456789xyi", r"\frac", r"\sqrt", r"\text{", r"\boxed{", r"\pm"]
+    pieces = [case["response"][-60:] for case in CASES]
+    pieces += [*r"\{}()[]^_$,;&=<>|+-*/!% 0123456789xyi", r"\frac", r"\sqrt", r"\text{", r"\boxed{", r"\pm", r"\overline{3}"]
     for _ in range(1500):
         text = "".join(rng.choices(pieces, k=rng.randint(1, 30)))
         is_equivalent(text, rng.choice(CASES)["gold"])
@@ -147,10 +165,11 @@ def fenced(code: str) -> str:
     "code, tests",
     [
         ("def f(x):\n    return x * x", SQUARE),
-        ("def f(x):\n    return x * x", ["import math", "assert math.isclose(f(0.5), 0.25)", "assert f(3) != 8", "assert not f(0)", "g = f(2)"]),
+        ("def f(x):\n    return x * x", ["import math", "assert math.isclose(f(0.5), 0.25)", "assert f(3) != 8", "assert not f(0)"]),
+        ("def f(x):\n    return x * x", ["g = f(2)", "assert g == 2 + 2", "def check(f):\n    assert f(1) == 1\ncheck(f)"]),
         ("def f(x):\n    return x * x\nif __name__ == '__main__':\n    print(f(int(input())))", SQUARE),
         ("from collections import Counter\ndef f(s):\n    print('noise')\n    return Counter(s)", ["assert f('aab') == {'a': 2, 'b': 1}"]),
-        ("from fractions import Fraction as F\ndef f(x):\n    return F(x)", ["from fractions import Fraction", "assert f('1/2') == Fraction(1, 2)"]),
+        ("from fractions import Fraction as F\ndef f(x):\n    return F(x)", ["from fractions import Fraction as Q\nassert f('1/2') == Q(1, 2)"]),
         ("def f(x):\n    return (x, [x], {x})", ["assert (1, [1], {1}) == f(1)"]),
         ("print(int(input()) ** 2)", [{"input": "3\n", "output": "9\n"}, {"input": "4", "output": "16"}]),
         ("import sys\nprint(sys.stdin.read().upper())", [{"input": "a b \nc\n", "output": "A B\nC\n\n"}]),
@@ -183,6 +202,8 @@ def test_the_last_block_counts_and_a_cut_one_is_none():
     assert verify_code(fenced(bad) + fenced(good), SQUARE)
     assert not verify_code(fenced(good) + fenced(bad), SQUARE)
     assert not verify_code(fenced(good) + "```python\n" + good, SQUARE)
+    assert verify_code(fenced(good) + "It prints\n```\n4\n```\n", SQUARE)
+    assert verify_code(f"```\n{good}\n```", SQUARE)
     assert not verify_code(good, SQUARE)
 
 
@@ -195,10 +216,10 @@ ATTACKS = {
     "equal to everything": EQUAL,
     "equal list": "class L(list):\n    def __eq__(self, other): return True\ndef f(x): return L()",
     "equal int": "class I(int):\n    def __eq__(self, other): return True\ndef f(x): return I(0)",
-    "patched built-ins": "import builtins\nfor n in ('repr', 'bool', 'isinstance', 'eval', 'exec'):\n    setattr(builtins, n, lambda *a: True)\ndef f(x): return 0",
+    "patched built-ins": "import builtins as b\nb.repr = b.bool = b.eval = b.exec = b.type = b.isinstance = lambda *a: 1\ndef f(x): return 0",
     "patched AssertionError": "import builtins\nbuiltins.AssertionError = ZeroDivisionError\ndef f(x): return 0",
     "patched json": "import json\njson.dumps = lambda x: '[true]'\ndef f(x): return 0",
-    "writes to every descriptor": "import os\nfor n in range(30):\n    try: os.write(n, b'[\"\", true]\\n' * 2)\n    except OSError: pass\nos._exit(0)",
+    "writes to every descriptor": "import os\nfor n in (1, 4): os.write(n, b'[\"\",true]\\n' * 2)\nos._exit(0)",
     "reads the tests": "import os\ndata = [os.pread(n, 9999, 0) for n in (0, 3, 4) if not os.lseek(0, 0, 0)]\ndef f(x): return data",
     "infinite loop": "while True: pass",
     "infinite loop inside": "def f(x):\n    while True: pass",
@@ -206,7 +227,7 @@ ATTACKS = {
     "recursion": "def f(x): return f(x)",
     "10 GB": "data = bytearray(10 * 2**30)\ndef f(x): return x * x",
     "endless output": "import os\nwhile True: os.write(1, b'x' * 65536)",
-    "ignores signals": "import signal\nfor s in range(1, 65):\n    try: signal.signal(s, signal.SIG_IGN)\n    except (OSError, ValueError): pass\nwhile True: pass",
+    "ignores signals": "import signal\nfor s in signal.valid_signals() - {9, 19}:\n    signal.signal(s, signal.SIG_IGN)\nwhile True: pass",
 }
 
 
@@ -215,6 +236,13 @@ def test_attacks_fail(name):
     start = time.monotonic()
     assert verify_code(fenced(ATTACKS[name]), SQUARE, timeout=1.0) is False
     assert time.monotonic() - start < 4
+
+
+def test_an_object_that_equals_everything_equals_no_expression_either():
+    """`2 + 2` is no literal: both sides are evaluated in the child, and still compared here."""
+    assert verify_code(fenced("def f(x):\n    return x * x"), ["assert f(2) == 2 + 2"]) is True
+    assert verify_code(fenced(EQUAL), ["assert f(2) == 2 + 2"]) is False
+    assert verify_code(fenced(EQUAL), ["from fractions import Fraction", "assert f(2) == Fraction(1, 2)"]) is False
 
 
 @pytest.mark.parametrize("code", ["while True: print('x' * 10000)", "import os\nos._exit(0)", "print('ok')"])
@@ -322,8 +350,8 @@ def test_a_fork_bomb_is_contained(tmp_path):
 
 def test_processes_are_limited():
     """Root is not bound by RLIMIT_NPROC, so the child must not be root."""
-    code = "import os, time\nn = 0\ntry:\n    while n < 200:\n        if os.fork() == 0: time.sleep(3); os._exit(0)\n        n += 1\nexcept OSError: pass\nprint(n)"
-    assert int(printed(code)) < 64
+    code = "import os, time\nn = 0\ntry:\n    while n < 200:\n        if os.fork() == 0: time.sleep(3)\n        n += 1\nexcept OSError: 0\n"
+    assert int(printed(code + "os.write(1, b'%d' % n)\nos._exit(0)")) < 64
 
 
 def test_without_namespaces_nothing_is_left_either(monkeypatch, tmp_path):
