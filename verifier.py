@@ -11,12 +11,12 @@ a revision outranks the first attempt whatever both used. Passed over are boxes 
 repeated), headings (`#### Step 2`) and phrases that state none ("the answer is correct"). A box that never closes ends the search:
 the response was cut there and has no answer.
 
-Claimed equal, each a category of tests/verifier_cases.jsonl:
+Claimed equal (accuracy by category: tests/bench_verifier.py):
   integers       1,234 = 1{,}234 = 1\,234 = 1 234 = 1234. A comma is never a decimal point.
   decimals       0.50 = 1/2 = .5, exactly. A decimal that ROUNDS the gold value is wrong (0.333 for 1/3), unless gold is that decimal.
   fractions      a/b, \frac, \dfrac, \tfrac, mixed numbers; lowest terms or not
   percentages    50% = 0.5 = 1/2; and 50% = 50 as GSM8K and MATH have it, from 1% on (0.5% is not 0.5)
-  powers         2^{10} = 1024; scientific notation 1.5 \times 10^3 = 1.5e3; 5!
+  powers         2^{10} = 1024; scientific notation 1.5 \times 10^3 = 1.5e3; 5!, \binom{5}{2}
   surds, pi      exact with square roots, pi, e, i; other roots, logarithms and trigonometric functions to 1e-9 relative
   units          dropped when one side has none, equal when both have one (cm = centimeters, $ = dollars); degrees, currency likewise
   assignments    x = 5, f(2) = 5, m + n = 5, Area = 5 for 5; not 2x = 10 for 10
@@ -25,7 +25,8 @@ Claimed equal, each a category of tests/verifier_cases.jsonl:
   expressions    polynomial and rational ones: 2(x+1) = 2x+2. The case of a letter counts.
   relations      equations up to a constant factor, inequalities up to a positive one; x > 3 = (3, \infty)
   choices        (B) = B = \text{B} = B. 12; words by letters, whatever their case and spaces
-Not claimed: conversion of units, number words, decimal commas; ratios (3:4) and numbers in other bases count as written.
+Not claimed: conversion of units, number words, decimal commas, determinants, set-builder notation, answers longer than 600 characters;
+ratios (3:4), times and numbers in other bases count as written.
 """
 
 import ast
@@ -38,6 +39,7 @@ import glob
 import json
 import math
 import os
+import random
 import re
 import secrets
 import signal
@@ -163,7 +165,7 @@ def _symbol(name: str) -> _Value:
 
 @functools.lru_cache(maxsize=4096)
 def _random_image(name: str) -> int:
-    return pow(3, int.from_bytes(name.encode(errors="replace"), "big") * 2 + 10**60 + 1, _P)
+    return random.Random(name).randrange(_P)  # the same in every process, and independent: of images in a pattern, ad = bc would come out
 
 
 @functools.lru_cache(maxsize=None)
@@ -277,7 +279,8 @@ class _Relation(NamedTuple):
 _COMMANDS = {
     **dict.fromkeys("left right big Big bigl bigr Bigl Bigr bigg Bigg displaystyle textstyle quad qquad limits boxed mathit mathbb mathcal "
                     "boldsymbol bm operatorname angle triangle hline , ; : ! > ( ) [ ]".split(), " "),
-    " ": " ", "\n": " ", "dfrac": r"\frac ", "tfrac": r"\frac ", "cfrac": r"\frac ", "cdot": "*", "times": "*", "ast": "*", "div": "/",
+    " ": " ", "\n": " ", "dfrac": r"\frac ", "tfrac": r"\frac ", "cfrac": r"\frac ", "dbinom": r"\binom ", "tbinom": r"\binom ",
+    "cdot": "*", "times": "*", "ast": "*", "div": "/",
     "le": "≤", "leq": "≤", "leqslant": "≤", "ge": "≥", "geq": "≥", "geqslant": "≥", "lt": "<", "gt": ">", "ne": "≠", "neq": "≠",
     "pi": "π", "infty": "∞", "circ": "°", "degree": "°", "{": "⦃", "}": "⦄", "lbrace": "⦃", "rbrace": "⦄", "langle": "(", "rangle": ")",
     "%": "%", "$": "¤", "pm": "±", "mp": "∓", "cup": "∪", "in": "∈", "approx": "≈", "simeq": "≈", "lvert": "|", "rvert": "|", "vert": "|",
@@ -311,7 +314,8 @@ _NAMES = re.compile(  # see _Relation.names
     r"(?!-)(?:(?!log|ln|exp)[A-Za-z]'*+(?:_(?:\w|\{\w{1,9}\}))?+(?:\(-?\d[\d./]*+\))?+|\\[A-Za-z]++(?:_\w)?+|[-+*/(),|{}⟦⟧⏎&])++"
 )
 _FILLER = re.compile(
-    r"(?:\x01?\b(?:(?:the )?(?:final )?answer is|approximately|about|roughly|around|exactly|only|just|a total of|is|equals|equal to|either|both)\b\x01?\s*)+",
+    r"(?:\x01?\b(?:(?:the )?(?:final )?answer is|approximately|about|roughly|around|exactly|only"
+    r"|just|a total of|is|equals|equal to|either|both)\b\x01?\s*)+",
     re.IGNORECASE,
 )
 _LABEL = re.compile(r"\s*(?=[^=:\d]{0,60}?[A-Za-z]{3})[A-Za-z\x01][^=:<>≤≥≠≈∈\d]{0,60}[=:](?!\s*$)")  # Area = 5, total cost: 5
@@ -517,6 +521,9 @@ class _Reader:
         elif token == r"\frac":
             numerator = self.argument()
             node = _op(truediv, numerator, self.argument())
+        elif token == r"\binom":
+            n, k = (self.argument().rational or Fraction(0) for _ in "nk")
+            node = _number(math.comb(int(n), int(k))) if n.denominator == k.denominator == 1 and 0 <= k <= n <= 200 else self.fail()
         elif kind == "sign" and token in "π∞":
             node = _symbol(token)
         elif kind == "sign" and token in "([{⦃":
@@ -589,6 +596,8 @@ class _Reader:
             degrees = self.accept("°")
         if degrees:
             argument = _op(truediv, _op(mul, argument, _symbol("π")), _number(180))
+        if exponent is not None and exponent.rational == -1 and f"arc{name}" in _FUNCTIONS:  # \tan^{-1}
+            name, exponent = f"arc{name}", None
         result = _power(_symbol("e"), argument) if name == "exp" else _function(name, argument, *([base] if base and name == "log" else []))
         return result if exponent is None else _power(result, exponent)
 
@@ -737,8 +746,8 @@ def _proportional(a: _Value, b: _Value, positive: bool) -> bool:
 
 def _plain(text: str) -> str:
     """Text without spaces, a leading article and a full stop; words also without case."""
-    text = re.sub(r"[\s\x01]", "", re.sub(r"^(?:the|an|a)\s", "", text.strip(" \x01"), flags=re.IGNORECASE)).strip(".,;:")
-    text = re.sub(r"\{(\w)\}", r"\1", text)
+    text = re.sub(r"^(?:the|an|a)\s(?=[a-z]{3})", "", text.replace("\x01", "").strip(), flags=re.IGNORECASE)
+    text = re.sub(r"(?<!\d)\s+|\s+(?!\d)", "", re.sub(r"\{(\w)\}(?!\w)", r"\1", text)).strip(".,;:")  # 5 1/2 is not 51/2
     return text.lower() if text.isalpha() and (len(text) > 2 or text.lower() == "no") else text
 
 

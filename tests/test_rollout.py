@@ -3,8 +3,10 @@
 import pytest
 import torch
 from tiny import tiny
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from rollout import FAMILIES, generate
+import rollout as rollout_module
+from rollout import FAMILIES, Decoder, draw, generate, sample
 
 PROMPTS = [[5, 9, 3, 7, 2, 8, 11], [4], [6, 6, 13, 9, 22, 31, 8, 2, 2, 17, 12], [7, 3], [9, 4, 4, 21, 5]]
 
@@ -144,3 +146,115 @@ def test_refusals_name_the_family():
     with pytest.raises(ValueError, match="top_p"):
         generate(tiny("llama"), [[3]], max_new_tokens=1, eos_token_ids=[1], top_p=0.0)
     assert generate(tiny("llama"), [], max_new_tokens=1, eos_token_ids=[1]) == []
+
+
+def count_prefills(monkeypatch):
+    """Every call's prompts, the one-token probe of each `generate` left out."""
+    calls, prefill = [], rollout_module.prefill
+    monkeypatch.setattr(rollout_module, "prefill", lambda model, prompts: calls.append(prompts) or prefill(model, prompts))
+    return lambda: [p for prompts in calls for p in prompts if p != (0, 0)]
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt2"])
+@pytest.mark.parametrize("slots", [1, 3, 64])
+def test_a_prompt_sampled_n_times_is_prefilled_once(family, slots, monkeypatch):
+    """Copies behind each other, far apart, waiting and admitted together; each must continue like one that was computed alone."""
+    model, prefilled = tiny(family), count_prefills(monkeypatch)
+    prompts = [PROMPTS[i] for i in (0, 0, 1, 2, 0, 3, 2, 2, 4, 0, 1, 2)]
+    got = generate(model, prompts, max_new_tokens=14, eos_token_ids=[1, 2, 3, 14, 15], temperature=0, slots=slots)
+    assert sorted(prefilled()) == sorted(map(tuple, PROMPTS))
+    expected = {tuple(p): greedy_reference(model, p, 14, {1, 2, 3, 14, 15}) for p in PROMPTS}
+    for prompt, r in zip(prompts, got):
+        ids, logprobs = expected[tuple(prompt)]
+        assert r.ids == ids and r.logprobs == pytest.approx(logprobs, abs=1e-9)
+    got = generate(model, prompts, max_new_tokens=14, eos_token_ids=[1], slots=slots, generator=torch.Generator().manual_seed(0))
+    for prompt, r in zip(prompts, got):
+        assert r.logprobs == pytest.approx(full_forward_logprobs(model, prompt, r.ids).tolist(), abs=1e-9)
+    assert len({tuple(r.ids) for r in got}) > len(PROMPTS)  # copies share the prompt, not the random numbers
+
+
+def test_a_limit_for_each_prompt_and_progress():
+    model, limits, ticks = tiny("llama"), [3, 1, 9, 4, 2], []
+    got = generate(model, PROMPTS, max_new_tokens=limits, eos_token_ids=[], temperature=0, slots=2, progress=ticks.append)
+    assert [len(r.ids) for r in got] == limits and not any(r.finished for r in got)
+    assert ticks == [1] * 5
+    for prompt, r, limit in zip(PROMPTS, got, limits):
+        assert r.ids == greedy_reference(model, prompt, limit, set())[0]
+    with pytest.raises(ValueError, match="one limit for each"):
+        generate(model, PROMPTS, max_new_tokens=[1], eos_token_ids=[])
+
+
+class NoHostRead(TorchDispatchMode):
+    """Fails where the host waits for a value: on a GPU that would stall the queue, and it cannot be captured in a graph."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket._qualified_op_name
+        assert name not in ("aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero", "aten::equal", "aten::masked_select"), name
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES - {"mixtral", "olmoe", "qwen2_moe", "qwen3_moe"}))
+def test_static_step(family, monkeypatch):
+    """Few shapes, buffers that stay where they are, no host read in the step, and the same tokens, though rows run on behind their EOS
+    and unused rows run along. Mixtures of experts are not asked here: their eager experts look at the router's choice on the host."""
+    model, step, seen = tiny(family), Decoder.step, []
+    eos, prompts = {1, 2, 3, 14, 15}, [p + [t] for t in (7, 8) for p in PROMPTS]
+
+    def watched(decoder, n, length):
+        with NoHostRead():
+            step(decoder, n, length)
+        buffers = (decoder.kv, decoder.tokens, decoder.logprobs, decoder.position, decoder.ended)
+        seen.append((n, length, tuple(x.data_ptr() for x in buffers)))
+
+    monkeypatch.setattr(Decoder, "step", watched)
+    tolerance = 1e-6 if model.config._attn_implementation == "eager" else 1e-9
+    settings = dict(max_new_tokens=14, eos_token_ids=eos, temperature=0, slots=6)
+    expected = generate(model, prompts, **settings)
+    assert len({shape[:2] for shape in seen}) > 4  # the eager step: any number of rows, any length
+    for every in (4, 100):
+        seen.clear()
+        for r, e in zip(generate(model, prompts, check_every=every, cuda_graph=True, **settings), expected):
+            assert r.ids == e.ids and r.finished == e.finished and r.logprobs == pytest.approx(e.logprobs, abs=tolerance)
+        assert {shape[0] for shape in seen} <= {1, 2, 4, 6} and len({shape[1] for shape in seen}) == 1
+        assert len({shape[2] for shape in seen}) == 1
+
+
+def test_static_lengths_and_sampled_logprobs():
+    """Several length buckets, a host that looks every third step, and a row that is dragged along unused for longer than the cache is."""
+    model, prompts = tiny("qwen3", max_position_embeddings=300), [PROMPTS[0], PROMPTS[1], PROMPTS[4], PROMPTS[2] * 4]
+    got = generate(model, prompts, max_new_tokens=[100, 100, 100, 10], eos_token_ids=[], slots=4, check_every=3, cuda_graph=True,
+                   generator=torch.Generator().manual_seed(0))  # fmt: skip
+    for prompt, r in zip(prompts, got):
+        assert r.logprobs == pytest.approx(full_forward_logprobs(model, prompt, r.ids).tolist(), abs=1e-9)
+
+
+def test_memory_is_named_before_and_on_running_out(caplog):
+    model = tiny("llama")
+    with caplog.at_level("INFO", "rollout"):
+        generate(model, PROMPTS * 2, max_new_tokens=5, eos_token_ids=[1], slots=4)
+    size = 2 * 3 * 2 * 8 * 8 * (4 * 16 + 1 * 11) / 1e9  # keys and values, layers, heads, head size, bytes, tokens
+    assert f"4 slots x 16 + 1 x 11 tokens, {size:.3g} GB" in caplog.text
+    with pytest.raises(torch.OutOfMemoryError, match="1 slots x 1000000000[0-9]* .* GB; lower slots or max_new_tokens"):
+        generate(model.train(), [[3, 4]], max_new_tokens=10**12, eos_token_ids=[1])
+    assert model.training  # put back on errors too
+
+
+def test_draw_from_a_large_vocabulary():
+    """Blocks, the last of them not full, whole blocks without weight; log-probabilities against float64, counts against the weights."""
+    torch.manual_seed(0)
+    n, logits = 8000, torch.randn(3, 1500)
+    logits[:, 300:1400] = float("-inf")
+    logits[2, :] = float("-inf")
+    logits[2, 1499] = 5.0  # certain: the last entry of the padded block
+    ids = draw(logits.exp().repeat(n, 1), None).view(n, 3)
+    assert (ids[:, 2] == 1499).all()
+    for row in (0, 1):
+        p = logits[row].double().softmax(-1)
+        counts = ids[:, row].bincount(minlength=1500).double()
+        assert counts[p == 0].sum() == 0
+        value, df = chi_square(counts, p, n)
+        assert (value - df) / (2 * df) ** 0.5 < 4
+    for temperature in (1.0, 0.7):
+        drawn, logprobs = sample(logits, temperature, 1.0)
+        expected = (logits.double() / temperature).log_softmax(-1).gather(-1, drawn[:, None])[:, 0]
+        assert logprobs.tolist() == pytest.approx(expected.tolist(), abs=1e-5)

@@ -115,6 +115,7 @@ HOSTILE = {
     # found by tests/bench_verifier.py --fuzz and by the random test below: a tuple as divisor; reading on behind the last token
     "number through tuple": r"\boxed{x/x/x/(1, 2)}",
     "number through interval": r"\boxed{x/(-\infty, 3)}",
+    "binomial": r"\boxed{\binom{99999}{50000}}",
     "matrix not closed": r"\boxed{\begin{pmatrix}1&2}",
     "command at the end": r"\boxed{5\frac}",
     "subscript at the end": r"\boxed{x_}",
@@ -169,7 +170,7 @@ def fenced(code: str) -> str:
         ("def f(x):\n    return x * x", ["g = f(2)", "assert g == 2 + 2", "def check(f):\n    assert f(1) == 1\ncheck(f)"]),
         ("def f(x):\n    return x * x\nif __name__ == '__main__':\n    print(f(int(input())))", SQUARE),
         ("from collections import Counter\ndef f(s):\n    print('noise')\n    return Counter(s)", ["assert f('aab') == {'a': 2, 'b': 1}"]),
-        ("from fractions import Fraction as F\ndef f(x):\n    return F(x)", ["from fractions import Fraction as Q\nassert f('1/2') == Q(1, 2)"]),
+        ("from fractions import Fraction as F\ndef f(x): return F(x)", ["from fractions import Fraction as Q\nassert f('1/2') == Q(1, 2)"]),
         ("def f(x):\n    return (x, [x], {x})", ["assert (1, [1], {1}) == f(1)"]),
         ("print(int(input()) ** 2)", [{"input": "3\n", "output": "9\n"}, {"input": "4", "output": "16"}]),
         ("import sys\nprint(sys.stdin.read().upper())", [{"input": "a b \nc\n", "output": "A B\nC\n\n"}]),
@@ -216,7 +217,7 @@ ATTACKS = {
     "equal to everything": EQUAL,
     "equal list": "class L(list):\n    def __eq__(self, other): return True\ndef f(x): return L()",
     "equal int": "class I(int):\n    def __eq__(self, other): return True\ndef f(x): return I(0)",
-    "patched built-ins": "import builtins as b\nb.repr = b.bool = b.eval = b.exec = b.type = b.isinstance = lambda *a: 1\ndef f(x): return 0",
+    "patched built-ins": "import builtins as b\nb.repr = b.bool = b.eval = b.exec = b.type = lambda *a: 1\ndef f(x): return 0",
     "patched AssertionError": "import builtins\nbuiltins.AssertionError = ZeroDivisionError\ndef f(x): return 0",
     "patched json": "import json\njson.dumps = lambda x: '[true]'\ndef f(x): return 0",
     "writes to every descriptor": "import os\nfor n in (1, 4): os.write(n, b'[\"\",true]\\n' * 2)\nos._exit(0)",
@@ -234,8 +235,8 @@ ATTACKS = {
 @pytest.mark.parametrize("name", ATTACKS)
 def test_attacks_fail(name):
     start = time.monotonic()
-    assert verify_code(fenced(ATTACKS[name]), SQUARE, timeout=1.0) is False
-    assert time.monotonic() - start < 4
+    assert verify_code(fenced(ATTACKS[name]), SQUARE, timeout=0.6) is False
+    assert time.monotonic() - start < 5
 
 
 def test_an_object_that_equals_everything_equals_no_expression_either():
@@ -247,7 +248,7 @@ def test_an_object_that_equals_everything_equals_no_expression_either():
 
 @pytest.mark.parametrize("code", ["while True: print('x' * 10000)", "import os\nos._exit(0)", "print('ok')"])
 def test_attacks_on_input_output_tests_fail(code):
-    assert verify_code(fenced(code), [{"input": "", "output": "4"}], timeout=1.0) is False
+    assert verify_code(fenced(code), [{"input": "", "output": "4"}], timeout=0.6) is False
 
 
 def printed(code: str) -> str:
