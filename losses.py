@@ -74,7 +74,8 @@ def sampled_token(student: torch.Tensor, teacher: torch.Tensor, token_ids: torch
     """Score-function estimate of (4): stop_gradient(log pi - log pi_bar) * log pi at the sampled tokens.
 
     student, teacher: [N, V], token_ids: [N] -> [N]. Averaged over tokens drawn from the student, its GRADIENT is that of the reverse KL;
-    its VALUE is not a KL (log `token_logprobs(student) - token_logprobs(teacher)` for that).
+    its VALUE is not a KL. That holds for a teacher that does not know y_t. SD-Zero's has read y: where it copies, the estimate favours the
+    sampled tokens, and its mean over y is another gradient than that of (4); `full_logits` has neither flaw.
     """
     log_pi, log_pi_bar = token_logprobs(student, token_ids), token_logprobs(teacher, token_ids)
     return (log_pi - log_pi_bar).detach() * log_pi

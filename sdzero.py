@@ -68,8 +68,10 @@ def objective(args):
 def distill(student, teacher, student_layer, teacher_layer, examples: list[Example], args, divisor: int) -> dict[str, torch.Tensor]:
     """Add the gradient of (4) of some examples, divided by `divisor`, to the student's: one forward of each model.
 
-    student: model; teacher: `Teacher`; *_layer: their output layers. Returns per token [N], in the examples' order: "loss", "kl" (log pi -
-    log pi_bar of the sampled token: its mean over y ~ pi estimates the reverse KL whatever the objective), "reward" and "position" (t, from 0).
+    student: model; teacher: `Teacher`; *_layer: their output layers. Returns per token [N], in the examples' order: "loss", "kl" (the reverse
+    KL of (4) over the whole vocabulary, whatever the objective), "log_ratio" (log pi - log pi_bar of the sampled token), "reward" and
+    "position" (t, from 0). The mean log ratio would estimate the KL if the teacher did not know y_t. It does: it has read y, and a teacher
+    that copies makes every sampled token likelier, so that the ratio's mean can be negative where the KL is large.
     """
     spans = [(len(e.prompt_ids) + args.skip_first, len(e.student_ids)) for e in examples]
     shifts = [len(e.teacher_ids) - len(e.student_ids) for e in examples]  # the second copy's distance from the first
@@ -86,16 +88,19 @@ def distill(student, teacher, student_layer, teacher_layer, examples: list[Examp
         with torch.no_grad():
             teacher_l = teacher_layer(teacher_h) / temperature
             log_pi, log_pi_bar = token_logprobs(student_l / temperature, token_ids), token_logprobs(teacher_l, token_ids)
-        value = divergence(student_l / temperature, teacher_l, token_ids)
+        value = kl = divergence(student_l / temperature, teacher_l, token_ids)
+        if (args.objective, args.alpha) != ("full_logits", 1):
+            kl = losses.full_logits(student_l.detach() / temperature, teacher_l)
         if args.importance_cap:
             value = value * importance_weight(log_pi, old_logprobs, args.importance_cap)
-        return torch.stack([value, log_pi - log_pi_bar], dim=-1)
+        return torch.stack([value, kl, log_pi - log_pi_bar], dim=-1)
 
     columns = backward_by_chunks(loss, student_layer, student_h, teacher_h, token_ids, old_logprobs, divisor=divisor)
     counts = [end - start for start, end in spans]
     return {
         "loss": columns[:, 0],
         "kl": columns[:, 1],
+        "log_ratio": columns[:, 2],
         "reward": torch.tensor([e.reward for e, n in zip(examples, counts) for _ in range(n)], device=device),
         "position": torch.tensor([args.skip_first + i for n in counts for i in range(n)], device=device),
     }
@@ -113,7 +118,7 @@ def distill_step(student, teacher, student_layer, teacher_layer, examples: list[
     for group in tqdm(micro_batches([len(e.teacher_ids) for e in examples], args.micro_tokens), desc="training", delay=2, leave=False, disable=None):
         parts.append(distill(student, teacher, student_layer, teacher_layer, [examples[i] for i in group], args, divisor))
     if not parts:
-        return {"loss": 0.0, "kl": None, "loss_tokens": 0}
+        return {"loss": 0.0, "kl": None, "log_ratio": None, "loss_tokens": 0}
     whole = {name: torch.cat([p[name] for p in parts]) for name in parts[0]}
 
     def mean(mask):
@@ -123,6 +128,7 @@ def distill_step(student, teacher, student_layer, teacher_layer, examples: list[
     return {
         "loss": finite(whole["loss"].sum().item() / divisor),
         "kl": whole["kl"].mean().item(),
+        "log_ratio": whole["log_ratio"].mean().item(),
         "kl_right": mean(whole["reward"] == 1),
         "kl_wrong": mean(whole["reward"] == 0),
         "kl_from_position": {a: mean((whole["position"] >= a) & (whole["position"] < b)) for a, b in zip(edges, edges[1:])},

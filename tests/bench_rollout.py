@@ -23,13 +23,17 @@ import inspect
 import logging
 import os
 import statistics
+import sys
 import time
 import warnings
+from pathlib import Path
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, StoppingCriteria
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import rollout
+
 
 def shape(hidden, intermediate, layers, heads, kv_heads, head_dim, vocab, positions):
     return dict(hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers, num_attention_heads=heads, vocab_size=vocab,

@@ -122,8 +122,8 @@ def test_the_teacher_scores_the_second_copy():
 
 
 @pytest.mark.parametrize("objective, more", [("topk_logits", dict(topk=5)), ("sampled_token", {}), ("mixed_kl", dict(alpha=0.5)),
-                                             ("full_logits", dict(alpha=0.5))])  # fmt: skip
-def test_every_objective_and_the_kl_estimate(objective, more):
+                                             ("full_logits", dict(alpha=0.5)), ("full_logits", dict(alpha=1.0))])  # fmt: skip
+def test_every_objective_and_what_is_logged_beside_it(objective, more):
     import losses
 
     student, other = tiny("llama"), tiny("llama", seed=1)
@@ -137,10 +137,11 @@ def test_every_objective_and_the_kl_estimate(objective, more):
         "topk_logits": lambda: losses.topk_logits(p, q, 5),
         "sampled_token": lambda: losses.sampled_token(p, q, y),
         "mixed_kl": lambda: losses.mixed_kl(p, q, 0.5),
-        "full_logits": lambda: losses.full_logits(p, q, 0.5),
+        "full_logits": lambda: losses.full_logits(p, q, more["alpha"]),
     }[objective]()
     torch.testing.assert_close(got["loss"], expected.detach())
-    torch.testing.assert_close(got["kl"], (p - q).gather(-1, y[:, None])[:, 0].detach())
+    torch.testing.assert_close(got["kl"], (p.exp() * (p - q)).sum(-1).detach())
+    torch.testing.assert_close(got["log_ratio"], (p - q).gather(-1, y[:, None])[:, 0].detach())
     assert got["reward"].tolist() == [0] * 4 + [1] * 7 + [0] * 2
     assert got["position"].tolist() == [*range(4), *range(7), *range(2)]
 
@@ -159,6 +160,7 @@ def test_skipped_tokens_importance_weight_and_a_step_without_tokens():
     weights = (log_pi - -4.0).exp().clamp(max=1.5)
     assert (weights == 1.5).any() and (weights < 1.5).any()
     torch.testing.assert_close(weighted["loss"], whole["loss"] * weights)
+    assert torch.equal(weighted["kl"], whole["kl"])  # what is logged has no weight
 
     student.zero_grad()
     before = {n: p.clone() for n, p in student.named_parameters()}
