@@ -17,6 +17,8 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
+CHUNK = {"cpu": 2**22, "cuda": 2**27}  # logits in one chunk of `backward_by_chunks`: 16 MB and 512 MB in fp32
+
 
 def _log_softmax(logits: torch.Tensor) -> torch.Tensor:
     return F.log_softmax(logits if logits.dtype == torch.float64 else logits.float(), dim=-1)
@@ -172,7 +174,7 @@ def backward_by_chunks(
     but a chunk's logits are dropped once their gradient is known, before the next chunk's exist: size x V is the most there is, and nothing is
     computed twice. With N = 0 the gradients are zeros. Default size: logits of 16 MB in fp32 on a CPU, of 512 MB on a GPU.
     """
-    size = size or max(1, 2 ** (27 if hidden.is_cuda else 22) // layer.vocab_size)
+    size = size or max(1, CHUNK.get(hidden.device.type, CHUNK["cuda"]) // layer.vocab_size)
     columns, grads = [], []
     for i in range(0, max(len(hidden), 1), size):
         h = hidden[i : i + size].detach()

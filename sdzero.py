@@ -28,7 +28,7 @@ from losses import OutputLayer, backward_by_chunks, importance_weight, token_log
 from rollout import Rollout
 from srt import (
     PROMPT_DEFAULTS, BadInput, Optimizer, Parser, Run, add_arguments, check_arguments, checkpoint_layers, entry, evaluate, finite, hidden_states, inherit_prompt,
-    learning_rate, load_lm, load_verifier, micro_batches, predicting, sample, seed_of, split_problems, without_eos,
+    learning_rate, load_lm, load_verifier, micro_batches, predicting, report_memory, sample, seed_of, split_problems, without_eos,
 )  # fmt: skip
 from teacher import Teacher
 
@@ -193,6 +193,7 @@ def main(argv=None):
         print(f"{args.output} is complete")
         return
     print(f"problems: {json.dumps(counts)}")
+    report_memory(lm, args, problems, args.teacher)
     if not stage_1:
         print(f"warning: {args.model} has no srt.json, so stage 1 did not make it: without a reviser stage 2 gains almost nothing", file=sys.stderr)
     if args.top_p < 1 or args.temperature == 0:

@@ -38,8 +38,8 @@ import transformers
 from tqdm import tqdm
 
 import verifier
-from losses import OutputLayer, backward_by_chunks, token_logprobs
-from rollout import Rollout, check_supported, generate
+from losses import CHUNK, OutputLayer, backward_by_chunks, token_logprobs
+from rollout import Rollout, check_supported, generate, prefill
 
 PHRASES = ("Wait, this response is not correct, let me start over.", "Let me rephrase the above solution.")  # P_r by r: the paper's
 WEIGHTS = {"both": (1, 2), "generation": (1, 1), "revision": (0, 1)}  # of y_init and P_r, and of y_rev, in the loss: see `srt_loss`
@@ -417,13 +417,15 @@ def evaluate(lm: LM, args, verify, problems: list[Problem], step: int) -> dict:
 
 
 def micro_batches(lengths: list[int], budget: int) -> list[list[int]]:
-    """Indices of sequences in groups of like length whose padded size, rows x longest, stays within `budget` tokens (or of one sequence)."""
-    groups, longest = [], 0
+    """Indices of sequences in groups of like length: rows x longest within `budget` tokens (or one sequence), at least 90% of them real."""
+    groups, longest, real = [], 0, 0
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if not groups or (len(groups[-1]) + 1) * longest > budget:
+        padded = (len(groups[-1]) + 1) * longest if groups else 0
+        if not groups or padded > budget or real + lengths[i] < 0.9 * padded:
             groups.append([])
-            longest = lengths[i]
+            longest, real = lengths[i], 0
         groups[-1].append(i)
+        real += lengths[i]
     return groups
 
 
@@ -445,45 +447,115 @@ def checkpoint_layers(model) -> None:
     enable({"use_reentrant": False})
 
 
+def kept_bytes(model) -> float:
+    """Bytes a token that autograd keeps of a forward pass for the backward pass: measured on a few tokens, hence right for every family."""
+
+    def kept(tokens):
+        sizes, weights = {}, {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+        def pack(tensor):
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in weights:
+                sizes[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            hidden = hidden_states(model, [[0] * tokens])  # alive until here, and with it all that is kept: no address comes twice
+        return sum(sizes.values()) + 0 * len(hidden)
+
+    return (kept(128) - kept(64)) / 64
+
+
+def report_memory(lm: LM, args, problems: list[Problem], teacher: str | None = None) -> dict[str, float]:
+    """Print where a run's memory goes at most, and what to lower where the device has less (README, "Memory"). Returns the parts in bytes.
+
+    teacher: of stage 2, "base", "live" or "ema"; None: stage 1. All responses are taken to be as long as --max-new-tokens allows.
+    """
+    model, layers = lm.model, lm.model.config.num_hidden_layers
+    size, count = model.dtype.itemsize, sum(p.numel() for p in model.parameters())
+    one = max(len(p.prompt_ids) for p in problems) + args.max_new_tokens  # x + y
+    two = min(one + len(lm.phrase_ids(args.phrase_wrong)) + args.max_new_tokens, lm.context)  # x + y + P_r + y
+    tokens = min(args.batch_size * two, max(args.micro_tokens, two)) * (one if teacher else two) // two  # that the student reads in a pass
+    per_token = kept_bytes(model)
+    if args.gradient_checkpointing:  # every layer's input, and one layer's inside
+        per_token = layers * model.config.hidden_size * size + per_token / layers
+    with torch.no_grad():
+        cache = prefill(model, [(0, 0)]).numel() * size  # a token
+    parts = {
+        "weights": count * size, "optimizer": count * (8 if size > 2 else 10), "gradients": 4 * count,
+        "teacher": count * {"base": size, "ema": size + (4 if size < 4 else 0)}.get(teacher, 0), "activations": int(tokens * per_token),
+        "logits": 12 * 4 * CHUNK.get(model.device.type, CHUNK["cuda"]), "cache": args.slots * (one if teacher else two) * cache,
+    }  # fmt: skip
+    standing = parts["weights"] + parts["optimizer"] + parts["teacher"]
+    training, sampling = standing + parts["gradients"] + parts["activations"] + parts["logits"], standing + parts["cache"]
+    device = torch.cuda.mem_get_info(model.device)[1] if model.device.type == "cuda" else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    print("memory at most, GB: " + ", ".join(f"{name} {n / 1e9:.3g}" for name, n in parts.items()) + f"; training {training / 1e9:.3g}, "
+          f"sampling {sampling / 1e9:.3g}, of {device / 1e9:.3g}")  # fmt: skip
+    if training > device:
+        print("warning: training may not fit: lower --micro-tokens or --max-new-tokens, add --gradient-checkpointing", file=sys.stderr)
+    if sampling > device:
+        print("warning: sampling may not fit: lower --slots or --max-new-tokens", file=sys.stderr)
+    return parts
+
+
 class Optimizer:
-    """AdamW over fp32 weights. A model in bf16 gets fp32 masters: at a learning rate of 5e-6 an update is below half of a bf16 weight's last bit
-    and would be rounded away. Gradients of micro-batches are summed in fp32 as well. fp32 weights are their own masters.
+    """AdamW over fp32 weights. A bf16 model gets fp32 masters: at a learning rate of 5e-6 an update is below half of a bf16 weight's last bit and
+    would be rounded away. A bf16 weight is the rounded upper half of its master, so only the lower half is stored, and the master is put
+    together for the moment of its step: 2 bytes a weight instead of 4, and exact. Gradients of micro-batches are summed in fp32. fp32
+    weights are their own masters.
     """
 
     def __init__(self, model: torch.nn.Module, args):
-        weights = [p for p in model.parameters() if p.requires_grad]
-        masters = [p if p.dtype in (torch.float32, torch.float64) else p.detach().float() for p in weights]
-        self.narrow = [(w, m) for w, m in zip(weights, masters) if w is not m]
-        for weight, _ in self.narrow:
-            weight.grad_dtype = torch.float32
-        groups = [{"params": [m for m in masters if m.dim() > 1], "weight_decay": args.weight_decay},
-                  {"params": [m for m in masters if m.dim() <= 1], "weight_decay": 0.0}]  # fmt: skip
-        self.masters, self.clip, self.adamw = masters, args.clip, torch.optim.AdamW(groups, lr=args.lr, betas=tuple(args.betas))
+        self.weights, self.clip = [p for p in model.parameters() if p.requires_grad], args.clip
+        self.narrow, masters = [], []  # narrow: (bf16 weight, lower half, master: a place that is empty between steps)
+        for weight in self.weights:
+            masters.append(weight)
+            if weight.dtype == torch.bfloat16:
+                weight.grad_dtype = torch.float32
+                masters[-1] = torch.nn.Parameter(torch.empty(0, device=weight.device))
+                self.narrow.append((weight, torch.zeros_like(weight, dtype=torch.int16), masters[-1]))
+        groups = [{"params": [m for w, m in zip(self.weights, masters) if w.dim() > 1], "weight_decay": args.weight_decay},
+                  {"params": [m for w, m in zip(self.weights, masters) if w.dim() <= 1], "weight_decay": 0.0}]  # fmt: skip
+        self.adamw = torch.optim.AdamW(groups, lr=args.lr, betas=tuple(args.betas), fused=True)  # no temporary copy of all weights
 
     @torch.no_grad()
     def step(self, lr: float) -> float:
         """One clipped step; returns the gradient's norm before clipping. Raises Stopped, weights untouched, when that is not finite."""
-        for weight, master in self.narrow:
-            master.grad, weight.grad = weight.grad, None
-        norm = torch.nn.utils.clip_grad_norm_(self.masters, self.clip).item()
+        norm = torch.nn.utils.clip_grad_norm_(self.weights, self.clip).item()
         if not math.isfinite(norm):
             raise Stopped("the gradient is not finite; the last checkpoint stands: lower --lr and go on from it")
         for group in self.adamw.param_groups:
             group["lr"] = lr
-        self.adamw.step()
+        self.adamw.step()  # the fp32 weights
         self.adamw.zero_grad()
-        for weight, master in self.narrow:
-            weight.copy_(master)
+        for weight, low, master in self.narrow:
+            master.data, master.grad, weight.grad = join(weight, low), weight.grad, None
+            self.adamw.step()  # this one alone: no other has a gradient now
+            for half, new in zip((weight, low), split(master)):
+                half.copy_(new)
+            master.data, master.grad = master.new_empty(0), None
         return norm
 
     def state_dict(self) -> dict:
-        return {"adamw": self.adamw.state_dict(), "masters": [master for _, master in self.narrow]}
+        return {"adamw": self.adamw.state_dict(), "low": [low for _, low, _ in self.narrow]}
 
-    @torch.no_grad()
     def load_state_dict(self, state: dict) -> None:
+        """Put a `state_dict` back; the bf16 weights, which are the upper halves, are the model's."""
         self.adamw.load_state_dict(state["adamw"])
-        for (_, master), saved in zip(self.narrow, state["masters"], strict=True):
-            master.copy_(saved)
+        for (_, low, _), saved in zip(self.narrow, state["low"], strict=True):
+            low.copy_(saved)
+
+
+def split(master: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """fp32 -> (the nearest bf16, what is missing in units of fp32's last bit, int16). Ties go away from zero, so that the rest always fits."""
+    bits = master.view(torch.int32)
+    upper = (bits + 0x8000) >> 16
+    return upper.to(torch.int16).view(torch.bfloat16), (bits - (upper << 16)).to(torch.int16)
+
+
+def join(weight: torch.Tensor, low: torch.Tensor) -> torch.Tensor:
+    """The inverse of `split`, exactly."""
+    return ((weight.view(torch.int16).int() << 16) + low).view(torch.float32)
 
 
 def learning_rate(args, step: int, total: int) -> float:
@@ -783,6 +855,7 @@ def main(argv=None):
         print(f"{args.output} is complete")
         return
     print(f"problems: {json.dumps(counts)}")
+    report_memory(lm, args, problems)
 
     if not any(args.output.glob("checkpoint-*")):
         collected = args.output / "collected.json"

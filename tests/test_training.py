@@ -10,7 +10,7 @@ from tiny import tiny
 from losses import OutputLayer
 from rollout import FAMILIES, Rollout
 from sdzero import Example, distill, distill_step
-from srt import Optimizer, Stopped, checkpoint_layers, hidden_states, learning_rate, micro_batches, srt_loss, srt_step
+from srt import Optimizer, Stopped, checkpoint_layers, hidden_states, join, learning_rate, micro_batches, split, srt_loss, srt_step
 from teacher import Teacher
 
 EOS, VOCAB = 1, 37  # the models' output layers have 40 rows: the last three must be cut off on both sides
@@ -223,7 +223,11 @@ def test_micro_batches_hold_everything_once_and_stay_in_budget():
     groups = micro_batches(lengths, 64)
     assert sorted(i for g in groups for i in g) == list(range(8))
     assert all(len(g) == 1 or len(g) * max(lengths[i] for i in g) <= 64 for g in groups)
-    assert [[lengths[i] for i in g] for g in groups] == [[100], [64], [50], [20, 7, 7], [3, 1]]
+    assert [[lengths[i] for i in g] for g in groups] == [[100], [64], [50], [20], [7, 7], [3], [1]]
+    lengths = (torch.empty(500).geometric_(1 / 300, generator=torch.Generator().manual_seed(0)) + 40).int().tolist()
+    groups = micro_batches(lengths, 16384)
+    assert sorted(i for g in groups for i in g) == list(range(500)) and len(groups) < 50
+    assert all(sum(lengths[i] for i in g) >= 0.9 * len(g) * max(lengths[i] for i in g) for g in groups)
     assert micro_batches([], 64) == []
 
 
@@ -275,7 +279,7 @@ def test_bf16_weights_move_as_fp32_ones_do():
         return lambda m: optimizers[0].step(5e-6)
 
     moved16 = train_steps(start16, keep) - begin
-    masters = torch.cat([m.double().flatten() for m in optimizers[0].masters]) - begin
+    masters = torch.cat([join(w, low).double().flatten() for w, low, _ in optimizers[0].narrow]) - begin
     assert torch.nn.functional.cosine_similarity(masters, moved32, 0) > 0.9  # the gradients are bf16's, hence not 1
     assert masters.norm() / moved32.norm() == pytest.approx(1, abs=0.1)
     big = begin.abs() > 0.01  # half of the last bit is at least 2e-5 there: four plain steps of 5e-6 are lost, every one of them
@@ -302,6 +306,30 @@ def test_optimizer_equals_plain_adamw_in_fp32_with_clipping_and_groups():
         assert optimizer.step(lr) == pytest.approx(norm.item(), rel=1e-5)
     for a, b in zip(ours.parameters(), reference.parameters()):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_the_halves_of_a_weight_are_exact():
+    """All ties and their neighbours, both signs, zeros, subnormals; a bf16 weight is one of the two nearest."""
+    bits = torch.randint(-(2**31), 2**31, (200_000,), generator=torch.Generator().manual_seed(0))
+    bits = torch.cat([bits, bits >> 16 << 16, (bits >> 16 << 16) + 0x8000, (bits >> 16 << 16) + 0x7FFF, torch.arange(9)]).to(torch.int32)
+    values = bits.view(torch.float32)
+    values = values[values.abs() < 1e38]
+    weight, low = split(values)
+    assert torch.equal(join(weight, low).view(torch.int32), values.view(torch.int32))
+    assert ((weight.float() - values).abs() <= (values.bfloat16().float() - values).abs()).all()
+
+
+def test_bf16_optimizer_equals_one_that_keeps_whole_masters():
+    model, masters = tiny("llama", dtype=torch.bfloat16), tiny("llama", dtype=torch.bfloat16).float()
+    flags = argparse.Namespace(lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, clip=1.0)
+    optimizer, reference = Optimizer(model, flags), Optimizer(masters, flags)
+    for step in range(1, 6):
+        srt_step(model, OutputLayer(model, VOCAB), TRACES, (1, 2), 10_000)
+        for weight, master in zip(model.parameters(), masters.parameters()):
+            master.grad = weight.grad.clone()
+        assert optimizer.step(1e-4 * step) == reference.step(1e-4 * step)
+        for (weight, low, _), master in zip(optimizer.narrow, masters.parameters(), strict=True):
+            assert torch.equal(join(weight, low), master) and torch.equal(weight, split(master)[0])
 
 
 def test_micro_batch_gradients_are_summed_in_fp32():
