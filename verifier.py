@@ -54,21 +54,21 @@ from typing import NamedTuple
 
 _MARKER = re.compile(
     r"(?P<box>\\f?box(?:ed)?(?![a-zA-Z]))|(?P<hash>#{4,})"
-    r"|\b(?<!check the )(?<!verify the )(?<!if the )(?<!\{)(?<!\{the )(?<!\{final )(?<!\{the final )answers?\b(?:"
+    r"|\b(?<!</)(?<!check the )(?<!verify the )(?<!if the )(?<!\{)(?<!\{the )(?<!\{final )(?<!\{the final )answers?\b(?:"
     r"[^\n.:=]{0,60}?\s(?:is|are|was|equals|(?:would|should|will|must)\s+be)\b"  # the answer, in dollars, is
-    r"(?:\s+(?:therefore|thus|simply|indeed|then|just|clearly)\b)?[*:\s]*"
-    r"|[^\n\w:=]{0,4}[:=][*\s]*|[*#\s]{0,4}\n\s*)",  # **Answer:**, ### Final Answer
+    r"(?:\s+(?:therefore|thus|simply|indeed|then|just|clearly)\b)?[*:\s]*(?:(?<=\n)- )?"  # (a list of one)
+    r"|>\s*|[^\n\w:=]{0,4}[:=][*\s]*|[*#\s]{0,4}\n\s*)",  # <answer>, **Answer:**, ### Final Answer
     re.IGNORECASE,
 )
 _EMPTY = re.compile(r"(?:\\text\{)?(?:\s|\.|…|\\[lc]?dots|\\[,; ]|_|\?|your|the|final|answer|number|letter|here)*\}?", re.IGNORECASE)
 _NO_ANSWER = re.compile(  # what stands behind "the answer is" or "####" and is no answer
     r"(?:not|in|of|to|that|quite|very|(?:in)?correct|right|wrong|(?:in)?valid|reasonable|consistent|verified|confirmed|unique"
     r"|obtained|given|found|expressed|written|rounded|as|what|clear|step|verif\w+|check\w*|solution|conclusion|explanation|note|analysis"
-    r"|case|method|part|summary|why|how|we|i|this)\b",
+    r"|case|method|part|summary|why|how|(?:we|i|this)(?=\s))\b",
     re.IGNORECASE,
 )
 _REASON = re.compile(  # what may follow the answer in its sentence
-    r"[,;]?\s*\(?\b(?:because|since|which|where|when|so|as|if|but|hence|thus|therefore|after|from|given|not|by|using|see)\b", re.IGNORECASE
+    r"[,;]?\s*\(?\b(?:because|since|which|where|when|so|as|if|but|hence|thus|therefore|after|from|given|not|by|using|see|and (?:we|this|that|it|so))\b", re.IGNORECASE
 )
 _BRACES = re.compile(r"\\.|[{}]", re.DOTALL)
 _BARE_BOX = re.compile(r" *(-?[\d.,]*\d|\\frac\d\d|\\?\w+)")
@@ -99,7 +99,7 @@ def _stated(text: str) -> str:
         if end > 0 and text[len(left) : end].strip() and not re.match(r"(?:[ ,;]|and\b|or\b)*(?:\$|\\\(|-?\d)", rest):
             unit = re.match(r"\s*(\\?%|°|[a-zA-Z]+)(?=\s*\*{0,2}(?:[.,;!]|\n|$))", rest)  # $5$ cm.
             return text[len(left) : end] + (f" {unit[1]}" if unit else "")
-    sentence = re.split(r"[.!?](?=[\s*]|$)|(?<=\w)\*\*(?!\w)|\n", text, maxsplit=1)[0]
+    sentence = re.split(r"[.!?](?=[\s*]|$)|(?<=\w)\*\*(?!\w)|\n|<[|/]", text, maxsplit=1)[0]
     return re.sub(r"\s\([A-Za-z][A-Za-z -]{3,}\)$", "", _REASON.split(sentence, maxsplit=1)[0].strip(" *,;:"))  # 42 (forty-two)
 
 
@@ -116,9 +116,10 @@ def extract_answer(response: str) -> str | None:
         else:
             content = response[match.end() : match.end() + 500].lstrip(" \t#*")
             if match["hash"]:
-                content = re.sub(r"(?:the\s+)?(?:final\s+)?answer\W*", "", content.split("\n")[0].strip(" *"), count=1, flags=re.IGNORECASE)
+                content = re.sub(r"(?:the\s+)?(?:final\s+)?answer\W*", "", re.split(r"\n|<[|/]", content)[0].strip(" *"), count=1, flags=re.IGNORECASE)
             else:
-                content = _stated(content)
+                bold = re.match(r"[A-Z][a-z]* [^\n*.]{3,100}\*\*([^*\n]{1,60})\*\*", content)  # The train travels **120 miles**.
+                content = bold[1] if bold else _stated(content)
             if content and not _EMPTY.fullmatch(content) and not _NO_ANSWER.match(content):
                 if len(content.split()) <= 3 and not content.startswith(("a ", "an ")) or re.match(r"[-+$¤£€\\({\[.\d]", content):
                     return content
@@ -278,16 +279,17 @@ class _Relation(NamedTuple):
 
 _COMMANDS = {
     **dict.fromkeys("left right big Big bigl bigr Bigl Bigr bigg Bigg displaystyle textstyle quad qquad limits boxed mathit mathbb mathcal "
-                    "boldsymbol bm operatorname angle triangle hline , ; : ! > ( ) [ ]".split(), " "),
+                    "boldsymbol bm vec overrightarrow angle triangle hline bf rm it , ; : ! > ( ) [ ]".split(), " "),
     " ": " ", "\n": " ", "dfrac": r"\frac ", "tfrac": r"\frac ", "cfrac": r"\frac ", "dbinom": r"\binom ", "tbinom": r"\binom ",
     "cdot": "*", "times": "*", "ast": "*", "div": "/",
     "le": "≤", "leq": "≤", "leqslant": "≤", "ge": "≥", "geq": "≥", "geqslant": "≥", "lt": "<", "gt": ">", "ne": "≠", "neq": "≠",
     "pi": "π", "infty": "∞", "circ": "°", "degree": "°", "{": "⦃", "}": "⦄", "lbrace": "⦃", "rbrace": "⦄", "langle": "(", "rangle": ")",
-    "%": "%", "$": "¤", "pm": "±", "mp": "∓", "cup": "∪", "in": "∈", "approx": "≈", "simeq": "≈", "lvert": "|", "rvert": "|", "vert": "|",
+    "%": "%", "$": "¤", "pm": "±", "mp": "∓", "cup": "∪", "bigcup": "∪", "pounds": "£", "in": "∈", "approx": "≈", "simeq": "≈", "lvert": "|", "rvert": "|", "vert": "|",
     "|": "|", "emptyset": "∅", "varnothing": "∅", "sqrt": "√", "lor": " or ", "vee": " or ", "land": " and ", "wedge": " and ",
     "lbrack": "[", "rbrack": "]", "\\": "⏎", **{name: f" {name} " for name in _FUNCTIONS},
 }  # fmt: skip
 _UNICODE = str.maketrans({
+    **{chr(i + 0xFEE0): chr(i) for i in range(0x21, 0x7F)}, "。": ".", "、": ",", "~": " ", "ℝ": r"\mathbb{R}",  # first: full-width forms
     "−": "-", "–": "-", "×": "*", "·": "*", "⋅": "*", "÷": "/", "½": " 1/2", "¼": " 1/4", "¾": " 3/4", "⅓": " 1/3", "⅔": " 2/3", "²": "^2",
     "³": "^3", "\u00a0": " ", "\u202f": " ", "\u2009": " ", "’": "'", "“": "", "”": "", '"': "", "`": "", "⟨": "(", "⟩": ")", "º": "°",
     "θ": r"\theta ", "α": r"\alpha ", "β": r"\beta ", "\x01": " ",
@@ -302,8 +304,9 @@ _UNITS = {
     ).split("|")
     for alias in words.split()
 }
+_INFIX = {"over": "frac", "choose": "binom"}
 _SCALES = {"hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
-_TEXT = re.compile(r"\\(?:text(?:bf|it|rm|sf|tt|up|normal)?|mathrm|mathbf|mathsf|mbox|hbox)\s*\{([^{}]*)\}")
+_TEXT = re.compile(r"\\(?:text(?:bf|it|rm|sf|tt|up|normal)?|operatorname|mathrm|mathbf|mathsf|mbox|hbox)\s*\{([^{}]*)\}")
 _WORDS = re.compile(r"(?=.*[A-Za-z])[A-Za-z ./'-]*")
 _NUMBER = r"\d+(?:\.\d+)?(?:[eE][+-]?\d{1,4}(?![\w^]))?|\.\d+"
 _TOKENS = [
@@ -318,15 +321,18 @@ _FILLER = re.compile(
     r"|just|a total of|is|equals|equal to|either|both)\b\x01?\s*)+",
     re.IGNORECASE,
 )
-_LABEL = re.compile(r"\s*(?=[^=:\d]{0,60}?[A-Za-z]{3})[A-Za-z\x01][^=:<>≤≥≠≈∈\d]{0,60}[=:](?!\s*$)")  # Area = 5, total cost: 5
+_LABEL = re.compile(r"\s*(?=[^=:\d]{0,60}?[A-Za-z]{3})[A-Za-z\x01][^=:<>≤≥≠≈∈\d]{0,60}[=:](?!\s*$)|P\([^()]{1,40}\) ?=|[A-Z](?=\([^()]*,)")  # Area = 5, total cost: 5, P(X = 2) = 5, A(1, 2)
 
 
 def _clean(text: str) -> str:
     """One spelling for what LaTeX, Markdown and Unicode spell in several ways. Words of \\text{} come out between \\x01 characters."""
     text = re.sub(r"(?<=\d)(?:\{,\}|,?\\[,!;: ]|,\\!)\s*(?=\d{3}(?!\d))", "", text.translate(_UNICODE))  # 1{,}234
     text = re.sub(r"(?<=\d) ?x ?(?=10\^)", "*", re.sub(r"(\d{0,50})\.(\d{0,50})\\(?:overline|bar)\{(\d{1,50})\}", _repeating, text))
+    text = re.sub(r"\\(?:text)?color\{[^{}]*\}|\\overline ?(?=\{[A-Z]{2}\})|\\mathbb ?\{?R\}?", lambda m: r"(-\infty,\infty)" if "R" in m[0][-2:] else "", text)
+    text = re.sub(r"\{([^{}]*)\\(over|choose)(?![a-z])([^{}]*)\}", lambda m: rf"\{_INFIX[m[2]]}{{{m[1]}}}{{{m[3]}}}", text)
     for _ in range(2):  # \text{} in \text{}
         text = _TEXT.sub(lambda m: f" \x01{m[1].strip()}\x01 " if _WORDS.fullmatch(m[1]) else f" {m[1]} ", text)
+    text = re.sub(r"\\[dt]?frac ?\{ \x01([^\x01]*)\x01 \}\{ \x01([^\x01]*)\x01 \}", "\x01\\1/\\2\x01", text)  # \frac{km}{h}
     text = re.sub(r"\\begin\{(?:[pbB]?matrix\}|array\}(?:\{[^{}]*\})?)", "⟦", text)
     text = re.sub(r"\\end\{(?:[pbB]?matrix|array)\}", "⟧", text)
     text = re.sub(r"\\([A-Za-z]+|.)", lambda m: _COMMANDS.get(m[1], m[0] + " "), text, flags=re.DOTALL)
@@ -335,7 +341,7 @@ def _clean(text: str) -> str:
         text = text.replace(old, new)
     if text.count("$") % 2:  # an odd one is a currency sign
         text = re.sub(r"\$(?=\s?[\d.])", "¤", text)
-    text = re.sub(r"\^\s*(?:\{\s*°\s*\}|°)", "°", text.replace("$", " "))
+    text = re.sub(r"\^\s*(?:\{\s*(?:°|\x01o\x01)\s*\}|°)", "°", text.replace("$", " "))
     text = re.sub(r"(?<![\d.,])\d{1,3}(?: \d{3})+(?![\d/,]| \d)", lambda m: m[0].replace(" ", ""), text)  # 10 000
     return re.sub(r"\s+", " ", text).lstrip(" ,;:=≈").rstrip(" .,;:")
 
@@ -374,9 +380,9 @@ class _Reader:
                 kind = "name"  # \text{A}, \text{C}
             if kind in ("word", "name") and low in ("and", "or"):
                 kind = "and"
-            elif kind == "name" and low in ("sqrt", "pi", "infinity"):
+            elif kind in ("word", "name") and low in ("sqrt", "pi", "infinity"):
                 kind, token = "sign", {"s": "√", "p": "π", "i": "∞"}[low[0]]
-            elif kind == "name" and low in _FUNCTIONS:
+            elif kind in ("word", "name") and low in _FUNCTIONS:
                 kind, token = "function", low
             elif kind == "name" and (len(token) > 1 or letters and spaced and low in _UNITS and behind in ("number", "close")):
                 if len(token) > 3 or low in _UNITS or spaced and behind or not behind and (len(token) > 2 or low in ("no", "on", "is")):
@@ -522,8 +528,12 @@ class _Reader:
             numerator = self.argument()
             node = _op(truediv, numerator, self.argument())
         elif token == r"\binom":
-            n, k = (self.argument().rational or Fraction(0) for _ in "nk")
-            node = _number(math.comb(int(n), int(k))) if n.denominator == k.denominator == 1 and 0 <= k <= n <= 200 else self.fail()
+            top, k = self.argument(), self.argument().rational
+            if k is None or k.denominator > 1 or not 0 <= k <= 100:
+                self.fail()
+            node = _number(1)
+            for i in range(int(k)):
+                node = _op(mul, node, _op(truediv, _op(sub, top, _number(i)), _number(i + 1)))
         elif kind == "sign" and token in "π∞":
             node = _symbol(token)
         elif kind == "sign" and token in "([{⦃":
@@ -793,6 +803,9 @@ def is_equivalent(answer: str, gold: str) -> bool:
         choice, other = (x, b) if x else (y, a)
         if other.strip("( )").upper() == choice[1] or choice[2] and _same_text(choice[2], other):
             return True
+    x, y = (re.sub(r"[\s,;\x01]|and", "", t) for t in (a, b))
+    if re.fullmatch("[A-J]{2,10}", x) and sorted(x) == sorted(y):  # ACD for A, C, D
+        return True
     return _same_text(a, b) or _same_text(*(_FILLER.sub("", _LABEL.sub("", _FILLER.sub("", t, count=1), count=1), count=1) for t in (a, b)))
 
 
