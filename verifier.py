@@ -68,7 +68,7 @@ _NO_ANSWER = re.compile(  # what stands behind "the answer is" or "####" and is 
     re.IGNORECASE,
 )
 _REASON = re.compile(  # what may follow the answer in its sentence
-    r"[,;]?\s*\(?\b(?:because|since|which|where|when|so|as|if|but|hence|thus|therefore|after|from|given|not|by|using|see|and (?:we|this|that|it|so))\b", re.IGNORECASE
+    r"[,;]?\s*\(?\b(?:because|since|which|where|when|so|as|if|but|hence|thus|therefore|after|from|given|not|by|using|see|and (?:we|this|that|it|so|not))\b", re.IGNORECASE
 )
 _BRACES = re.compile(r"\\.|[{}]", re.DOTALL)
 _BARE_BOX = re.compile(r" *(-?[\d.,]*\d|\\frac\d\d|\\?\w+)")
@@ -279,7 +279,7 @@ class _Relation(NamedTuple):
 
 _COMMANDS = {
     **dict.fromkeys("left right big Big bigl bigr Bigl Bigr bigg Bigg displaystyle textstyle quad qquad limits boxed mathit mathbb mathcal "
-                    "boldsymbol bm vec overrightarrow angle triangle hline bf rm it , ; : ! > ( ) [ ]".split(), " "),
+                    "boldsymbol bm vec overrightarrow angle triangle hline bf rm it checkmark , ; : ! > ( ) [ ]".split(), " "),
     " ": " ", "\n": " ", "dfrac": r"\frac ", "tfrac": r"\frac ", "cfrac": r"\frac ", "dbinom": r"\binom ", "tbinom": r"\binom ",
     "cdot": "*", "times": "*", "ast": "*", "div": "/",
     "le": "≤", "leq": "≤", "leqslant": "≤", "ge": "≥", "geq": "≥", "geqslant": "≥", "lt": "<", "gt": ">", "ne": "≠", "neq": "≠",
