@@ -6,8 +6,8 @@ r"""The binary verifier r(y, a): 1 when the last final answer of a response equa
 The verifiable rewards of SD-Zero (arXiv 2604.12002). Standard library only: copy this file out and it works. Nothing that a model wrote
 is evaluated (mathematics) or run in this process (code); nothing raises or hangs; the result is always True or False.
 
-Which answer is the last? Markers are \boxed{} and \fbox{}, `####`, and "answer is" (or "answer:"). The LAST marker in the text counts, so
-a revision outranks the first attempt whatever both used. Passed over are boxes without an answer (\boxed{}, \boxed{...}: an instruction
+Which answer is the last? Markers are \boxed{} and \fbox{}, `####`, and "answer is" (or "answer:", <answer>). The LAST marker in the text
+counts, so a revision outranks the first attempt whatever both used. Passed over are boxes without an answer (\boxed{}, \boxed{...}: an instruction
 repeated), headings (`#### Step 2`) and phrases that state none ("the answer is correct"). A box that never closes ends the search:
 the response was cut there and has no answer.
 
@@ -24,9 +24,9 @@ Claimed equal (accuracy by category: tests/bench_verifier.py):
   sets, lists    in any order; {1, 2} is not (1, 2)
   expressions    polynomial and rational ones: 2(x+1) = 2x+2. The case of a letter counts.
   relations      equations up to a constant factor, inequalities up to a positive one; x > 3 = (3, \infty)
-  choices        (B) = B = \text{B} = B. 12; words by letters, whatever their case and spaces
-Not claimed: conversion of units, number words, decimal commas, determinants, set-builder notation, answers longer than 600 characters;
-ratios (3:4), times and numbers in other bases count as written.
+  choices        (B) = B = \text{B} = B. 12; ACD = A, C, D; words by letters, whatever their case and spaces
+Not claimed: an answer without a marker; conversion of units, number words, decimal commas, determinants, set-builder notation, answers
+longer than 600 characters; ratios (3:4), times and numbers in other bases count as written.
 """
 
 import ast
@@ -68,7 +68,9 @@ _NO_ANSWER = re.compile(  # what stands behind "the answer is" or "####" and is 
     re.IGNORECASE,
 )
 _REASON = re.compile(  # what may follow the answer in its sentence
-    r"[,;]?\s*\(?\b(?:because|since|which|where|when|so|as|if|but|hence|thus|therefore|after|from|given|not|by|using|see|and (?:we|this|that|it|so|not))\b", re.IGNORECASE
+    r"[,;]?\s*\(?\b(?:because|since|which|where|when|so|as|if|but|hence|thus|therefore|after|from|given|not|by|using|see"
+    r"|and (?:we|this|that|it|so|not))\b",
+    re.IGNORECASE,
 )
 _BRACES = re.compile(r"\\.|[{}]", re.DOTALL)
 _BARE_BOX = re.compile(r" *(-?[\d.,]*\d|\\frac\d\d|\\?\w+)")
@@ -116,7 +118,8 @@ def extract_answer(response: str) -> str | None:
         else:
             content = response[match.end() : match.end() + 500].lstrip(" \t#*")
             if match["hash"]:
-                content = re.sub(r"(?:the\s+)?(?:final\s+)?answer\W*", "", re.split(r"\n|<[|/]", content)[0].strip(" *"), count=1, flags=re.IGNORECASE)
+                line = re.split(r"\n|<[|/]", content)[0].strip(" *")  # up to <|endoftext|>
+                content = re.sub(r"(?:the\s+)?(?:final\s+)?answer\W*", "", line, count=1, flags=re.IGNORECASE)
             else:
                 bold = re.match(r"[A-Z][a-z]* [^\n*.]{3,100}\*\*([^*\n]{1,60})\*\*", content)  # The train travels **120 miles**.
                 content = bold[1] if bold else _stated(content)
@@ -284,7 +287,8 @@ _COMMANDS = {
     "cdot": "*", "times": "*", "ast": "*", "div": "/",
     "le": "≤", "leq": "≤", "leqslant": "≤", "ge": "≥", "geq": "≥", "geqslant": "≥", "lt": "<", "gt": ">", "ne": "≠", "neq": "≠",
     "pi": "π", "infty": "∞", "circ": "°", "degree": "°", "{": "⦃", "}": "⦄", "lbrace": "⦃", "rbrace": "⦄", "langle": "(", "rangle": ")",
-    "%": "%", "$": "¤", "pm": "±", "mp": "∓", "cup": "∪", "bigcup": "∪", "pounds": "£", "in": "∈", "approx": "≈", "simeq": "≈", "lvert": "|", "rvert": "|", "vert": "|",
+    "%": "%", "$": "¤", "pm": "±", "mp": "∓", "cup": "∪", "bigcup": "∪", "pounds": "£",
+    "in": "∈", "approx": "≈", "simeq": "≈", "lvert": "|", "rvert": "|", "vert": "|",
     "|": "|", "emptyset": "∅", "varnothing": "∅", "sqrt": "√", "lor": " or ", "vee": " or ", "land": " and ", "wedge": " and ",
     "lbrack": "[", "rbrack": "]", "\\": "⏎", **{name: f" {name} " for name in _FUNCTIONS},
 }  # fmt: skip
@@ -321,14 +325,17 @@ _FILLER = re.compile(
     r"|just|a total of|is|equals|equal to|either|both)\b\x01?\s*)+",
     re.IGNORECASE,
 )
-_LABEL = re.compile(r"\s*(?=[^=:\d]{0,60}?[A-Za-z]{3})[A-Za-z\x01][^=:<>≤≥≠≈∈\d]{0,60}[=:](?!\s*$)|P\([^()]{1,40}\) ?=|[A-Z](?=\([^()]*,)")  # Area = 5, total cost: 5, P(X = 2) = 5, A(1, 2)
+_LABEL = re.compile(  # Area = 5, total cost: 5, P(X = 2) = 5, A(1, 2)
+    r"\s*(?=[^=:\d]{0,60}?[A-Za-z]{3})[A-Za-z\x01][^=:<>≤≥≠≈∈\d]{0,60}[=:](?!\s*$)|^P\([^()]{1,40}\) ?=|^[A-Z](?=\([^()]*,)"
+)
 
 
 def _clean(text: str) -> str:
     """One spelling for what LaTeX, Markdown and Unicode spell in several ways. Words of \\text{} come out between \\x01 characters."""
     text = re.sub(r"(?<=\d)(?:\{,\}|,?\\[,!;: ]|,\\!)\s*(?=\d{3}(?!\d))", "", text.translate(_UNICODE))  # 1{,}234
     text = re.sub(r"(?<=\d) ?x ?(?=10\^)", "*", re.sub(r"(\d{0,50})\.(\d{0,50})\\(?:overline|bar)\{(\d{1,50})\}", _repeating, text))
-    text = re.sub(r"\\(?:text)?color\{[^{}]*\}|\\overline ?(?=\{[A-Z]{2}\})|\\mathbb ?\{?R\}?", lambda m: r"(-\infty,\infty)" if "R" in m[0][-2:] else "", text)
+    text = re.sub(r"\\mathbb ?\{?R\}?", lambda _: r"(-\infty,\infty)", text)
+    text = re.sub(r"\\(?:text)?color\{[^{}]*\}|\\overline ?(?=\{[A-Z]{2}\})", "", text)
     text = re.sub(r"\{([^{}]*)\\(over|choose)(?![a-z])([^{}]*)\}", lambda m: rf"\{_INFIX[m[2]]}{{{m[1]}}}{{{m[3]}}}", text)
     for _ in range(2):  # \text{} in \text{}
         text = _TEXT.sub(lambda m: f" \x01{m[1].strip()}\x01 " if _WORDS.fullmatch(m[1]) else f" {m[1]} ", text)
