@@ -7,9 +7,9 @@ The verifiable rewards of SD-Zero (arXiv 2604.12002). Standard library only: cop
 is evaluated (mathematics) or run in this process (code); nothing raises or hangs; the result is always True or False.
 
 Which answer is the last? Markers are \boxed{} and \fbox{}, `####`, and "answer is" (or "answer:", <answer>). The LAST marker in the text
-counts, so a revision outranks the first attempt whatever both used. Passed over are boxes without an answer (\boxed{}, \boxed{...}: an instruction
-repeated), headings (`#### Step 2`) and phrases that state none ("the answer is correct"). A box that never closes ends the search:
-the response was cut there and has no answer.
+counts, so a revision outranks the first attempt whatever both used. Passed over are boxes without an answer (\boxed{}, \boxed{...}: an
+instruction repeated), headings (`#### Step 2`) and phrases that state none ("the answer is correct"). A box that never closes ends the
+search: the response was cut there and has no answer.
 
 Claimed equal (accuracy by category: tests/bench_verifier.py):
   integers       1,234 = 1{,}234 = 1\,234 = 1 234 = 1234. A comma is never a decimal point.
