@@ -23,6 +23,7 @@ def test_there_are_enough_cases():
     near_misses = Counter(case["correct"] for case in CASES)[False]
     assert len(CASES) >= 600 and near_misses >= len(CASES) / 3
     assert min(Counter(case["category"] for case in CASES).values()) >= 10
+    assert len({(case["response"], case["gold"]) for case in CASES}) == len(CASES)
 
 
 @pytest.mark.parametrize("category", CATEGORIES)
