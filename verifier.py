@@ -86,9 +86,12 @@ def _boxed(text: str, start: int) -> str | None:
         return match[1] if match else None
     depth = 0
     for match in _BRACES.finditer(text, start):  # an escaped brace is a set's, not a group's
-        depth += {"{": 1, "}": -1}.get(match.group(), 0)
-        if depth == 0:
-            return text[start + 1 : match.start()]
+        if match[0] == "{":
+            depth += 1
+        elif match[0] == "}":
+            depth -= 1
+            if depth == 0:
+                return text[start + 1 : match.start()]
     return None
 
 
