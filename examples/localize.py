@@ -1,4 +1,4 @@
-"""Where does the teacher object? A page that shows a student's responses with every token coloured by its KL, and figure F4 of METHOD.md.
+"""Where does the teacher differ? A page that shows a student's responses with every token coloured by its KL, and figure F4 of METHOD.md.
 
     python examples/localize.py --model runs/toy/srt --teacher runs/toy/srt --dataset runs/toy/heldout.jsonl --max-new-tokens 64 --output toy.html
 
@@ -32,6 +32,11 @@ from srt import (  # noqa: E402
 UNUSED = "--(problems|temperature|top-p|batch-size|lr|lr-schedule|warmup|weight-decay|betas|clip|gradient-checkpointing|eval-.*|output|save-every|resume)"
 LEVELS = (0.03, 0.1, 0.3, 1, 3)  # nats, where the colour changes: fixed, so that two pages can be compared
 BUCKETS = 20
+FIGURES = [  # the table's rows: label, key of `summarize`, format
+    ("responses", "responses", "d"), ("their tokens", "tokens", "d"), ("mean KL of a token", "mean_kl", ".3g"),
+    ("the same of the median response", "median_kl", ".3g"), ("of the KL of all these tokens, in the top 5% of them", "top5_all", ".0%"),
+    ("of a response's KL, in its own top 5%, on average", "top5_each", ".0%"),
+]  # fmt: skip
 
 
 @torch.no_grad()
@@ -73,12 +78,12 @@ def buckets(kl: torch.Tensor) -> torch.Tensor:
 
 def summarize(kls: list[torch.Tensor]) -> dict:
     """The figures of some responses, KLs [T] each: the bars of F4 averaged over the responses, and what they amount to."""
-    bars, every = torch.stack([buckets(kl) for kl in kls]).mean(0), torch.cat(kls)
+    bars, means, every = torch.stack([buckets(kl) for kl in kls]), torch.stack([kl.mean() for kl in kls]), torch.cat(kls)
     return {
-        "responses": len(kls), "tokens": len(every), "mean_kl": every.mean().item(),
+        "responses": len(kls), "tokens": len(every), "mean_kl": every.mean().item(), "median_kl": means.median().item(),
         "top5_all": (buckets(every)[0] / every.mean()).item(),  # of the KL of all these tokens together, the share in the top 5% of them
-        "top5_each": (bars[0] / bars.sum()).item(),  # in each response's own top 5%, which of 15 tokens are less than one: the first bar
-        "bars": bars.tolist(),
+        "top5_each": (bars[:, 0] / means).mean().item(),  # in each response's own top 5%, which of 15 tokens are less than one
+        "bars": bars.mean(0).tolist(),
     }  # fmt: skip
 
 
@@ -123,12 +128,12 @@ def figure(groups: dict[str, dict]) -> str:
         out.append(f'<text x="{44 + 3.72 * percent:.0f}" y="206" text-anchor="middle">{percent}%</text>')
     width = 14.6 / len(groups)
     for j, (name, g) in enumerate(groups.items()):
-        out.append(f'<rect class="{name}" x="{290}" y="{24 + 18 * j}" width="11" height="11"/><text x="306" y="{34 + 18 * j}">{name} responses</text>')
+        out.append(f'<rect class="{name}" x="290" y="{24 + 18 * j}" width="11" height="11"/><text x="306" y="{34 + 18 * j}">{name} responses</text>')
         for i, bar in enumerate(g["bars"]):
             label = f"{name}, {5 * i} to {5 * i + 5}% of the tokens: {bar:.4g} nats"
             x, height = 46 + 18.6 * i + width * j, max(190 - y(bar), 0)
             out.append(f'<rect class="{name}" x="{x:.1f}" y="{190 - height:.1f}" width="{width:.1f}" height="{height:.1f}"><title>{label}</title></rect>')
-    return (f'<svg viewBox="0 0 420 228" role="img" aria-label="F4">{"".join(out)}<text x="4" y="12">part of the mean KL a token, nats</text>'
+    return (f'<svg viewBox="0 0 434 228" role="img" aria-label="F4">{"".join(out)}<text x="4" y="12">part of the mean KL a token, nats</text>'
             '<text x="230" y="223" text-anchor="middle">tokens of a response, sorted by KL</text></svg>')  # fmt: skip
 
 
@@ -136,8 +141,8 @@ def page(lm: LM, args, problems: list, examples: list[Example], tables: list[tor
     """The HTML and the figures in it. problems, examples and tables (`score`) go together; skipped: responses that no context could hold."""
     by_reward = {name: [i for i, e in enumerate(examples) if e.reward == r] for r, name in enumerate(("wrong", "right"))}
     groups = {name: summarize([tables[i][:, 0] for i in indices]) for name, indices in by_reward.items() if indices}
-    rows = "".join(f'<tr><th class="{name}">{name}</th><td>{g["responses"]}</td><td>{g["tokens"]}</td><td>{g["mean_kl"]:.3g}</td>'
-                   f'<td>{g["top5_all"]:.0%}</td><td>{g["top5_each"]:.0%}</td></tr>' for name, g in groups.items())  # fmt: skip
+    head = "".join(f'<th class="{name}">{name}</th>' for name in groups)
+    rows = "".join(f"<tr><th>{label}</th>{''.join(f'<td>{g[key]:{form}}</td>' for g in groups.values())}</tr>" for label, key, form in FIGURES)
     order = sorted((rank, i) for indices in by_reward.values() for rank, i in enumerate(indices))[: args.shown]  # in turn wrong and right
     cards = []
     for _, i in order:
@@ -149,7 +154,7 @@ def page(lm: LM, args, problems: list, examples: list[Example], tables: list[tor
                      f'<p class="y">{spans(lm.tokenizer, e.response.ids, tables[i])}</p></div></article>')  # fmt: skip
     edges = [f"{low:g} to {high:g}" if low else f"below {high:g}" for low, high in zip((0, *LEVELS), LEVELS)] + [f"{LEVELS[-1]:g} or more"]
     legend = "".join(f'<span class="k{i}">{label}</span>' for i, label in enumerate(edges))
-    content = PAGE.substitute(model=clean(args.model), teacher=clean(args.teacher), dataset=clean(args.dataset), rows=rows, figure=figure(groups),
+    content = PAGE.substitute(model=clean(args.model), teacher=clean(args.teacher), dataset=clean(args.dataset), head=head, rows=rows, figure=figure(groups),
                               temperature=f"{args.temperature:g}", count=len(examples), shown=len(order), legend=legend, cards="\n".join(cards),
                               skipped=f", {skipped} more did not fit the context" if skipped else "")  # fmt: skip
     return content, groups
@@ -164,9 +169,9 @@ PAGE = Template("""<!DOCTYPE html>
 body { max-width: 70rem; margin: 0 auto; padding: 1rem; background: var(--page); color: var(--text); font: 16px/1.5 system-ui, sans-serif; }
 h1 { font-size: 1.3rem; } p { margin: .5rem 0; max-width: 46rem; } code, .y { font-family: ui-monospace, monospace; overflow-wrap: anywhere; }
 .top { display: flex; flex-wrap: wrap; gap: 1rem 2rem; align-items: center; } .top > * { flex: 1 1 20rem; min-width: 0; }
-table { border-collapse: collapse; font-size: .9rem; } th, td { padding: .3rem .4rem; text-align: right; border-top: 1px solid var(--line); }
-thead th { font-weight: normal; color: var(--faint); border: 0; vertical-align: bottom; }
-svg text { font-size: 12px; fill: var(--text); } svg path { stroke: var(--line); } rect.wrong { fill: var(--wrong); } rect.right { fill: var(--right); }
+table { border-collapse: collapse; font-size: .9rem; } th, td { padding: .3rem .5rem; text-align: right; border-top: 1px solid var(--line); }
+tbody th { font-weight: normal; text-align: left; } thead th { border: 0; }
+svg text { font-size: 12px; fill: var(--text); stroke: var(--page); stroke-width: 4px; paint-order: stroke; } svg path { stroke: var(--line); } rect.wrong { fill: var(--wrong); } rect.right { fill: var(--right); }
 .wrong { color: var(--wrong); } .right { color: var(--right); }
 article { display: grid; grid-template-columns: 13rem 1fr; gap: .3rem 1.5rem; padding: 1rem 0; border-top: 1px solid var(--line); }
 aside { font-size: .85rem; color: var(--faint); } aside q { display: block; margin: .2rem 0; font-style: italic; }
@@ -178,18 +183,17 @@ article div { min-width: 0; } .x { margin-top: 0; color: var(--faint); white-spa
 .y span:hover, .y span:focus { outline: 2px solid var(--text); }
 .y span:focus::after { content: attr(title); position: fixed; inset: auto 0 0 0; padding: .8rem 1rem; background: var(--text); color: var(--page);
   font: 14px/1.4 system-ui, sans-serif; white-space: normal; }
-@media (max-width: 44rem) { article { grid-template-columns: 1fr; } }
+@media (max-width: 44rem) { article { grid-template-columns: 1fr; } svg text { font-size: 14px; } }
 </style></head><body>
-<h1>Where the teacher objects</h1>
+<h1>Where student and teacher differ</h1>
 <p>Student <code>$model</code>, teacher <code>$teacher</code>, problems of <code>$dataset</code>: $count responses at temperature $temperature$skipped.
 The teacher reads the student's response, one bit about it as a phrase, and scores the response again. The KL of a token is
 D(student ‖ teacher) at its position, over the whole vocabulary, in nats.</p>
 <div class="top">$figure
-<table><thead><tr><th></th><th>responses</th><th>tokens</th><th>mean KL a token</th><th>of all KL, in the top 5% of all tokens</th>
-<th>in each response's own top 5%</th></tr></thead><tbody>$rows</tbody></table></div>
+<table><thead><tr><th></th>$head</tr></thead><tbody>$rows</tbody></table></div>
 <p>Below, the first $shown responses as drawn, in turn a wrong and a right one. Hover over a token, tap it, or reach the strong ones by the tab key:
-its probabilities and the teacher's first choice. A dotted line: the teacher's first choice is another token. ↵ is a newline, ◌ a token that ends
-inside a character.</p>
+its probabilities and the teacher's first choice. A dotted line: that is another token; colour without a line: the teacher would write the same
+token, but is more or less sure of it. ↵ is a newline, ◌ a token that ends inside a character.</p>
 <p class="legend">KL, nats: $legend</p>
 $cards
 </body></html>
