@@ -1,11 +1,11 @@
 """Where does the teacher differ? A page that shows a student's responses with every token coloured by its KL, and figure F4 of METHOD.md.
 
-    python examples/localize.py --model runs/toy/srt --teacher runs/toy/srt --dataset runs/toy/heldout.jsonl --max-new-tokens 64 --output toy.html
+    python examples/localize.py --model runs/toy/srt --teacher runs/toy/srt --dataset runs/toy/heldout.jsonl --max-new-tokens 64
 
---model answers, the verifier gives its bit r, and --teacher (a stage-1 model: the reviser) reads x + y + P_r + y, as in sdzero.py. The KL of a
-token is the t-th term of METHOD.md (4), D_KL(student || teacher) over the whole vocabulary at its position, in nats, at the sampling temperature.
-Its claim (the paper's self-localisation, F4): though the teacher hears one bit about the whole response, on a wrong one it objects in a few
-places, and on a right one hardly anywhere. The problems are those that an evaluation with the same --dataset holds out.
+--model answers, the verifier gives its bit r, and --teacher (a stage-1 model: the reviser) reads x + y + P_r + y, as in sdzero.py. The KL of
+a token is the t-th term of METHOD.md (4), D_KL(student || teacher) over the whole vocabulary at its position, in nats, at the sampling
+temperature. The claim (the paper's self-localisation, F4): though the teacher hears one bit about the whole response, on a wrong one it differs
+from the student in few places, and on a right one hardly anywhere. The problems are those that an evaluation with the same --dataset holds out.
 
 The page is one file without script or network. Letters in shapes: T tokens of a response, N tokens of several, V vocabulary.
 """
@@ -25,11 +25,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from losses import OutputLayer, full_logits, token_logprobs  # noqa: E402
 from sdzero import Example  # noqa: E402
 from srt import (  # noqa: E402
-    LM, BadInput, Parser, add_arguments, check_arguments, entry, hidden_states, inherit_prompt, load_lm, load_verifier, micro_batches, predicting,
-    sample, split_problems,
+    LM, BadInput, Parser, add_arguments, check_arguments, entry, hidden_states, inherit_prompt, load_lm, load_verifier, micro_batches,
+    predicting, sample, split_problems,
 )  # fmt: skip
 
-UNUSED = "--(problems|temperature|top-p|batch-size|lr|lr-schedule|warmup|weight-decay|betas|clip|gradient-checkpointing|eval-.*|output|save-every|resume)"
+UNUSED = ("--(problems|temperature|top-p|batch-size|lr|lr-schedule|warmup|weight-decay|betas|clip|gradient-checkpointing|eval-.*|output|"
+          "save-every|resume)")  # flags of the two scripts that have no place here, or have another meaning
 LEVELS = (0.03, 0.1, 0.3, 1, 3)  # nats, where the colour changes: fixed, so that two pages can be compared
 BUCKETS = 20
 FIGURES = [  # the table's rows: label, key of `summarize`, format
@@ -66,7 +67,7 @@ def score(lm: LM, teacher: LM, examples: list[Example], args) -> list[torch.Tens
 
 
 def buckets(kl: torch.Tensor) -> torch.Tensor:
-    """One bar of F4 each: a response's KLs [T], sorted, largest first, in 20 equal parts -> [20], whose sum is the response's mean KL a token.
+    """The bars of F4: a response's KLs [T], sorted, largest first, in 20 equal parts -> [20], whose sum is its mean KL a token.
 
     Each part holds T / 20 tokens, whatever T is: a token on an edge counts on both sides, by its share.
     """
@@ -88,7 +89,7 @@ def summarize(kls: list[torch.Tensor]) -> dict:
 
 
 def pieces(tokenizer, ids: list[int]) -> list[str]:
-    """The text that each token adds to those before it. A token that ends inside a UTF-8 character adds "", the one that completes it adds it."""
+    """The text that each token adds to those before it: one that ends inside a UTF-8 character "", the one that completes it all of it."""
     texts, start, done = [], 0, 0
     for end in range(1, len(ids) + 1):
         # decoded behind the tokens before, since some tokenizers drop a text's first space
@@ -106,14 +107,15 @@ def clean(text: str) -> str:
 
 
 def spans(tokenizer, ids: list[int], table: torch.Tensor) -> str:
-    """A response's tokens, [T] ids and `score`'s [T, 6], as HTML. The rest of a token's row stands in its title: on hover, on focus, on tap."""
+    """A response's tokens, [T] ids and `score`'s [T, 6], as HTML. What the table says of a token is its title: on hover, on focus, on tap."""
     out = []
     for text, (kl, p, p_bar, p_best, p_bar_best, best) in zip(pieces(tokenizer, ids), table.tolist()):
         quoted = [json.dumps(t, ensure_ascii=False) for t in (text or "part of a character", tokenizer.decode([int(best)]))]
-        title = f"KL {kl:.4g} | {quoted[0]}: student {p:.1%}, teacher {p_bar:.1%} | teacher's first choice {quoted[1]}: {p_bar_best:.1%}, student {p_best:.1%}"
-        level = sum(kl >= edge for edge in LEVELS)
+        title = (f"KL {kl:.4g} | {quoted[0]}: student {p:.1%}, teacher {p_bar:.1%} | "
+                 f"teacher's first choice {quoted[1]}: student {p_best:.1%}, teacher {p_bar_best:.1%}")  # fmt: skip
+        level, line, stop = sum(kl >= edge for edge in LEVELS), " u" if p_bar < p_bar_best else "", 0 if kl >= LEVELS[2] else -1
         shown = clean(text).replace("\n", "↵\n") or "◌"
-        out.append(f'<span class="k{level}{" u" if p_bar < p_bar_best else ""}" tabindex="{-(kl < LEVELS[2])}" title="{clean(title)}">{shown}</span>')
+        out.append(f'<span class="k{level}{line}" tabindex="{stop}" title="{clean(title)}">{shown}</span>')
     return "".join(out)
 
 
@@ -128,24 +130,27 @@ def figure(groups: dict[str, dict]) -> str:
         out.append(f'<text x="{44 + 3.72 * percent:.0f}" y="206" text-anchor="middle">{percent}%</text>')
     width = 14.6 / len(groups)
     for j, (name, g) in enumerate(groups.items()):
-        out.append(f'<rect class="{name}" x="290" y="{24 + 18 * j}" width="11" height="11"/><text x="306" y="{34 + 18 * j}">{name} responses</text>')
+        low = 34 + 18 * j
+        out.append(f'<rect class="{name}" x="290" y="{low - 10}" width="11" height="11"/><text x="306" y="{low}">{name} responses</text>')
         for i, bar in enumerate(g["bars"]):
             label = f"{name}, {5 * i} to {5 * i + 5}% of the tokens: {bar:.4g} nats"
             x, height = 46 + 18.6 * i + width * j, max(190 - y(bar), 0)
-            out.append(f'<rect class="{name}" x="{x:.1f}" y="{190 - height:.1f}" width="{width:.1f}" height="{height:.1f}"><title>{label}</title></rect>')
-    return (f'<svg viewBox="0 0 434 228" role="img" aria-label="F4">{"".join(out)}<text x="4" y="12">part of the mean KL a token, nats</text>'
-            '<text x="230" y="223" text-anchor="middle">tokens of a response, sorted by KL</text></svg>')  # fmt: skip
+            out.append(f'<rect class="{name}" x="{x:.1f}" y="{190 - height:.1f}" width="{width:.1f}" height="{height:.1f}">'
+                       f"<title>{label}</title></rect>")  # fmt: skip
+    return ('<svg viewBox="0 0 440 228" role="img" aria-label="F4"><text x="4" y="12">part of the mean KL a token, nats</text>'
+            f'{"".join(out)}<text x="230" y="223" text-anchor="middle">tokens of a response, sorted by KL</text></svg>')  # fmt: skip
 
 
 def page(lm: LM, args, problems: list, examples: list[Example], tables: list[torch.Tensor], skipped: int) -> tuple[str, dict]:
-    """The HTML and the figures in it. problems, examples and tables (`score`) go together; skipped: responses that no context could hold."""
+    """The HTML and the figures in it. problems, examples and tables (`score`) go together; skipped: responses that no context holds."""
     by_reward = {name: [i for i, e in enumerate(examples) if e.reward == r] for r, name in enumerate(("wrong", "right"))}
     groups = {name: summarize([tables[i][:, 0] for i in indices]) for name, indices in by_reward.items() if indices}
     head = "".join(f'<th class="{name}">{name}</th>' for name in groups)
-    rows = "".join(f"<tr><th>{label}</th>{''.join(f'<td>{g[key]:{form}}</td>' for g in groups.values())}</tr>" for label, key, form in FIGURES)
-    order = sorted((rank, i) for indices in by_reward.values() for rank, i in enumerate(indices))[: args.shown]  # in turn wrong and right
+    cells = lambda key, form: "".join(f"<td>{g[key]:{form}}</td>" for g in groups.values())
+    rows = "".join(f"<tr><th>{label}</th>{cells(key, form)}</tr>" for label, key, form in FIGURES)
+    order = sorted((rank, examples[i].reward, i) for indices in by_reward.values() for rank, i in enumerate(indices))[: args.shown]
     cards = []
-    for _, i in order:
+    for *_, i in order:
         e, kl, name = examples[i], tables[i][:, 0], ("wrong", "right")[examples[i].reward]
         phrase = (args.phrase_wrong, args.phrase_right)[e.reward]
         cut = "" if e.response.finished else ", cut off"
@@ -154,9 +159,10 @@ def page(lm: LM, args, problems: list, examples: list[Example], tables: list[tor
                      f'<p class="y">{spans(lm.tokenizer, e.response.ids, tables[i])}</p></div></article>')  # fmt: skip
     edges = [f"{low:g} to {high:g}" if low else f"below {high:g}" for low, high in zip((0, *LEVELS), LEVELS)] + [f"{LEVELS[-1]:g} or more"]
     legend = "".join(f'<span class="k{i}">{label}</span>' for i, label in enumerate(edges))
-    content = PAGE.substitute(model=clean(args.model), teacher=clean(args.teacher), dataset=clean(args.dataset), head=head, rows=rows, figure=figure(groups),
-                              temperature=f"{args.temperature:g}", count=len(examples), shown=len(order), legend=legend, cards="\n".join(cards),
-                              skipped=f", {skipped} more did not fit the context" if skipped else "")  # fmt: skip
+    content = PAGE.substitute(
+        model=clean(args.model), teacher=clean(args.teacher), dataset=clean(args.dataset), temperature=f"{args.temperature:g}", count=len(examples),
+        skipped=f", {skipped} more did not fit the context" if skipped else "", figure=figure(groups), head=head, rows=rows, shown=len(order),
+        legend=legend, cards="\n".join(cards))  # fmt: skip
     return content, groups
 
 
@@ -167,33 +173,37 @@ PAGE = Template("""<!DOCTYPE html>
 @media (prefers-color-scheme: dark) {
   :root { --page: #15171a; --text: #eceef0; --faint: #a2a9b3; --line: #363b42; --hot: 190 72 8; --wrong: #ff9a57; --right: #74b3ff; } }
 body { max-width: 70rem; margin: 0 auto; padding: 1rem; background: var(--page); color: var(--text); font: 16px/1.5 system-ui, sans-serif; }
-h1 { font-size: 1.3rem; } p { margin: .5rem 0; max-width: 46rem; } code, .y { font-family: ui-monospace, monospace; overflow-wrap: anywhere; }
+h1 { font-size: 1.3rem; } p { margin: .5rem 0; max-width: 46rem; }
+code, .y { font-family: ui-monospace, monospace; overflow-wrap: anywhere; }
 .top { display: flex; flex-wrap: wrap; gap: 1rem 2rem; align-items: center; } .top > * { flex: 1 1 20rem; min-width: 0; }
-table { border-collapse: collapse; font-size: .9rem; } th, td { padding: .3rem .5rem; text-align: right; border-top: 1px solid var(--line); }
+table { border-collapse: collapse; font-size: .9rem; }
+th, td { padding: .3rem .5rem; text-align: right; border-top: 1px solid var(--line); }
 tbody th { font-weight: normal; text-align: left; } thead th { border: 0; }
-svg text { font-size: 12px; fill: var(--text); stroke: var(--page); stroke-width: 4px; paint-order: stroke; } svg path { stroke: var(--line); } rect.wrong { fill: var(--wrong); } rect.right { fill: var(--right); }
+svg { max-width: 34rem; } svg text { font-size: 12px; fill: var(--text); stroke: var(--page); stroke-width: 4px; paint-order: stroke; }
+svg path { stroke: var(--line); } rect.wrong { fill: var(--wrong); } rect.right { fill: var(--right); }
 .wrong { color: var(--wrong); } .right { color: var(--right); }
 article { display: grid; grid-template-columns: 13rem 1fr; gap: .3rem 1.5rem; padding: 1rem 0; border-top: 1px solid var(--line); }
 aside { font-size: .85rem; color: var(--faint); } aside q { display: block; margin: .2rem 0; font-style: italic; }
 article div { min-width: 0; } .x { margin-top: 0; color: var(--faint); white-space: pre-wrap; overflow-wrap: anywhere; }
 .y { white-space: pre-wrap; line-height: 1.75; max-width: none; } .y span, .legend span { padding: .15em 0; border-radius: 2px; }
-.y span { box-shadow: inset -1px 0 var(--page); } .legend span { display: inline-block; padding: .1em .6em; } .u { text-decoration: underline dotted; text-underline-offset: .2em; }
+.y span { box-shadow: inset -1px 0 var(--page); } .legend span { display: inline-block; padding: .1em .6em; }
+.u { text-decoration: underline dotted; text-underline-offset: .2em; }
 .k1 { background: rgb(var(--hot) / .14); } .k2 { background: rgb(var(--hot) / .3); } .k3 { background: rgb(var(--hot) / .5); }
 .k4 { background: rgb(var(--hot) / .74); } .k5 { background: rgb(var(--hot)); font-weight: bold; }
 .y span:hover, .y span:focus { outline: 2px solid var(--text); }
-.y span:focus::after { content: attr(title); position: fixed; inset: auto 0 0 0; padding: .8rem 1rem; background: var(--text); color: var(--page);
-  font: 14px/1.4 system-ui, sans-serif; white-space: normal; }
-@media (max-width: 44rem) { article { grid-template-columns: 1fr; } svg text { font-size: 14px; } }
+.y span:focus::after { content: attr(title); position: fixed; inset: auto 0 0 0; padding: .8rem 1rem;
+  background: var(--text); color: var(--page); font: 14px/1.4 system-ui, sans-serif; white-space: normal; }
+@media (max-width: 44rem) { article { grid-template-columns: 1fr; } } @media (max-width: 30rem) { svg text { font-size: 14px; } }
 </style></head><body>
 <h1>Where student and teacher differ</h1>
-<p>Student <code>$model</code>, teacher <code>$teacher</code>, problems of <code>$dataset</code>: $count responses at temperature $temperature$skipped.
-The teacher reads the student's response, one bit about it as a phrase, and scores the response again. The KL of a token is
+<p>Student <code>$model</code>, teacher <code>$teacher</code>, problems of <code>$dataset</code>: $count responses at temperature
+$temperature$skipped. The teacher reads the student's response, one bit about it as a phrase, and scores the response again. The KL of a token is
 D(student ‖ teacher) at its position, over the whole vocabulary, in nats.</p>
 <div class="top">$figure
 <table><thead><tr><th></th>$head</tr></thead><tbody>$rows</tbody></table></div>
-<p>Below, the first $shown responses as drawn, in turn a wrong and a right one. Hover over a token, tap it, or reach the strong ones by the tab key:
-its probabilities and the teacher's first choice. A dotted line: that is another token; colour without a line: the teacher would write the same
-token, but is more or less sure of it. ↵ is a newline, ◌ a token that ends inside a character.</p>
+<p>Below, the first $shown responses as drawn, in turn a wrong and a right one. Hover over a token, tap it, or reach the strong ones by the
+tab key: its probabilities and the teacher's first choice. A dotted line: that is another token; colour without a line: the teacher would
+write the same token, but is more or less sure of it. ↵ is a newline, ◌ a token that ends inside a character.</p>
 <p class="legend">KL, nats: $legend</p>
 $cards
 </body></html>
@@ -205,20 +215,20 @@ def parse_arguments(argv=None):
     parser.usage = "%(prog)s --model STUDENT --teacher REVISER --dataset DATASET [flags]"
     add = parser.add_argument
 
-    def shared(*names, default=None, **settings):  # the flags of the two scripts, without those of training: these keep their defaults
+    def shared(*names, default=None, **settings):  # the flags of the two scripts; the unused ones keep their defaults and are no flags
         if re.fullmatch(UNUSED, names[0]):
             parser.set_defaults(**{names[0][2:].replace("-", "_"): default})
         else:
             add(*names, default=default, **settings)
 
-    add_arguments(SimpleNamespace(add_argument=shared), max_new_tokens=1024, temperature=1.0, problems=None, batch_size=1, lr_schedule="constant",
-                  warmup=0, weight_decay=0, betas=(0, 0), output="")  # fmt: skip
+    add_arguments(SimpleNamespace(add_argument=shared), max_new_tokens=1024, temperature=1.0, problems=None, batch_size=1,
+                  lr_schedule="constant", warmup=0, weight_decay=0, betas=(0, 0), output="")  # fmt: skip
     add("--teacher", required=True, help="the reviser, a stage-1 model: name on the hub, or a transformers folder")
-    add("--problems", type=int, default=200, dest="eval_problems", help="how many problems, one response each; the paper's figure has 200 responses")
+    add("--problems", type=int, default=200, dest="eval_problems", help="how many, one response each; the paper's F4 has 200")
     add("--temperature", type=float, default=1.0, help="of the responses, and of both distributions")
     add("--shown", type=int, default=24, help="responses on the page; the figures are over all of them")
     add("--output", type=Path, default=Path("localize.html"), help="the page; an old one is written over")
-    parser.set_defaults(eval_only=True)
+    parser.set_defaults(eval_only=True)  # to the functions of srt.py this is an evaluation: its held-out problems, no run's folder
     args = parser.parse_args(argv)
     check_arguments(args)
     return args

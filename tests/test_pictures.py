@@ -1,4 +1,4 @@
-"""The pictures in examples/: the page of localize.py on a tiny random model by the command line, its numbers by hand, and curves.py's PNG."""
+"""The pictures in examples/: localize.py's page of a tiny random model, by the command line, its numbers by hand; and curves.py's PNG."""
 
 import importlib.util
 import json
@@ -16,7 +16,6 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import srt
 from rollout import Rollout
-from sdzero import Example
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 TEMPERATURE = 0.8
@@ -42,7 +41,7 @@ def made(tmp_path_factory):
     seen, score = {}, localize.score
 
     def record(lm, teacher, examples, args):
-        # the first response is what a model might write to break the page; \x08 is one of the characters that no page may hold
+        # what a model might write to break the page
         text = "</span><script>alert(1)</script> &amp; \"'<!-- \n"
         examples[0].response = Rollout([*lm.tokenizer(text, add_special_tokens=False)["input_ids"], 0], [0.0], True)
         seen.update(lm=lm, args=args, examples=examples, tables=score(lm, teacher, examples, args))
@@ -51,8 +50,9 @@ def made(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(localize, "score", record)
         localize.main([str(f) for f in (
-            "--model", folder / "student", "--teacher", folder / "teacher", "--dataset", folder / "data.jsonl", "--verifier", "tiny:odd", "--max-new-tokens", 8,
-            "--temperature", TEMPERATURE, "--micro-tokens", 300, "--slots", 4, "--shown", 10, "--device", "cpu", "--output", folder / "page.html")])  # fmt: skip
+            "--model", folder / "student", "--teacher", folder / "teacher", "--dataset", folder / "data.jsonl", "--verifier", "tiny:odd",
+            "--max-new-tokens", 8, "--temperature", TEMPERATURE, "--micro-tokens", 300, "--slots", 4, "--shown", 10, "--device", "cpu",
+            "--output", folder / "page.html")])  # fmt: skip
     text = (folder / "page.html").read_text()
     return {**seen, "folder": folder, "text": text, "root": ElementTree.fromstring(text)}
 
@@ -69,7 +69,7 @@ def test_the_page_is_well_formed_and_stands_alone(made):
         assert not {"href", "src", "srcset", "action"} & set(element.keys()) and not any(k.startswith("on") for k in element.keys())
     assert "://" not in made["text"] and "url(" not in made["text"] and "@import" not in made["text"]
     shown = re.findall(r"r = ([01])", made["text"])
-    assert len(shown) == len(tokens_of(made)) == 10 and set(shown[:2]) == {"0", "1"}  # in turn
+    assert len(shown) == len(tokens_of(made)) == 10 and shown[:4] == ["0", "1"] * 2  # in turn
 
 
 def test_text_is_escaped_and_whole(made):
@@ -155,7 +155,6 @@ def test_what_a_user_can_mend(made, tmp_path):
     with pytest.raises(srt.BadInput, match="unrecognized arguments: --lr"):
         localize.main([*flags, "--teacher", str(folder / "teacher"), "--lr", "1"])
     assert not (tmp_path / "page.html").exists()
-    assert isinstance(made["examples"][0], Example)
 
 
 def write_run(folder, lines, **flags):
@@ -173,8 +172,8 @@ def test_curves(tmp_path):
         {**evaluation, "step": 0}, {"kind": "collect", "step": 1, "attempts": 10, "revisions_of_wrong": 12, "revisions_of_right": 18},
         {"kind": "train", "step": 1, "loss": 1.0}, {**evaluation, "step": 1, "accuracy_se": 0.1}], model="base")  # fmt: skip
     stage_2 = write_run(tmp_path / "sdzero", [
-        {"kind": "train", "step": 1, "loss": 1.0, "kl_right": None, "kl_wrong": 0.2}, {"kind": "train", "step": 2, "loss": 0.5, "kl_right": 0.1,
-         "kl_wrong": 0.2}], model=str(stage_1), batch_size=8, passes=2)  # fmt: skip
+        {"kind": "train", "step": 1, "loss": 1.0, "kl_right": None, "kl_wrong": 0.2},
+        {"kind": "train", "step": 2, "loss": 0.5, "kl_right": 0.1, "kl_wrong": 0.2}], model=str(stage_1), batch_size=8, passes=2)  # fmt: skip
     assert [line["x"] for line in curves.read(stage_1, "generations")[0]] == [0, 40, 40, 40]
     assert [line["x"] for line in curves.read(stage_2, "generations")[0]] == [44, 48]  # stage 1 paid for
     assert [line["x"] for line in curves.read(stage_1, "steps")[0]] == [0, 0, 1, 1]
