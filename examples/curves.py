@@ -2,9 +2,9 @@
 
     python examples/curves.py runs/toy/srt runs/toy/sdzero          ->  runs/toy/srt/curves.png        (needs matplotlib)
 
-One run is drawn against its optimizer steps, several against the responses that they have generated for training: there a run begins where
-the run that made its --model ended, so that stage 2 has paid for stage 1. The KL is the logged estimate from the sampled tokens, which may be
-negative. What no run has logged gets no panel.
+One run is drawn against its optimizer steps, several against the responses that they have generated for training: there a run begins
+where the run that made its --model ended, so that stage 2 has paid for stage 1. The KL is the logged estimate from the sampled tokens, which
+may be negative. What no run has logged gets no panel.
 """
 
 import argparse
@@ -65,7 +65,8 @@ def draw(runs: dict[str, list[dict]], x: str, path: Path) -> None:
     if not panels:
         raise ValueError("these runs have neither evaluations nor stage-2 steps")
     plt.rcParams.update({"font.size": 12, "axes.spines.top": False, "axes.spines.right": False, "axes.titlelocation": "left",
-                         "axes.titlesize": 13, "axes.grid": True, "axes.grid.axis": "y", "grid.color": "#dddddd", "legend.frameon": False})  # fmt: skip
+                         "axes.titlesize": 13, "axes.grid": True, "axes.grid.axis": "y", "grid.color": "#dddddd",
+                         "legend.frameon": False})  # fmt: skip
     figure, axes = plt.subplots(len(panels) // 2, 2, figsize=(11, 4 * len(panels) // 2), squeeze=False, layout="constrained")
     panel = dict(zip((title.split(",")[0].split()[0] for title in panels), axes.flat))
     for title, axis in zip(panels, axes.flat):

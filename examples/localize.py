@@ -2,10 +2,11 @@
 
     python examples/localize.py --model runs/toy/srt --teacher runs/toy/srt --dataset runs/toy/heldout.jsonl --max-new-tokens 64
 
---model answers, the verifier gives its bit r, and --teacher (a stage-1 model: the reviser) reads x + y + P_r + y, as in sdzero.py. The KL of
-a token is the t-th term of METHOD.md (4), D_KL(student || teacher) over the whole vocabulary at its position, in nats, at the sampling
-temperature. The claim (the paper's self-localisation, F4): though the teacher hears one bit about the whole response, on a wrong one it differs
-from the student in few places, and on a right one hardly anywhere. The problems are those that an evaluation with the same --dataset holds out.
+--model answers, the verifier gives its bit r, and --teacher (a stage-1 model: the reviser) reads x + y + P_r + y, as in sdzero.py. The KL
+of a token is the t-th term of METHOD.md (4), D_KL(student || teacher) over the whole vocabulary at its position, in nats, at the sampling
+temperature. The claim (the paper's self-localisation, F4): though the teacher hears one bit about the whole response, on a wrong one it
+differs from the student in few places, and on a right one hardly anywhere. The problems are those that an evaluation with the same
+--dataset holds out.
 
 The page is one file without script or network. Letters in shapes: T tokens of a response, N tokens of several, V vocabulary.
 """
@@ -107,7 +108,7 @@ def clean(text: str) -> str:
 
 
 def spans(tokenizer, ids: list[int], table: torch.Tensor) -> str:
-    """A response's tokens, [T] ids and `score`'s [T, 6], as HTML. What the table says of a token is its title: on hover, on focus, on tap."""
+    """A response's tokens, [T] ids and `score`'s [T, 6], as HTML. What the table says of a token is its title: on hover, focus, tap."""
     out = []
     for text, (kl, p, p_bar, p_best, p_bar_best, best) in zip(pieces(tokenizer, ids), table.tolist()):
         quoted = [json.dumps(t, ensure_ascii=False) for t in (text or "part of a character", tokenizer.decode([int(best)]))]
@@ -160,9 +161,9 @@ def page(lm: LM, args, problems: list, examples: list[Example], tables: list[tor
     edges = [f"{low:g} to {high:g}" if low else f"below {high:g}" for low, high in zip((0, *LEVELS), LEVELS)] + [f"{LEVELS[-1]:g} or more"]
     legend = "".join(f'<span class="k{i}">{label}</span>' for i, label in enumerate(edges))
     content = PAGE.substitute(
-        model=clean(args.model), teacher=clean(args.teacher), dataset=clean(args.dataset), temperature=f"{args.temperature:g}", count=len(examples),
-        skipped=f", {skipped} more did not fit the context" if skipped else "", figure=figure(groups), head=head, rows=rows, shown=len(order),
-        legend=legend, cards="\n".join(cards))  # fmt: skip
+        model=clean(args.model), teacher=clean(args.teacher), dataset=clean(args.dataset), temperature=f"{args.temperature:g}",
+        count=len(examples), skipped=f", {skipped} more did not fit the context" if skipped else "", figure=figure(groups), head=head,
+        rows=rows, shown=len(order), legend=legend, cards="\n".join(cards))  # fmt: skip
     return content, groups
 
 
@@ -197,13 +198,13 @@ article div { min-width: 0; } .x { margin-top: 0; color: var(--faint); white-spa
 </style></head><body>
 <h1>Where student and teacher differ</h1>
 <p>Student <code>$model</code>, teacher <code>$teacher</code>, problems of <code>$dataset</code>: $count responses at temperature
-$temperature$skipped. The teacher reads the student's response, one bit about it as a phrase, and scores the response again. The KL of a token is
-D(student ‖ teacher) at its position, over the whole vocabulary, in nats.</p>
+$temperature$skipped. The teacher reads the student's response, one bit about it as a phrase, and scores the response again. The KL of a
+token is D(student ‖ teacher) at its position, over the whole vocabulary, in nats.</p>
 <div class="top">$figure
 <table><thead><tr><th></th>$head</tr></thead><tbody>$rows</tbody></table></div>
-<p>Below, the first $shown responses as drawn, in turn a wrong and a right one. Hover over a token, tap it, or reach the strong ones by the
-tab key: its probabilities and the teacher's first choice. A dotted line: that is another token; colour without a line: the teacher would
-write the same token, but is more or less sure of it. ↵ is a newline, ◌ a token that ends inside a character.</p>
+<p>Below, the first $shown responses as drawn, in turn a wrong and a right one. Hover over a token, tap it, or reach the strong ones by
+the tab key: its probabilities and the teacher's first choice. A dotted line: that is another token; colour without a line: the teacher
+would write the same token, but is more or less sure of it. ↵ is a newline, ◌ a token that ends inside a character.</p>
 <p class="legend">KL, nats: $legend</p>
 $cards
 </body></html>

@@ -169,11 +169,13 @@ def test_curves(tmp_path):
     curves = load("curves")
     evaluation = {"kind": "eval", "accuracy": 0.5, "accuracy_se": None, "length": 9.0}
     stage_1 = write_run(tmp_path / "srt", [
-        {**evaluation, "step": 0}, {"kind": "collect", "step": 1, "attempts": 10, "revisions_of_wrong": 12, "revisions_of_right": 18},
+        {**evaluation, "step": 0},
+        {"kind": "collect", "step": 1, "attempts": 10, "revisions_of_wrong": 12, "revisions_of_right": 18},
         {"kind": "train", "step": 1, "loss": 1.0}, {**evaluation, "step": 1, "accuracy_se": 0.1}], model="base")  # fmt: skip
     stage_2 = write_run(tmp_path / "sdzero", [
         {"kind": "train", "step": 1, "loss": 1.0, "kl_right": None, "kl_wrong": 0.2},
-        {"kind": "train", "step": 2, "loss": 0.5, "kl_right": 0.1, "kl_wrong": 0.2}], model=str(stage_1), batch_size=8, passes=2)  # fmt: skip
+        {"kind": "train", "step": 2, "loss": 0.5, "kl_right": 0.1, "kl_wrong": 0.2},
+    ], model=str(stage_1), batch_size=8, passes=2)  # fmt: skip
     assert [line["x"] for line in curves.read(stage_1, "generations")[0]] == [0, 40, 40, 40]
     assert [line["x"] for line in curves.read(stage_2, "generations")[0]] == [44, 48]  # stage 1 paid for
     assert [line["x"] for line in curves.read(stage_1, "steps")[0]] == [0, 0, 1, 1]
