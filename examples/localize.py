@@ -225,7 +225,7 @@ def parse_arguments(argv=None):
     add_arguments(SimpleNamespace(add_argument=shared), max_new_tokens=1024, temperature=1.0, problems=None, batch_size=1,
                   lr_schedule="constant", warmup=0, weight_decay=0, betas=(0, 0), output="")  # fmt: skip
     add("--teacher", required=True, help="the reviser, a stage-1 model: name on the hub, or a transformers folder")
-    add("--problems", type=int, default=200, dest="eval_problems", metavar="PROBLEMS", help="how many, one response each; the paper's F4 has 200")
+    add("--problems", type=int, default=200, dest="eval_problems", metavar="N", help="how many, one response each; the paper's F4 has 200")
     add("--temperature", type=float, default=1.0, help="of the responses, and of both distributions")
     add("--shown", type=int, default=24, help="responses on the page; the figures are over all of them")
     add("--output", type=Path, default=Path("localize.html"), help="the page; an old one is written over")
