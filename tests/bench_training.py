@@ -6,7 +6,8 @@
     python tests/bench_training.py memory     what the scripts say about memory before they start, against what a step takes
 
 Peak memory is the resident set above what it was with weights, inputs and code loaded, sampled every millisecond; MALLOC_MMAP_THRESHOLD_ makes
-glibc give freed tensors back, for both sides alike. `loss` has the gradients' tensors allocated before, as in every micro-batch but the
+glibc give freed tensors back, for both sides alike. With OMP_NUM_THREADS=1 seconds are that thread's CPU time, which other work on the
+machine disturbs little; else wall time. `loss` has the gradients' tensors allocated before, as in every micro-batch but the
 first. Random weights in SmolLM2-135M's shape; 2,048 tokens, vocabulary 49,152, width 576.
 """
 
@@ -39,6 +40,7 @@ def resident() -> int:
 def measured(function, repeats=2, start=None):
     """(seconds of the last of some calls, peak MB above the start); the first one warms up."""
     peak, running = 0, True
+    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
 
     def watch():
         nonlocal peak
@@ -50,9 +52,9 @@ def measured(function, repeats=2, start=None):
     watcher = threading.Thread(target=watch)
     watcher.start()
     for _ in range(repeats):
-        began = time.perf_counter()
+        began = clock()
         function()
-        seconds = time.perf_counter() - began
+        seconds = clock() - began
     running = False
     watcher.join()
     return seconds, (peak - start) / 1e6
