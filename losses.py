@@ -17,7 +17,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-CHUNK = {"cpu": 2**22, "cuda": 2**27}  # logits in one chunk of `backward_by_chunks`: 16 MB and 512 MB in fp32
+CHUNK = {"cpu": 2**22, "cuda": 2**26}  # logits in one chunk of `backward_by_chunks`: 16 MB and 256 MB in fp32
 
 
 def _log_softmax(logits: torch.Tensor) -> torch.Tensor:
@@ -172,7 +172,7 @@ def backward_by_chunks(
         columns = loss(layer(hidden), *tensors);  (columns[:, 0].sum() / divisor).backward()
 
     but a chunk's logits are dropped once their gradient is known, before the next chunk's exist: size x V is the most there is, and nothing is
-    computed twice. With N = 0 the gradients are zeros. Default size: logits of 16 MB in fp32 on a CPU, of 512 MB on a GPU.
+    computed twice. With N = 0 the gradients are zeros. Default size: `CHUNK` logits.
     """
     size = size or max(1, CHUNK.get(hidden.device.type, CHUNK["cuda"]) // layer.vocab_size)
     columns, grads = [], []

@@ -3,8 +3,7 @@
     python examples/curves.py runs/toy/srt runs/toy/sdzero          ->  runs/toy/srt/curves.png        (needs matplotlib)
 
 One run is drawn against its optimizer steps, several against the responses that they have generated for training: there a run begins
-where the run that made its --model ended: stage 2 has paid for stage 1. The KL is the logged estimate from the sampled tokens, which
-may be negative. What no run has logged gets no panel.
+where the run that made its --model ended: stage 2 has paid for stage 1. What no run has logged gets no panel.
 """
 
 import argparse
