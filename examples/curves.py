@@ -60,7 +60,7 @@ def draw(runs: dict[str, list[dict]], x: str, path: Path) -> None:
                if any("kl_right" in line for line in lines)}  # fmt: skip
     window = max([1, *(len(lines) // 20 for lines in stage_2.values())])
     mean = f", mean of {window} steps" if window > 1 else ""
-    panels = ["accuracy, %", "tokens of a response"] * any(evaluated) + [f"KL estimate, nats a token{mean}", f"loss{mean}"] * bool(stage_2)
+    panels = ["accuracy, %", "tokens of a response"] * any(evaluated) + [f"KL, nats a token{mean}", f"loss{mean}"] * bool(stage_2)
     if not panels:
         raise ValueError("these runs have neither evaluations nor stage-2 steps")
     plt.rcParams.update({"font.size": 12, "axes.spines.top": False, "axes.spines.right": False, "axes.titlelocation": "left",
