@@ -447,7 +447,7 @@ def checkpoint_layers(model) -> None:
     enable({"use_reentrant": False})
 
 
-def kept_bytes(model) -> float:
+def kept_bytes(model, tokens: int = 128) -> float:
     """Bytes a token that autograd keeps of a forward pass for the backward pass: measured on a few tokens, hence right for every family."""
 
     def kept(tokens):
@@ -463,7 +463,7 @@ def kept_bytes(model) -> float:
             hidden = hidden_states(model, [[0] * tokens])  # alive until here, and with it all that is kept: no address comes twice
         return sum(sizes.values()) + 0 * len(hidden)
 
-    return (kept(128) - kept(64)) / 64
+    return (kept(tokens) - kept(tokens // 2)) / (tokens - tokens // 2)
 
 
 def report_memory(lm: LM, args, problems: list[Problem], teacher: str | None = None) -> dict[str, float]:
@@ -476,7 +476,7 @@ def report_memory(lm: LM, args, problems: list[Problem], teacher: str | None = N
     one = max(len(p.prompt_ids) for p in problems) + args.max_new_tokens  # x + y
     two = min(one + len(lm.phrase_ids(args.phrase_wrong)) + args.max_new_tokens, lm.context)  # x + y + P_r + y
     tokens = min(args.batch_size * two, max(args.micro_tokens, two)) * (one if teacher else two) // two  # that the student reads in a pass
-    per_token = kept_bytes(model)
+    per_token = kept_bytes(model, min(128, lm.context))
     if args.gradient_checkpointing:  # every layer's input, and one layer's inside
         per_token = layers * model.config.hidden_size * size + per_token / layers
     with torch.no_grad():

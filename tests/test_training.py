@@ -10,7 +10,10 @@ from tiny import tiny
 from losses import OutputLayer
 from rollout import FAMILIES, Rollout
 from sdzero import Example, distill, distill_step
-from srt import Optimizer, Stopped, checkpoint_layers, hidden_states, join, learning_rate, micro_batches, split, srt_loss, srt_step
+from srt import (
+    LM, Optimizer, Problem, Stopped, checkpoint_layers, hidden_states, join, kept_bytes, learning_rate, micro_batches, report_memory, split, srt_loss,
+    srt_step,
+)  # fmt: skip
 from teacher import Teacher
 
 EOS, VOCAB = 1, 37  # the models' output layers have 40 rows: the last three must be cut off on both sides
@@ -358,3 +361,41 @@ def test_learning_rates():
     assert rates[5 + 95 // 2 + 1] == pytest.approx(1.0, abs=0.03) and 0 < rates[-1] < 0.002 and rates[5:] == sorted(rates[5:], reverse=True)
     constant = argparse.Namespace(lr=2.0, warmup=20, lr_schedule="constant")
     assert [learning_rate(constant, s, 40) for s in (1, 10, 20, 21, 40)] == pytest.approx([0.1, 1.0, 2.0, 2.0, 2.0])
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3"])
+def test_kept_bytes_are_those_of_all_saved_tensors(family):
+    """Against all saved tensors of one forward pass, weights left out; what it says of 60 tokens it says of 24."""
+    model, seen = tiny(family, dtype=torch.float32), {}
+
+    def pack(tensor):
+        seen[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        hidden = hidden_states(model, [[0] * 60])
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    total = sum(size for address, size in seen.items() if address not in weights)
+    assert kept_bytes(model, 60) == pytest.approx(total / len(hidden[0]), rel=0.05)
+    assert kept_bytes(model, 60) == pytest.approx(kept_bytes(model, 24), rel=0.05)
+
+
+def test_the_memory_report(capsys):
+    """Weights, masters, moments, gradients, teacher and cache by hand, in both precisions; and the advice where it does not fit."""
+    args = argparse.Namespace(max_new_tokens=20, batch_size=2, micro_tokens=10_000, slots=3, gradient_checkpointing=False, phrase_wrong="")
+    for dtype, size in ((torch.float32, 4), (torch.bfloat16, 2)):
+        model = tiny("qwen3", dtype=dtype)
+        lm, count = LM(model, None, {EOS}, VOCAB, 64), sum(p.numel() for p in model.parameters())
+        lm.phrase_ids = lambda text: [7, 8]
+        parts = report_memory(lm, args, [Problem("", None, [5, 9, 3])], "ema")
+        config = model.config
+        assert parts["weights"] == size * count and parts["gradients"] == 4 * count
+        assert parts["optimizer"] == (8 if size == 4 else 10) * count and parts["teacher"] == (4 if size == 4 else 6) * count
+        assert parts["cache"] == 3 * (3 + 20) * 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * size
+        assert parts["activations"] == pytest.approx(2 * 23 * kept_bytes(model, 64), rel=0.05)  # two students' x + y
+        assert report_memory(lm, args, [Problem("", None, [5, 9, 3])])["teacher"] == 0
+    assert "training" in capsys.readouterr().out
+    args.slots = 10**12
+    report_memory(lm, args, [Problem("", None, [5, 9, 3])])
+    captured = capsys.readouterr()
+    assert "lower --slots" in captured.err and "--micro-tokens" not in captured.err
