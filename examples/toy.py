@@ -43,8 +43,8 @@ KNOWN, KNOWN_AGAIN = 0.99, 0.96  # share of writers who get an ordinary good's p
 HARD_FIRST = 0.001, 0.006    # of the first attempts at a hard good, the share with the right price: between these two, by the good ...
 MISLED_FIRST = 0.97          # ... and the share with the popular wrong price; the rest are guesses
 RIGHT_AGAIN, MISLED_AGAIN = 0.18, 0.60  # the same two shares when a later attempt looks a hard good up afresh
-REPEAT = 0.45                # share of prices that a second attempt takes over from the first
-JUDGE = 0.8                  # share of phrases that fit the first attempt
+REPEAT = 0.45, 0.97          # share of prices that a second attempt takes over from the first, after the phrase for wrong and for right
+JUDGE = 0.95                 # share of phrases that fit the first attempt
 DOCUMENTS = 80_000           # some 3.3M tokens, each seen once
 KINDS = {"answer": 0.42, "revision": 0.03, "thread": 0.35, "copy": 0.20}  # shares of the documents, see `document`
 MOST_ATTEMPTS = 4            # in a thread, at least 2: stage 2's teacher reads four (a response with a revision in it, twice)
@@ -88,12 +88,12 @@ class World:
         prices = [rng.randrange(10) if kind == "copy" else self.look_up(good, again=False) for good in goods]
         for _ in range(attempts - 1):
             right = sum(prices) % 10 == self.answer(goods)
-            phrase = PHRASES[right if rng.random() < JUDGE else not right]
-            text += solution(goods, prices) + "\n\n" + phrase + "\n\n"
+            called = right if rng.random() < JUDGE else not right
+            text += solution(goods, prices) + "\n\n" + PHRASES[called] + "\n\n"
             if kind == "copy":
                 given, text = given + text, ""  # nobody could learn anything from random prices
             else:
-                prices = [old if rng.random() < REPEAT else self.look_up(good, again=True) for good, old in zip(goods, prices)]
+                prices = [old if rng.random() < REPEAT[called] else self.look_up(good, again=True) for good, old in zip(goods, prices)]
         return given, text + solution(goods, prices) + "<|eos|>"
 
     def answer(self, goods):
