@@ -1,18 +1,19 @@
-"""What SD-Zero is compared with, on the same pieces (sampler, losses, loading, evaluation): RFT, GRPO, SDFT and SDPO, on any model and data set.
+"""What SD-Zero is compared with, on the same pieces (sampler, losses, evaluation) and any model and data set: RFT, GRPO, SDFT, SDPO.
 
-    python examples/baselines.py --method rft --model runs/toy/base --dataset runs/toy/stage1.jsonl --max-new-tokens 64 --output runs/toy/rft
+    python examples/baselines.py --method rft --model runs/toy/base --dataset runs/toy/stage1.jsonl --max-new-tokens 64 --output runs/rft
 
 - rft:  rejection fine-tuning. Sample --group responses a problem once, keep the distinct right ones, fine-tune on them.
-- grpo: each response's advantage is its reward, normalised within the --group responses to its problem; policy gradient. On-policy (one step a
-        batch, so that neither ratio nor clipping is there), no KL term, mean over all tokens of the step.
+- grpo: each response's advantage is its reward, normalised within the --group responses to its problem; policy gradient. On-policy (one
+        step a batch, so that neither ratio nor clipping is there), no KL term, mean over all tokens of the step.
 - sdft: on-policy self-distillation from a teacher that was shown a worked solution: --solution-column. It knows more than a verifier tells.
 - sdpo: the same from a teacher that was shown another, right response of the same group. A response without one is left out.
 
-Both teachers read x + shown + P_1 + y, with the method's phrase for right answers between the two (the papers put what is shown into the user's
-turn, in words that a small model need not know), and follow the student as a moving average. --generations is the budget in responses: the
-same for all methods makes them comparable, and SD-Zero with its defaults samples 4 a problem in stage 1 and 1 in stage 2.
+Both teachers read x + shown + P_1 + y, with the method's phrase for right answers between the two (the papers put what is shown into the
+user's turn, in words that a small model need not know), and follow the student as a moving average. --generations is the budget in
+responses: SD-Zero with its defaults samples 4 a problem in stage 1 and 1 in stage 2.
 """
 
+import json
 import random
 import sys
 import time
@@ -27,8 +28,9 @@ import srt
 from losses import OutputLayer, backward_by_chunks, token_logprobs
 from sdzero import Example, distill_step
 from srt import (
-    PROMPT_DEFAULTS, BadInput, Optimizer, Parser, Problem, Run, add_arguments, check_arguments, checkpoint_layers, entry, evaluate, finite, hidden_states,
-    inherit_prompt, learning_rate, load_lm, load_problems, load_verifier, micro_batches, predicting, sample, seed_of, split_problems, without_eos,
+    PROMPT_DEFAULTS, BadInput, Optimizer, Parser, Problem, Run, add_arguments, check_arguments, checkpoint_layers, entry, evaluate, finite,
+    hidden_states, inherit_prompt, learning_rate, load_lm, load_problems, load_verifier, micro_batches, predicting, sample, seed_of,
+    split_problems, without_eos,
 )  # fmt: skip
 from teacher import Teacher
 
@@ -80,8 +82,8 @@ def rft(lm, args, verify, problems, held_out, run) -> None:
 def grpo_step(model, layer, groups: list[Group], args) -> dict:
     """Add the gradient of - sum_i A_i sum_t log pi(y_it | x) / (tokens of the step) to the model's; returns its metrics.
 
-    A_i = (r_i - mean r) / (std r + 1e-6) within the group: zero where all its responses are right, or all wrong. Such responses add nothing to
-    the sum but do count in the divisor, so that one with a signal weighs the same whatever it stands beside.
+    A_i = (r_i - mean r) / (std r + 1e-6) within the group: zero where all its responses are right, or all wrong. Such responses add nothing
+    to the sum but do count in the divisor, so that one with a signal weighs the same whatever it stands beside.
     """
     rows = []
     for g in groups:
@@ -142,7 +144,8 @@ def on_policy(lm, args, verify, problems, held_out, run) -> None:
         teacher = Teacher(model, args.teacher, args.teacher_rate)
         teacher_layer, phrase_ids = OutputLayer(teacher.module, lm.vocab_size), lm.phrase_ids(args.phrase_right)
     if args.method == "sdft":
-        rows, _ = load_problems(lm, Namespace(**{**vars(args), "answer_column": args.solution_column or args.answer_column}), args.dataset, args.split)
+        with_solutions = Namespace(**{**vars(args), "answer_column": args.solution_column or args.answer_column})
+        rows, _ = load_problems(lm, with_solutions, args.dataset, args.split)
         solutions = {p.key: lm.tokenizer(str(p.answer), add_special_tokens=False)["input_ids"] for p in rows}
     state = run.restore(lm)
     if state:
@@ -176,22 +179,25 @@ def on_policy(lm, args, verify, problems, held_out, run) -> None:
         if args.method != "grpo":
             teacher.update(step)
         responses, rewards = [y for g in groups for y in g.responses], [r for g in groups for r in g.rewards]
-        run.log("train", step, {**metrics, "reward": sum(rewards) / len(rewards), "length": sum(len(y.ids) for y in responses) / len(responses),
-                                "generations": step * args.batch_size, "grad_norm": norm, "lr": lr, "seconds": time.time() - started})  # fmt: skip
+        run.log("train", step, {
+            **metrics, "reward": sum(rewards) / len(rewards), "length": sum(len(y.ids) for y in responses) / len(responses),
+            "generations": step * args.batch_size, "grad_norm": norm, "lr": lr, "seconds": time.time() - started,
+        })  # fmt: skip
         if held_out and (step % args.eval_every == 0 or step == total):
             run.log("eval", step, evaluate(lm, args, verify, held_out, step))
         if step % args.save_every == 0 and step < total:
-            run.checkpoint(lm, step, {"optimizer": optimizer.state_dict(), "teacher": {} if args.method == "grpo" else teacher.state_dict()})
+            moving = {} if args.method == "grpo" else teacher.state_dict()
+            run.checkpoint(lm, step, {"optimizer": optimizer.state_dict(), "teacher": moving})
 
 
 def parse_arguments(argv=None):
     parser = Parser("Baselines: RFT, GRPO, SDFT, SDPO, with the flags of srt.py and sdzero.py.")
     add = parser.add_argument
     add("--method", choices=["rft", "grpo", "sdft", "sdpo"], required=True, help="see the top of the file")
-    add_arguments(parser, max_new_tokens=8192, temperature=1.0, problems="all but the held-out ones", batch_size=128, lr_schedule="constant",
-                  warmup=20, weight_decay=0.01, betas=(0.9, 0.999), output="runs/baseline")  # fmt: skip
+    add_arguments(parser, max_new_tokens=8192, temperature=1.0, problems="all but the held-out ones", batch_size=128,
+                  lr_schedule="constant", warmup=20, weight_decay=0.01, betas=(0.9, 0.999), output="runs/baseline")  # fmt: skip
     add("--group", type=int, help="responses a problem (default: rft 4, grpo and sdpo 8, sdft 1)")
-    add("--generations", type=int, help="all but rft: responses in all, over as many passes as that takes (default: one pass); --batch-size of them a step")
+    add("--generations", type=int, help="all but rft: responses in all, --batch-size a step, over as many passes as needed (default: 1)")
     add("--epochs", type=int, default=3, help="rft: passes over what was kept")
     add("--solution-column", help="sdft: what the teacher is shown (default: the answer column)")
     add("--teacher", choices=["base", "live", "ema"], default="ema", help="sdft and sdpo: see sdzero.py")
@@ -215,6 +221,9 @@ def main(argv=None):
     verify, lm = load_verifier(args.verifier), load_lm(args)
     used = before["problems"] if before else []
     problems, held_out, counts = split_problems(lm, args, set(used), args.problems or sys.maxsize)
+    if args.eval_only:
+        print(json.dumps(evaluate(lm, args, verify, held_out, 0), indent=1))
+        return
     saved = {"prompt": {name: getattr(args, name) for name in PROMPT_DEFAULTS}, "problems": used + [p.key for p in problems]}
     run = Run(args, saved, {"counts": counts})
     if (args.output / "config.json").exists():

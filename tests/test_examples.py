@@ -1,4 +1,4 @@
-"""examples/baselines.py: what each method trains on, GRPO's gradient against its formula in float64, and every method through its command line."""
+"""examples/baselines.py: what each method trains on, GRPO's gradient against its formula in float64, each method by its command line."""
 
 import sys
 from pathlib import Path
@@ -26,7 +26,7 @@ def group(prompt_ids, rewards, seed=0):
 
 @pytest.mark.parametrize("micro_tokens", [12, 10_000])
 def test_grpo_gradient(micro_tokens):
-    """Breaks if an advantage is normalised over the batch, a token shifted, the temperature forgotten, or the divisor taken a micro-batch."""
+    """Breaks if advantages are normalised over the batch, tokens shifted, the temperature forgotten, or a micro-batch's divisor taken."""
     groups = [group([3, 4, 5], [1, 0, 0, 1], 1), group([6], [1, 1, 1, 1], 2), group([7, 8], [0, 0, 1, 0], 3)]
     model = tiny("llama")
     total, tokens = 0, 0
@@ -48,7 +48,8 @@ def test_grpo_gradient(micro_tokens):
 
 def test_grpo_without_any_signal_has_no_gradient():
     model = tiny("llama")
-    metrics = baselines.grpo_step(model, OutputLayer(model), [group([3], [1, 1]), group([4], [0, 0])], SimpleNamespace(micro_tokens=99, temperature=1.0))
+    groups = [group([3], [1, 1]), group([4], [0, 0])]
+    metrics = baselines.grpo_step(model, OutputLayer(model), groups, SimpleNamespace(micro_tokens=99, temperature=1.0))
     assert metrics == {"loss": 0.0, "with_signal": 0.0} and all(p.grad is None for p in model.parameters())
 
 
@@ -85,7 +86,8 @@ def test_command_line(method, base, data, tmp_path):  # noqa: F811
     assert any(not torch.equal(p, before[n]) for n, p in after.items())
 
 
-def test_bad_input(base, data, tmp_path, capsys):  # noqa: F811
-    for flags, message in ((["--method", "grpo", "--group", "3", "--batch-size", "8"], "whole groups"), (["--method", "rft", "--generations", "8"], "--group")):
+def test_bad_input(base, data, tmp_path):  # noqa: F811
+    uneven, budget = ["--method", "grpo", "--group", "3", "--batch-size", "8"], ["--method", "rft", "--generations", "8"]
+    for flags, message in ((uneven, "whole groups"), (budget, "--group")):
         with pytest.raises(baselines.BadInput, match=message):
             call(baselines, "--model", base, "--dataset", data, *FLAGS, *flags, "--output", tmp_path / "out")
