@@ -56,6 +56,8 @@ class Rollout:
 class Stage:
     """Takes what the layers write in a forward over prompts, which attend to themselves alone."""
 
+    is_compileable = False  # asked for by StableLM of transformers 5.0
+
     def __init__(self):
         self.written: list[torch.Tensor] = []
 
