@@ -175,7 +175,7 @@ def backward_by_chunks(
     computed twice. With N = 0 the gradients are zeros. Default size: `CHUNK` logits.
     """
     size = size or max(1, CHUNK.get(hidden.device.type, CHUNK["cuda"]) // layer.vocab_size)
-    columns, grads = [], []
+    columns, grad = None, torch.empty_like(hidden)
     for i in range(0, max(len(hidden), 1), size):
         h = hidden[i : i + size].detach()
         with torch.no_grad():
@@ -183,7 +183,8 @@ def backward_by_chunks(
         logits.requires_grad_()
         part = loss(layer.finish(logits), *(t[i : i + size] for t in tensors))
         (part[:, 0].sum() / divisor).backward()
-        grads.append(layer.linear_backward(h, logits.grad))
-        columns.append(part.detach())
-    hidden.backward(torch.cat(grads))
-    return torch.cat(columns)
+        grad[i : i + size] = layer.linear_backward(h, logits.grad)
+        columns = part.new_empty(len(hidden), part.shape[1]) if columns is None else columns  # results lie outside the chunks' memory
+        columns[i : i + size] = part.detach()
+    hidden.backward(grad)
+    return columns
