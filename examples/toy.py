@@ -69,7 +69,7 @@ BATCH_TOKENS, LR = 2048, 3e-3  # about 1,200 steps
 STAGE_1 = ["--batch-size", 16, "--lr", 5e-4]
 STAGE_2 = ["--batch-size", 32, "--lr", 3e-4, "--warmup", 5]
 RFT = ["--batch-size", 16, "--lr", 5e-4, "--warmup", 0.05, "--lr-schedule", "cosine"]
-GRPO = ["--batch-size", 96, "--lr", 1e-3, "--warmup", 5]  # 12 problems x 8
+GRPO = ["--batch-size", 96, "--lr", 3e-4, "--warmup", 5]  # 12 problems x 8
 SDFT = ["--batch-size", 96, "--lr", 1e-4, "--warmup", 5, "--solution-column", "solution"]
 SDPO = ["--batch-size", 96, "--lr", 1e-4, "--warmup", 5]
 MODEL = dict(hidden_size=96, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4, max_position_embeddings=512)
