@@ -34,18 +34,19 @@ def main():
     parser = argparse.ArgumentParser(description="Ablations on the toy")
     parser.add_argument("--toy", type=Path, default=Path("runs/toy"), help="what examples/toy.py wrote (default: runs/toy)")
     args = parser.parse_args()
-    if not (args.toy / "srt" / "config.json").exists():
-        print(f"ablations.py: {args.toy} holds no finished stage 1: run examples/toy.py first", file=sys.stderr)
+    if not (args.toy / "sdzero" / "config.json").exists():
+        print(f"ablations.py: {args.toy} holds no finished run: run examples/toy.py first", file=sys.stderr)
         raise SystemExit(2)
     seed, out, started = json.loads((args.toy / "srt" / "settings.json").read_text())["flags"]["seed"], args.toy / "ablations", time.time()
     always = ["--seed", seed, "--eval-every", 10**6, "--output"]
     rows = []
     for name, terms in TERMS.items():
         flags = ["--model", args.toy / "base", "--traces", args.toy / "srt" / "traces.jsonl", *toy.STAGE_1, "--terms", terms]
-        rows.append(("1", name, toy.run("srt.py", args.toy, "stage1", *flags, *always, out / f"srt-{terms}")[-1]))
+        folder = args.toy / "srt" if terms == "both" else out / f"srt-{terms}"  # the defaults have run already
+        rows.append(("1", name, toy.run("srt.py", args.toy, "stage1", *flags, *always, folder)[-1]))
     for name, flags in STAGE_2.items():
-        folder = "-".join(str(f).strip("-") for f in flags) or "default"
-        command = ["--model", args.toy / "srt", *toy.STAGE_2, *flags, *always, out / folder]
+        folder = out / "-".join(str(f).strip("-") for f in flags) if flags else args.toy / "sdzero"
+        command = ["--model", args.toy / "srt", *toy.STAGE_2, *flags, *always, folder]
         rows.append(("2", name, toy.run("sdzero.py", args.toy, "stage2", *command)[-1]))
     print("\n| stage | variant | accuracy, % | after one revision, % | wrong put right, % | right broken, % | tokens |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
