@@ -20,7 +20,7 @@ What is built into the toy, plainly:
   misconceptions are weaker, though still by far the likeliest price. So a base that is told that it was wrong seldom gets it right.
 - Attempts that another one follows have slips: a good read twice, a sum gone wrong. The next attempt reads the question again and adds up
   anew. Without them a reviser copies whatever stands there, and stage 2 may drift to where its teacher sees nothing wrong: a run in which
-  the student learned to name a good twice, and fell from 92% to 10%, is why they are here.
+  the student learned to name a good twice, and fell from 92% to 12%, is why they are here.
 - Exercises in copying (random prices, no loss on them) teach the model to use what stands in its context.
 So the base knows phrases, attempts and weak alternatives, as a model trained on the web does, but does not use them: that is what stage 1
 brings out and stage 2 puts into the first attempt. The verifier's bit is all that either stage hears of an answer (so do RFT, GRPO and
