@@ -266,19 +266,20 @@ def reviser_on_base(out, world, seed):
     row = {"accuracy": first, "revised_accuracy": last, "correction_rate": (last - first) / (1 - first),
            "wrong_to_right": share([new for old, new in zip(rewards, revised) if not old]),
            "right_to_wrong": share([1 - new for old, new in zip(rewards, revised) if old]), "length": share([len(y.ids) for y in attempts])}
-    kl = {0: [], 1: []}  # a token, by reward
+    kl = {0: [], 1: [], "revising": []}  # a token, by reward; right ones that hold two attempts are apart: the teacher skips the first
     top, at_error = [], []  # of the KL of a wrong response: the share in its top 5% of tokens, and on wrong prices
     for e in examples:
         n = len(e.response.ids)
         student, teacher = base.model(torch.tensor([e.student_ids])).logits[0], reviser.model(torch.tensor([e.teacher_ids])).logits[0]
         values = losses.full_logits(student[-n - 1 : -1], teacher[-n - 1 : -1])  # [n], position t-1 predicts token t
-        kl[e.reward] += values.tolist()
+        revising = e.reward and any(phrase in base.text(e.response.ids) for phrase in PHRASES)
+        kl["revising" if revising else e.reward] += values.tolist()
         if not e.reward:
             words = base.tokenizer.convert_ids_to_tokens(e.response.ids)
             wrong = [good in world.price and price != f": {world.price[good]}" for good, price in zip(words, words[1:])]
             top.append((values.sort(descending=True).values[: math.ceil(n / 20)].sum() / values.sum()).item())
             at_error.append((values[1:][torch.tensor(wrong)].sum() / values.sum()).item())
-    return row, [share(top), share(at_error), share(kl[0]), share(kl[1])]
+    return row, [share(top), share(at_error), share(kl[0]), share(kl[1]), share(kl["revising"])]
 
 
 def load(*flags):
@@ -320,12 +321,13 @@ def main():
     for name in tables[0]:
         cells = [spread([t[name][key] for t in tables]) for key in keys] + [spread([t[name]["length"] for t in tables], 1)]
         print(f"| {name} | {' | '.join(cells)} |")
-    top, at_error, wrong, right = zip(*localised)
+    top, at_error, wrong, right, revising = zip(*localised)
     error = max(100 * e.get("accuracy_se", 0) for e in tables[0].values())
     print(f"\n{SIZES['heldout']} held-out problems, 4 samples each (of the base revised by SRT 1); seeds {args.seed} to {seed}, "
           + ("mean ± standard deviation over seeds" if args.seeds > 1 else f"standard errors of accuracies up to {error:.1f}"))
     print(f"KL of the base from SRT as teacher: on wrong responses {spread(top)}% of it in the top 5% of the tokens, {spread(at_error)}% "
-          f"on wrong prices; a token {spread(wrong, 1000)} millinats on wrong responses, {spread(right, 1000)} on right ones")
+          f"on wrong prices; a token {spread(wrong, 1000)} millinats on wrong responses, {spread(right, 1000)} on right ones, "
+          f"{spread(revising, 1000)} on right ones that hold a revision of their own")
     print(f"{(time.time() - started) / 60:.1f} minutes")
 
 
