@@ -47,7 +47,7 @@ import subprocess
 import sys
 import tempfile
 from fractions import Fraction
-from operator import add, mul, sub, truediv
+from operator import add, mul, truediv
 from typing import NamedTuple
 
 # ------------------------------------------------------------------------------------------------------------ finding the answer
@@ -153,6 +153,18 @@ class _Value(NamedTuple):
     rational: Fraction | None  # exactly, if it is a rational number of reasonable length
     images: tuple[int, ...] | None  # modulo P; None when only floats know the value
     floats: tuple[complex, ...]
+    unit: str = ""
+
+
+class _Group(NamedTuple):
+    kind: str  # its two brackets; "" a bare list; "∪" a union; "matrix" and its "row"s; "text" with one string
+    items: list
+
+
+class _Relation(NamedTuple):
+    sides: list
+    operators: list  # = ≠ < ≤ ≈; what was written with > and ≥ is turned round
+    names: list  # for every side, whether it only names what is asked for: x, m + n, a/b, sin A, f(2), (x, y); not 2x, x + 1, x^2
 
 
 def _number(x) -> _Value:
@@ -162,10 +174,9 @@ def _number(x) -> _Value:
 
 def _symbol(name: str) -> _Value:
     """A variable, pi, e, i or infinity. The floats of variables have both signs, so that |x| is not x."""
-    if name == "i":
-        return _Value(None, (_root_image(-1),) * _POINTS, (1j,) * _POINTS)
-    if name in ("π", "e"):
-        return _Value(None, (_random_image(name),) * _POINTS, (complex(math.pi if name == "π" else math.e),) * _POINTS)
+    constants = {"i": 1j, "π": complex(math.pi), "e": complex(math.e)}
+    if name in constants:
+        return _Value(None, (_root_image(-1) if name == "i" else _random_image(name),) * _POINTS, (constants[name],) * _POINTS)
     images = tuple(_random_image(f"{name} {point}") for point in range(_POINTS))
     return _Value(None, images, tuple(complex((x % 10**6 / 4e5 + 0.1) * (-1) ** point) for point, x in enumerate(images)))
 
@@ -190,17 +201,34 @@ def _attempt(function, *arguments) -> complex:
         return complex(math.nan)
 
 
-def _op(f, a: _Value, b: _Value) -> _Value:
-    """f(a, b) for operator.add, sub, mul or truediv. Raises ValueError or ZeroDivisionError for a division by zero."""
-    if a.rational is not None and b.rational is not None:
-        rational = f(a.rational, b.rational)
-        if max(map(int.bit_length, rational.as_integer_ratio())) <= _MAX_BITS:
-            return _number(rational)
+def _bits(x: Fraction) -> int:
+    return max(x.numerator.bit_length(), x.denominator.bit_length())
+
+
+def _op(f, a, b):
+    """f(a, b) for operator.add, mul or truediv, entry by entry in a matrix. Raises ValueError or ZeroDivisionError for a division by 0."""
+    if f is mul and isinstance(b, _Group):
+        a, b = b, a
+    if f is not add and isinstance(a, _Group) and a.kind in ("matrix", "row"):
+        return _Group(a.kind, [_op(f, item, b) for item in a.items])
+    a, b = _scalar(a), _scalar(b)
+    if a.rational is not None and b.rational is not None and _bits(rational := f(a.rational, b.rational)) <= _MAX_BITS:
+        return _number(rational)
     images = None
     if a.images and b.images:
         pairs = zip(a.images, [pow(y, -1, _P) for y in b.images] if f is truediv else b.images)
-        images = tuple((mul if f is truediv else f)(x, y) % _P for x, y in pairs)
+        images = tuple((x + y if f is add else x * y) % _P for x, y in pairs)
     return _Value(None, images, tuple(_attempt(f, x, y) for x, y in zip(a.floats, b.floats)))
+
+
+def _scalar(node) -> _Value:
+    if not isinstance(node, _Value):
+        raise _Unreadable("arithmetic on something other than a number")
+    return node
+
+
+def _negative(node):
+    return _op(mul, node, _number(-1))
 
 
 def _power(base: _Value, exponent: _Value) -> _Value:
@@ -209,9 +237,7 @@ def _power(base: _Value, exponent: _Value) -> _Value:
         return _function("power", base, exponent)
     if n.denominator > 1:
         return _power(_root(base, n.denominator), _number(n.numerator))
-    if n < 0:
-        return _op(truediv, _number(1), _power(base, _number(-n)))
-    if base.rational is not None and n * max(map(int.bit_length, base.rational.as_integer_ratio())) <= _MAX_BITS:
+    if base.rational is not None and abs(n) * _bits(base.rational) <= _MAX_BITS:
         return _number(base.rational ** int(n))
     images = base.images and tuple(pow(x, int(n), _P) for x in base.images)
     return _Value(None, images, tuple(_attempt(pow, x, int(n)) for x in base.floats))
@@ -232,24 +258,26 @@ def _function(name: str, *arguments: _Value) -> _Value:
 def _root(value: _Value, degree: int) -> _Value:
     """The degree-th root: exact for perfect powers, and for square roots of numbers whose prime factors are below 200."""
     x = value.rational
-    if x is None or not 2 <= degree <= 64 or x < 0 and degree % 2 == 0 and degree > 2:
+    if x == 0:
+        return value
+    if x is None or degree > 64 or x < 0 and degree % 2 == 0 and degree > 2 or degree > 2 and _bits(x) > 900:
         return _function("root", value, _number(degree))
-    if x < 0 and degree > 2:
-        return _op(mul, _number(-1), _root(_number(-x), degree))  # the real one
-    n, outside, inside = abs(x.numerator) * x.denominator ** (degree - 1), 1, [-1] * (x < 0)  # root(a/b) = root(a b^(d-1)) / b
-    for p in _PRIMES if n else ():
-        k = 0
-        while n % p == 0:
-            n, k = n // p, k + 1
-        outside, inside = outside * p ** (k // degree), inside + [p] * (k % degree)
-    root = math.isqrt(n) if degree == 2 else round(n ** (1 / degree)) if n < 2**900 else 0
-    outside, n = (outside * root, 1) if root**degree == n else (outside, n)
-    result = _number(Fraction(outside, x.denominator))
-    if n > 1 or degree > 2 and inside:
-        return _op(mul, result, _function("root", _number(n * math.prod(inside)), _number(degree)))
-    for p in inside:
-        result = _op(mul, result, _Value(None, (_root_image(p),) * _POINTS, (cmath.sqrt(p),) * _POINTS))
-    return result
+    if degree > 2:
+        root = Fraction(round(abs(x.numerator) ** (1 / degree)), round(x.denominator ** (1 / degree)))
+        real = _number(root) if root**degree == abs(x) else _function("root", _number(abs(x)), _number(degree))
+        return _negative(real) if x < 0 else real
+    n, outside, inside = abs(x.numerator) * x.denominator, Fraction(1, x.denominator), [-1] * (x < 0)  # root(a/b) = root(a b) / b
+    for p in _PRIMES:
+        while n % p**2 == 0:
+            n, outside = n // p**2, outside * p
+        if n % p == 0:
+            n, inside = n // p, inside + [p]
+    if math.isqrt(n) ** 2 == n:
+        n, outside = 1, outside * math.isqrt(n)
+    if n > 1:
+        return _op(mul, _number(outside), _function("root", _number(n * math.prod(inside)), _number(2)))
+    roots = [_Value(None, (_root_image(p),) * _POINTS, (cmath.sqrt(p),) * _POINTS) for p in inside]
+    return functools.reduce(functools.partial(_op, mul), roots, _number(outside))
 
 
 def _equal(a: _Value, b: _Value) -> bool:
@@ -266,42 +294,25 @@ def _equal(a: _Value, b: _Value) -> bool:
 
 # ------------------------------------------------------------------------------------------------------------- reading an answer
 
-
-class _Quantity(NamedTuple):
-    value: _Value
-    unit: str = ""
-
-
-class _Group(NamedTuple):
-    kind: str  # its two brackets; "" a bare list; "∪" a union; "matrix" and its "row"s; "text" with one string
-    items: list
-
-
-class _Relation(NamedTuple):
-    sides: list
-    operators: list
-    names: list  # for every side, whether it only names what is asked for: x, m + n, a/b, sin A, f(2), (x, y); not 2x, x + 1, x^2
-
-
 _COMMANDS = {
     **dict.fromkeys("left right big Big bigl bigr Bigl Bigr bigg Bigg displaystyle textstyle quad qquad limits boxed mathit mathbb mathcal "
                     "boldsymbol bm vec overrightarrow angle triangle hline bf rm it checkmark , ; : ! > ( ) [ ]".split(), " "),
     " ": " ", "\n": " ", "dfrac": r"\frac ", "tfrac": r"\frac ", "cfrac": r"\frac ", "dbinom": r"\binom ", "tbinom": r"\binom ",
-    "cdot": "*", "times": "*", "ast": "*", "div": "/",
+    "cdot": "*", "times": "*", "ast": "*", "div": "/", "pi": " π ", "infty": "∞", "sqrt": "√", "emptyset": "∅", "varnothing": "∅",
     "le": "≤", "leq": "≤", "leqslant": "≤", "ge": "≥", "geq": "≥", "geqslant": "≥", "lt": "<", "gt": ">", "ne": "≠", "neq": "≠",
-    "pi": "π", "infty": "∞", "circ": "°", "degree": "°", "{": "⦃", "}": "⦄", "lbrace": "⦃", "rbrace": "⦄", "langle": "(", "rangle": ")",
-    "%": "%", "$": "¤", "pm": "±", "mp": "∓", "cup": "∪", "bigcup": "∪", "pounds": "£",
-    "in": "∈", "approx": "≈", "simeq": "≈", "lvert": "|", "rvert": "|", "vert": "|",
-    "|": "|", "emptyset": "∅", "varnothing": "∅", "sqrt": "√", "lor": " or ", "vee": " or ", "land": " and ", "wedge": " and ",
-    "lbrack": "[", "rbrack": "]", "\\": "⏎", **{name: f" {name} " for name in _FUNCTIONS},
+    "in": "∈", "approx": "≈", "simeq": "≈", "circ": "°", "degree": "°", "%": "%", "$": "¤", "pounds": "£", "pm": "±", "mp": "∓",
+    "{": "⦃", "}": "⦄", "lbrace": "⦃", "rbrace": "⦄", "lbrack": "[", "rbrack": "]", "langle": "(", "rangle": ")", "lvert": "|",
+    "rvert": "|", "vert": "|", "|": "|", "cup": "∪", "bigcup": "∪", "lor": " or ", "vee": " or ", "land": " and ", "wedge": " and ",
+    "\\": "⏎", **{name: f" {name} " for name in _FUNCTIONS},
+    **{name: f" {letter} " for name, letter in zip("alpha beta gamma delta epsilon eta theta lambda mu nu rho sigma tau phi psi omega Delta "
+                                           "Gamma Omega varepsilon".split(), "αβγδεηθλμνρστφψωΔΓΩε")},
 }  # fmt: skip
 _UNICODE = str.maketrans({
     **{chr(i + 0xFEE0): chr(i) for i in range(0x21, 0x7F)}, "。": ".", "、": ",", "~": " ", "ℝ": r"\mathbb{R}",  # first: full-width forms
     "−": "-", "–": "-", "×": "*", "·": "*", "⋅": "*", "÷": "/", "½": " 1/2", "¼": " 1/4", "¾": " 3/4", "⅓": " 1/3", "⅔": " 2/3", "²": "^2",
     "³": "^3", "\u00a0": " ", "\u202f": " ", "\u2009": " ", "’": "'", "“": "", "”": "", '"': "", "`": "", "⟨": "(", "⟩": ")", "º": "°",
-    "θ": r"\theta ", "α": r"\alpha ", "β": r"\beta ", "\x01": " ",
+    "\x01": " ",
 })  # fmt: skip
-_GREEK = set("alpha beta gamma delta epsilon varepsilon eta theta lambda mu nu rho sigma tau phi psi omega Delta Gamma Omega".split())
 _UNITS = {
     alias: words.split()[0]
     for words in (
@@ -311,49 +322,7 @@ _UNITS = {
     ).split("|")
     for alias in words.split()
 }
-_INFIX = {"over": "frac", "choose": "binom"}
 _SCALES = {"hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
-_TEXT = re.compile(r"\\(?:text(?:bf|it|rm|sf|tt|up|normal)?|operatorname|mathrm|mathbf|mathsf|mbox|hbox)\s*\{([^{}]*)\}")
-_WORDS = re.compile(r"(?=.*[A-Za-z])[A-Za-z ./'-]*")
-_NUMBER = r"\d+(?:\.\d+)?(?:[eE][+-]?\d{1,4}(?![\w^]))?|\.\d+"
-_TOKENS = [
-    re.compile(rf"\s*(?:(?P<word>\x01[^\x01]*\x01)|(?P<number>{n})|(?P<name>[A-Za-z]+)|(?P<command>\\[A-Za-z]+)|(?P<sign>\S))")
-    for n in (_NUMBER, rf"\d{{1,3}}(?:,\d{{3}})+(?!\d|,\d)(?:\.\d+)?|{_NUMBER}")
-]
-_NAMES = re.compile(  # see _Relation.names
-    r"(?!-)(?:(?!log|ln|exp)[A-Za-z]'*+(?:_(?:\w|\{\w{1,9}\}))?+(?:\(-?\d[\d./]*+\))?+|\\[A-Za-z]++(?:_\w)?+|[-+*/(),|{}⟦⟧⏎&])++"
-)
-_FILLER = re.compile(
-    r"(?:\x01?\b(?:(?:the )?(?:final )?answer is|approximately|about|roughly|around|exactly|only"
-    r"|just|a total of|is|equals|equal to|either|both)\b\x01?\s*)+",
-    re.IGNORECASE,
-)
-_LABEL = re.compile(  # Area = 5, total cost: 5, P(X = 2) = 5, A(1, 2)
-    r"\s*(?=[^=:\d]{0,60}?[A-Za-z]{3})[A-Za-z\x01][^=:<>≤≥≠≈∈\d]{0,60}[=:](?!\s*$)|^P\([^()]{1,40}\) ?=|^[A-Z](?=\([^()]*,)"
-)
-
-
-def _clean(text: str) -> str:
-    """One spelling for what LaTeX, Markdown and Unicode spell in several ways. Words of \\text{} come out between \\x01 characters."""
-    text = re.sub(r"(?<=\d)(?:\{,\}|,?\\[,!;: ]|,\\!)\s*(?=\d{3}(?!\d))", "", text.translate(_UNICODE))  # 1{,}234
-    text = re.sub(r"(?<=\d) ?x ?(?=10\^)", "*", re.sub(r"(\d{0,50})\.(\d{0,50})\\(?:overline|bar)\{(\d{1,50})\}", _repeating, text))
-    text = re.sub(r"\\mathbb ?\{?R\}?", lambda _: r"(-\infty,\infty)", text)
-    text = re.sub(r"\\(?:text)?color\{[^{}]*\}|\\overline ?(?=\{[A-Z]{2}\})", "", text)
-    text = re.sub(r"\{([^{}]*)\\(over|choose)(?![a-z])([^{}]*)\}", lambda m: rf"\{_INFIX[m[2]]}{{{m[1]}}}{{{m[3]}}}", text)
-    for _ in range(2):  # \text{} in \text{}
-        text = _TEXT.sub(lambda m: f" \x01{m[1].strip()}\x01 " if _WORDS.fullmatch(m[1]) else f" {m[1]} ", text)
-    text = re.sub(r"\\[dt]?frac ?\{ \x01([^\x01]*)\x01 \}\{ \x01([^\x01]*)\x01 \}", "\x01\\1/\\2\x01", text)  # \frac{km}{h}
-    text = re.sub(r"\\begin\{(?:[pbB]?matrix\}|array\}(?:\{[^{}]*\})?)", "⟦", text)
-    text = re.sub(r"\\end\{(?:[pbB]?matrix|array)\}", "⟧", text)
-    text = re.sub(r"\\([A-Za-z]+|.)", lambda m: _COMMANDS.get(m[1], m[0] + " "), text, flags=re.DOTALL)
-    text = re.sub(r"\*\*|__", "", re.sub(r"(?<=[\w)}])\*\*(?=[\w({])", "^", text))
-    for old, new in (("<=", "≤"), (">=", "≥"), ("!=", "≠"), ("==", "=")):
-        text = text.replace(old, new)
-    if text.count("$") % 2:  # an odd one is a currency sign
-        text = re.sub(r"\$(?=\s?[\d.])", "¤", text)
-    text = re.sub(r"\^\s*(?:\{\s*(?:°|\x01o\x01)\s*\}|°)", "°", text.replace("$", " "))
-    text = re.sub(r"(?<![\d.,])\d{1,3}(?: \d{3})+(?![\d/,]| \d)", lambda m: m[0].replace(" ", ""), text)  # 10 000
-    return re.sub(r"\s+", " ", text).lstrip(" ,;:=≈").rstrip(" .,;:")
 
 
 def _repeating(match: re.Match) -> str:
@@ -361,6 +330,50 @@ def _repeating(match: re.Match) -> str:
     whole, digits, period = match.groups()
     denominator = 10 ** len(digits) * (10 ** len(period) - 1)
     return f"({int(whole + digits + period) - int((whole + digits) or 0)}/{denominator})"
+
+
+_TEXT = r"\\(?:text(?:bf|it|rm|sf|tt|up|normal)?|operatorname|mathrm|mathbf|mathsf|mbox|hbox)\s*\{"
+_REWRITES = [
+    (re.compile(pattern), replacement)
+    for pattern, replacement in (
+        (r"(?<=\d)(?:\{,\}|,?\\[,!;: ])\s*(?=\d{3}(?!\d))", ""),  # 1{,}234
+        (r"(\d{0,50})\.(\d{0,50})\\(?:overline|bar)\{(\d{1,50})\}", _repeating),
+        (r"(?<=\d) ?x ?(?=10\^)", "*"),
+        (r"\\mathbb ?\{?R\}?", r"(-\\infty,\\infty)"),
+        (r"\\(?:text)?color\{[^{}]*\}|\\overline ?(?=\{[A-Z]{2}\})", ""),
+        (r"\{([^{}]*)\\over(?![a-z])([^{}]*)\}", r"{\\frac{\1}{\2}}"),
+        (r"\{([^{}]*)\\choose(?![a-z])([^{}]*)\}", r"{\\binom{\1}{\2}}"),
+        (_TEXT + r"\s*([A-Za-z][A-Za-z ./'-]*)\}", " \x01\\1\x01 "),  # words
+        (_TEXT + r"([^{}]*)\}", r" \1 "),
+        (_TEXT + r"([^{}]*)\}", r" \1 "),  # \text{} in \text{}
+        (r"\\[dt]?frac ?\{ \x01([^\x01]*)\x01 \}\{ \x01([^\x01]*)\x01 \}", "\x01\\1/\\2\x01"),  # \frac{km}{h}
+        (r"\\begin\{(?:[pbB]?matrix\}|array\}(?:\{[^{}]*\})?)", "⟦"),
+        (r"\\end\{(?:[pbB]?matrix|array)\}", "⟧"),
+        (r"\\([A-Za-z]+|(?s:.))", lambda match: _COMMANDS.get(match[1], match[0] + " ")),
+        (r"\\(frac|binom)\s*(\d)\s*(\d)", r"\\\1{\2}{\3}"),  # \frac12
+        (r"(?<=[\w)}])\*\*(?=[\w({])", "^"),
+        (r"\*\*|__", ""),
+        ("<=", "≤"),
+        (">=", "≥"),
+        ("!=", "≠"),
+        ("==", "="),
+        (r"\A([^$]*)\$(?=\s?[\d.])([^$]*)\Z", r"\1¤\2"),  # a single one is a currency sign
+        (r"\$", " "),
+        (r"-\s*([¤£€])", r"\1-"),
+        (r"\^\s*(?:\{\s*(?:°|\x01o\x01)\s*\}|°)", "°"),
+        (r"(?<![\d.,])\d{1,3}(?: \d{3})+(?![\d/,]| \d)", lambda match: match[0].replace(" ", "")),  # 10 000
+        (r"(?<![\w.,^])(\d+) *(\\frac *\{ *\d+ *\} *\{ *\d+ *\}|(?<= )\d+ ?/ ?\d+(?![\d.]))", r"(\1+\2)"),  # 3 1/2
+        (r"\s+", " "),
+    )
+]
+
+
+def _clean(text: str) -> str:
+    """One spelling for what LaTeX, Markdown and Unicode spell in several ways. Words of \\text{} come out between \\x01 characters."""
+    text = text.translate(_UNICODE)
+    for pattern, replacement in _REWRITES:
+        text = pattern.sub(replacement, text)
+    return text.lstrip(" ,;:=≈").rstrip(" .,;:")
 
 
 def _unit(text: str) -> str:
@@ -375,46 +388,60 @@ def _unit(text: str) -> str:
     return " ".join(words).replace("mi / h", "mph")
 
 
+_LETTER = "[A-Za-zΑ-Ωα-ορ-ω]"  # without pi
+_NAME = rf"{_LETTER}(?:_(?:\w|\{{\w{{1,9}}\}})'*|'+)"
+_TOKEN = re.compile(
+    rf"\s*(?:\x01(?P<word>[^\x01]*)\x01|(?P<number>\d+(?:\.\d+)?(?:[eE][+-]?\d{{1,3}}(?![\w^]))?|\.\d+)"
+    rf"|(?P<name>{_NAME}|{_LETTER}+)|(?P<command>\\[A-Za-z]+)|(?P<sign>\S))"
+)
+_NAMES = re.compile(rf"(?!-)(?:(?!log|ln|exp)(?:{_NAME}|{_LETTER})(?:\(-?\d[\d./]*\))?|\\frac|[-+*/(),|{{}}⟦⟧⏎&])+")  # see _Relation.names
+
+
+def _tokens(text: str) -> list[tuple[str, str]]:
+    """Pairs of a kind (number, name, word, function, command, sign, close, and, end) and a text."""
+    tokens = []
+    for match in _TOKEN.finditer(text):
+        kind, token = match.lastgroup, match[match.lastgroup].strip()
+        spaced, behind, low = match[0][0] == " ", tokens[-1][0] if tokens else "", token.lower()
+        if kind == "sign":
+            kind = "close" if token in "}⦄)]⟧" else "and" if token in ",;" else kind
+        elif low in ("and", "or"):
+            kind = "and"
+        elif low in ("sqrt", "pi", "infinity"):
+            kind, token = "sign", {"s": "√", "p": "π", "i": "∞"}[low[0]]
+        elif low in _FUNCTIONS:
+            kind, token = "function", low
+        elif kind == "word" and len(token) == 1 and behind not in ("number", "close"):
+            kind = "name"  # \text{A}, \text{C}
+        elif kind == "name" and len(token) > 1 and token.isalpha():
+            if len(token) > 3 or low in _UNITS or spaced and behind or not behind and (len(token) > 2 or low in ("no", "on", "is")):
+                kind = "word"
+            else:  # a product of variables
+                tokens += [(kind, letter) for letter in token[:-1]]
+                token = token[-1]
+        tokens.append((kind, token))
+    return tokens + [("end", "")]
+
+
 class _Reader:
     """Recursive descent over the tokens of one answer: list, relation, union, quantity, sum, product, power, atom."""
 
-    def __init__(self, text: str, commas: bool, letters: bool, sign: str = "+"):
-        """commas: 1,234 is one number. letters: the m of `5 m` is a unit. sign: which of its two values a plus-minus has."""
+    def __init__(self, text: str):
         if len(text) > _MAX_LENGTH:
             raise _Unreadable("too long")
-        self.tokens, self.depth, self.commas, self.sign = [], 0, commas, sign
-        for match in _TOKENS[commas].finditer(text):
-            kind, token = match.lastgroup, match[match.lastgroup].strip("\x01")
-            spaced, behind, low = match.start() < match.start(kind), self.tokens[-1][0] if self.tokens else "", token.lower()
-            if kind == "word" and len(token) == 1 and behind not in ("number", "close"):
-                kind = "name"  # \text{A}, \text{C}
-            if kind in ("word", "name") and low in ("and", "or"):
-                kind = "and"
-            elif kind in ("word", "name") and low in ("sqrt", "pi", "infinity"):
-                kind, token = "sign", {"s": "√", "p": "π", "i": "∞"}[low[0]]
-            elif kind in ("word", "name") and low in _FUNCTIONS:
-                kind, token = "function", low
-            elif kind == "name" and (len(token) > 1 or letters and spaced and low in _UNITS and behind in ("number", "close")):
-                if len(token) > 3 or low in _UNITS or spaced and behind or not behind and (len(token) > 2 or low in ("no", "on", "is")):
-                    kind = "word"
-                else:  # a product of variables
-                    self.tokens += [("name", letter) for letter in token]
-                    continue
-            elif kind == "sign":
-                kind = "close" if token in "}⦄)]⟧" else "and" if token in ",;" else kind
-            self.tokens.append((kind, token))
-        self.tokens.append(("end", ""))
-        self.at = -1
-        self.next()
+        self.tokens, self.at, self.depth = _tokens(text), 0, 0
+
+    @property
+    def kind(self) -> str:
+        return self.tokens[self.at][0]
 
     def next(self) -> str:
-        """The token at hand; the one behind it comes to hand."""
-        token, self.at = self.tokens[self.at][1], min(self.at + 1, len(self.tokens) - 1)
-        self.kind, self.token = self.tokens[self.at]
+        token = self.tokens[self.at][1]
+        self.at = min(self.at + 1, len(self.tokens) - 1)
         return token
 
     def sees(self, signs: str) -> bool:
-        return self.kind in ("sign", "close") and self.token in signs
+        return self.kind in ("sign", "close") and self.tokens[self.at][1] in signs
 
     def accept(self, signs: str) -> str:
         return self.next() if self.sees(signs) else ""
@@ -423,11 +450,7 @@ class _Reader:
         return self.accept(signs) or self.fail()
 
     def fail(self):
-        raise _Unreadable(f"unexpected {self.token!r}")
-
-    def answer(self):
-        items = self.items()
-        return items[0] if len(items) == 1 else _Group("", items)
+        raise _Unreadable(f"unexpected {self.tokens[self.at][1]!r}")
 
     def items(self, end: str = "end") -> list:
         """Statements between commas, semicolons, `and`, `or`, up to the end or a closing bracket."""
@@ -440,7 +463,7 @@ class _Reader:
 
     def statement(self):
         sides, operators, names = [], [], []
-        while True:
+        while not operators or len(sides) == len(operators):
             start = self.at
             sides.append(self.union())
             names.append(bool(_NAMES.fullmatch("".join(token for _, token in self.tokens[start : self.at]))))
@@ -449,6 +472,9 @@ class _Reader:
             operators.append(self.next())
         if operators == ["∈"] and names[0]:
             return sides[1]
+        if operators and set(operators) <= {">", "≥"}:
+            operators = ["<" if operator == ">" else "≤" for operator in operators]
+            sides, operators, names = sides[::-1], operators[::-1], names[::-1]
         return _Relation(sides, operators, names) if operators else sides[0]
 
     def union(self):
@@ -459,63 +485,59 @@ class _Reader:
 
     def quantity(self):
         if self.kind == "word":
-            words = [self.next()]
+            words = []
             while self.kind in ("word", "name") or self.sees("-"):
                 words.append(self.next())
             return _Group("text", [" ".join(words)])
-        start, minus, currency = self.at, self.accept("-"), self.accept("¤£€")
-        if minus and not currency:
-            self.at = start - 1
-            self.next()
+        currency = self.accept("¤£€")
         node = self.sum()
         if isinstance(node, _Group):
             return node
-        while self.kind == "word" and self.token.lower() in _SCALES:
+        while self.kind == "word" and self.tokens[self.at][1].lower() in _SCALES:
             node = _op(mul, node, _number(_SCALES[self.next().lower()]))
         unit = ""  # words, signs like %, and powers and quotients of them: cm^2, m/s, °C
-        while self.kind == "word" or self.kind == "sign" and self.token in "%°¤£€¢" or unit and self.sees("^/*{}-"):
+        while self.kind == "word" or self.sees("%°¤£€¢") or unit and self.sees("^/*{}-"):
             unit += " " * (self.kind == "word") + self.next()
             if unit[-1] in "^{" and self.kind == "number" or unit[-1] in "/*°" and self.kind == "name":
                 unit += self.next()
-        return _Quantity(_scaled(node, _number(-1)) if minus and currency else node, _unit(currency or re.sub(r"[{}]", "", unit)))
+        return node._replace(unit=_unit(currency or re.sub(r"[{}]", "", unit)))
 
     def minus(self) -> bool:
         """Whether the signs at hand make a minus."""
         minus = False
-        while self.sees("+-±∓"):
-            minus ^= {"+": False, "-": True, "±": self.sign == "-", "∓": self.sign == "+"}[self.next()]
+        while self.sees("+-"):
+            minus ^= self.next() == "-"
         return minus
 
     def sum(self):
         node = self.product()
-        while self.sees("+-±∓"):
-            node = _op(sub if self.minus() else add, _scalar(node), _scalar(self.product()))
+        while self.sees("+-"):
+            node = _op(add, node, self.product())  # which begins with its sign
         return node
 
     def product(self):
-        node = _scaled(self.power(), _number(-1)) if self.minus() else self.power()
+        node = self.power()
         while True:
-            if self.accept("*"):
-                node = _scaled(node, _scaled(self.power(), _number(-1)) if self.accept("-") else self.power())
-            elif self.accept("/"):
-                node = _scaled(_op(truediv, _number(-1 if self.accept("-") else 1), _scalar(self.power())), node)
+            if self.sees("*/"):
+                node = _op(mul if self.next() == "*" else truediv, node, self.power())
             elif self.kind in ("name", "function", "command") or self.sees("(√π∞{⟦["):
-                node = _scaled(node, self.power())
+                node = _op(mul, node, self.power())
             else:
                 return node
 
     def power(self):
-        node = self.atom()
+        minus, node = self.minus(), self.atom()
         while self.sees("^!"):
             if self.next() == "^":
-                sign = _number(-1 if self.accept("-") else 1)
-                node = _power(_scalar(node), _op(mul, sign, _scalar(self.atom())))
+                sign = self.minus()
+                exponent = _scalar(self.atom())
+                node = _power(_scalar(node), _negative(exponent) if sign else exponent)
                 if self.sees("^"):
                     self.fail()  # 2^3^4 is not TeX, and may be read in two ways
             else:
                 n = _scalar(node).rational
                 node = _number(math.factorial(int(n))) if n is not None and n.denominator == 1 and 0 <= n <= 99 else self.fail()
-        return node
+        return _negative(node) if minus else node
 
     def atom(self):
         self.depth += 1  # every recursion passes here
@@ -523,31 +545,21 @@ class _Reader:
             raise _Unreadable("too deep")
         kind, token = self.kind, self.next()
         if kind == "number":
-            node = self.number(token.replace(",", ""))
-        elif kind == "name" or kind == "command" and token[1:] in _GREEK:
-            if self.accept("_"):
-                token += "_" + self.next()
-                while token[-1] != "}" and "{" in token:
-                    token += self.next() if self.kind != "end" else self.fail()
-            while self.accept("'"):
-                token += "'"
-            node = _symbol(token.replace("{", "").replace("}", ""))
+            node = _number(token) if not self.sees("_") else self.fail()  # in another base
+        elif kind == "name" or token in ("π", "∞"):
+            node = _symbol(re.sub("[{}]", "", token))
         elif kind == "function":
             node = self.function(token)
         elif token == r"\frac":
-            numerator = self.argument()
-            node = _op(truediv, numerator, self.argument())
+            numerator = self.atom()
+            node = _op(truediv, numerator, self.atom())
         elif token == r"\binom":
-            top, k = self.argument(), self.argument().rational
+            top, k = self.atom(), _scalar(self.atom()).rational
             if k is None or k.denominator > 1 or not 0 <= k <= 100:
                 self.fail()
             node = _number(1)
             for i in range(int(k)):
-                node = _op(mul, node, _op(truediv, _op(sub, top, _number(i)), _number(i + 1)))
-        elif kind == "sign" and token in "π∞":
-            node = _symbol(token)
-        elif kind == "sign" and token in "([{⦃":
-            node = self.bracket(token)
+                node = _op(mul, node, _op(truediv, _op(add, top, _number(-i)), _number(i + 1)))
         elif token == "∅":
             node = _Group("⦃⦄", [])
         elif token == "⟦":
@@ -561,7 +573,7 @@ class _Reader:
         elif token == "√":
             degree = _number(2)
             if self.accept("["):
-                degree = _scalar(self.sum())
+                degree = self.sum()
                 self.expect("]")
             node = _power(_scalar(self.atom()), _op(truediv, _number(1), degree))
         elif token == "|":
@@ -569,34 +581,9 @@ class _Reader:
             node = _function("abs", node) if node.rational is None else _number(abs(node.rational))
             self.expect("|")
         else:
-            node = self.fail()
+            node = self.bracket(token) if kind == "sign" and token in "([{⦃" else self.fail()
         self.depth -= 1
         return node
-
-    def number(self, literal: str) -> _Value:
-        mantissa, _, exponent = literal.lower().partition("e")
-        if len(literal) > 400 or abs(int(exponent or 0)) > 400 or self.sees("_") or not self.commas and re.match(r"0\d", literal):
-            self.fail()  # too long; in another base; the end of 1,000 read as the list 1, 000
-        value = _op(mul, _number(mantissa), _number(Fraction(10) ** int(exponent or 0)))
-        if literal.isdigit() and self.token == r"\frac":  # 3\frac{1}{2} is a mixed number, 3\frac{x}{2} a product
-            fraction = self.atom()
-            return _op(mul if fraction.rational is None else add, value, fraction)
-        following = self.tokens[self.at : self.at + 3]
-        if literal.isdigit() and [kind for kind, _ in following] == ["number", "sign", "number"] and following[1][1] == "/":
-            self.at += 2  # 3 1/2
-            self.next()
-            return _op(add, value, _op(truediv, _number(following[0][1]), _number(following[2][1])))
-        return value
-
-    def argument(self) -> _Value:
-        r"""An argument of \frac: a group or one character, for \frac12 is a half."""
-        if self.kind != "number" or not self.token.isdigit():
-            return _scalar(self.atom())
-        digit = self.token[0]
-        self.tokens[self.at] = ("number", self.token[1:])
-        self.at -= len(self.token) > 1
-        self.next()
-        return _number(digit)
 
     def function(self, name: str) -> _Value:
         exponent = base = None
@@ -605,20 +592,17 @@ class _Reader:
                 exponent = _scalar(self.atom())
             else:
                 base = _scalar(self.atom())
-        if self.accept("("):
-            node = self.statement()
-            argument, degrees = (node.value, node.unit == "°") if isinstance(node, _Quantity) else self.fail()
-            self.expect(")")
+        if self.sees("("):
+            argument = _scalar(self.atom())
         else:
             argument = _scalar(self.power())
             while self.kind in ("name", "command") or self.sees("√π{"):
-                argument = _op(mul, argument, _scalar(self.power()))
-            degrees = self.accept("°")
-        if degrees:
+                argument = _op(mul, argument, self.power())
+        if argument.unit == "°" or self.accept("°"):
             argument = _op(truediv, _op(mul, argument, _symbol("π")), _number(180))
         if exponent is not None and exponent.rational == -1 and f"arc{name}" in _FUNCTIONS:  # \tan^{-1}
             name, exponent = f"arc{name}", None
-        result = _power(_symbol("e"), argument) if name == "exp" else _function(name, argument, *([base] if base and name == "log" else []))
+        result = _function(name, argument, *([base] if base and name == "log" else []))
         return result if exponent is None else _power(result, exponent)
 
     def bracket(self, left: str):
@@ -627,27 +611,10 @@ class _Reader:
         items = self.items("close")
         kind = left + self.expect({"(": ")]", "[": ")]", "{": "}", "⦃": "⦄"}[left])
         if len(items) == 1 and kind in ("()", "[]", "{}"):
-            return items[0].value if isinstance(items[0], _Quantity) else items[0] if isinstance(items[0], _Group) else self.fail()
+            return self.fail() if isinstance(items[0], _Relation) else items[0]
         if kind == "[]" and all(isinstance(row, _Group) and row.kind == "[]" for row in items):
             return _Group("matrix", [_Group("row", row.items) for row in items])  # [[1, 2], [3, 4]]
         return _Group("" if kind == "{}" else kind, items)
-
-
-def _scalar(node) -> _Value:
-    if not isinstance(node, _Value):
-        raise _Unreadable("arithmetic on something other than a number")
-    return node
-
-
-def _scaled(node, factor):
-    """The product of two numbers, or of a number and a matrix."""
-    if isinstance(factor, _Group):
-        node, factor = factor, node
-    if isinstance(node, _Group) and node.kind in ("matrix", "row"):
-        return _Group(node.kind, [_scaled(item, factor) for item in node.items])
-    if isinstance(node, _Quantity):
-        return _Quantity(_op(mul, node.value, _scalar(factor)), node.unit)
-    return _op(mul, _scalar(node), _scalar(factor))
 
 
 # ------------------------------------------------------------------------------------------------------------- comparing answers
@@ -657,7 +624,7 @@ def _same(a, b) -> bool:
     """Whether two parsed answers are equal."""
     if isinstance(a, _Relation) and isinstance(b, _Relation):
         return _same_relation(a, b)
-    if isinstance(a, _Quantity) and isinstance(b, _Quantity):
+    if isinstance(a, _Value) and isinstance(b, _Value):
         return _same_quantity(a, b)
     if isinstance(a, _Group) and isinstance(b, _Group):
         kinds, x, y = {a.kind, b.kind}, a.items, b.items
@@ -678,12 +645,12 @@ def _same(a, b) -> bool:
     return False
 
 
-def _same_quantity(a: _Quantity, b: _Quantity) -> bool:
+def _same_quantity(a: _Value, b: _Value) -> bool:
     if a.unit and b.unit and a.unit != b.unit:
         return False
     if a.unit == b.unit or "%" not in (a.unit, b.unit):
-        return _equal(a.value, b.value)
-    percent, plain = (a.value, b.value) if a.unit else (b.value, a.value)
+        return _equal(a, b)
+    percent, plain = (a, b) if a.unit else (b, a)
     large = percent.rational is None or abs(percent.rational) >= 1
     return large and _equal(percent, plain) or _equal(percent, _op(mul, plain, _number(100)))
 
@@ -717,20 +684,19 @@ def _meanings(node) -> list:
             if "≈" in operators:  # sqrt(2) = 1.41 (about): either
                 return [side for side, name in zip(sides, names) if not name]
             return sides[-1:] if all(name or _same(side, sides[-1]) for side, name in zip(sides[:-1], names)) else []
-        flip = {"<": ">", ">": "<", "≤": "≥", "≥": "≤"}
-        if names[-1] and len(sides) == 2 or operators[0] in ">≥" and len(sides) == 3:  # write it from left to right
-            sides, operators, names = sides[::-1], [flip.get(o, o) for o in reversed(operators)], names[::-1]
-        left, right, oo = "([" ["≤" in operators[0] or "≥" in operators[0]], ")]" ["≤" in operators[-1]], _Quantity(_symbol("∞"))
-        if len(sides) == 3 and names[1] and set(operators) <= set("<≤"):
+        if not set(operators) <= {"<", "≤"}:
+            return []
+        left, right, infinity = "([" [operators[0] == "≤"], ")]" [operators[-1] == "≤"], _symbol("∞")
+        if len(sides) == 3 and names[1]:
             return [_Group(left + right, [sides[0], sides[2]])]
-        if len(sides) == 2 and names[0] and operators[0] in "<≤":
-            return [_Group("(" + right, [_scaled(oo, _number(-1)), sides[1]])]
-        return [_Group(left + ")", [sides[1], oo])] if len(sides) == 2 and names[0] and operators[0] in ">≥" else []
+        if len(sides) == 2 and any(names):
+            return [_Group("(" + right, [_negative(infinity), sides[1]]) if names[0] else _Group(left + ")", [sides[0], infinity])]
+        return []
     if isinstance(node, _Group) and node.kind == "" and isinstance(node.items[0], _Relation):
-        if all(isinstance(item, _Relation) and set(item.operators) <= set("<>≤≥") for item in node.items):  # x < 1 or x > 2
-            intervals = [_meanings(item)[:1] for item in node.items]
-            return [_Group("∪", sum(intervals, []))] if all(intervals) else []
         pairs = [item for item in node.items if isinstance(item, _Relation)]
+        if len(pairs) == len(node.items) and all(set(pair.operators) <= {"<", "≤"} for pair in pairs):  # x < 1 or x > 2
+            intervals = [_meanings(pair) for pair in pairs]
+            return [_Group("∪", sum(intervals, []))] if all(intervals) else []
         if any(pair.operators != ["="] or not pair.names[0] for pair in pairs):
             return []
         values = [item.sides[1] if isinstance(item, _Relation) else item for item in node.items]
@@ -741,17 +707,11 @@ def _meanings(node) -> list:
 
 
 def _same_relation(a: _Relation, b: _Relation) -> bool:
-    def differences(relation) -> list:  # (operator, what it says is 0, positive or not negative)
-        pairs = zip(relation.sides, relation.operators, relation.sides[1:])
-        return [
-            ({">": "<", "≥": "≤", "≈": "="}.get(o, o), _op(sub, x.value, y.value) if o in ">≥" else _op(sub, y.value, x.value))
-            for x, o, y in pairs
-            if isinstance(x, _Quantity) and isinstance(y, _Quantity)
-        ]
-
-    x, y = differences(a), differences(b)
-    if len(x) < len(a.operators) or len(y) < len(b.operators):
+    if not all(isinstance(side, _Value) for side in a.sides + b.sides):
         return a.operators == b.operators and all(map(_same, a.sides, b.sides))
+    x, y = (  # what each operator compares with 0
+        [(o, _op(add, right, _negative(left))) for left, o, right in zip(r.sides, r.operators, r.sides[1:])] for r in (a, b)
+    )
     return _paired(x, y, lambda s, t: s[0] == t[0] and _proportional(s[1], t[1], s[0] in "<≤"))
 
 
@@ -771,14 +731,17 @@ def _plain(text: str) -> str:
     return text.lower() if text.isalpha() and (len(text) > 2 or text.lower() == "no") else text
 
 
-def _read(text: str, commas: bool, letters: bool):
+def _read(text: str):
+    """The parsed answer, None for what is unreadable. A plus-minus stands for the list of both its values."""
     try:
-        node = _Reader(text, commas, letters).answer()
-        if "±" in text or "∓" in text:  # both values, as one list
-            nodes = [node, _Reader(text, commas, letters, "-").answer()]
-            nodes = [x for n in nodes for x in (_meanings(n) or [n])]
-            node = _Group("", _distinct([x for n in nodes for x in (n.items if isinstance(n, _Group) and n.kind in ("", "⦃⦄") else [n])]))
-        return node
+        texts = [text] if not re.search("[±∓]", text) else [text.translate(str.maketrans("±∓", signs)) for signs in ("+-", "-+")]
+        answers = []
+        for items in (_Reader(text).items() for text in texts):
+            answers.append(items[0] if len(items) == 1 else _Group("", items))
+        if len(answers) == 1:
+            return answers[0]
+        answers = [x for answer in answers for x in (_meanings(answer) or [answer])]
+        return _Group("", _distinct([x for a in answers for x in (a.items if isinstance(a, _Group) and a.kind in ("", "⦃⦄") else [a])]))
     except (ValueError, ArithmeticError):
         return None
 
@@ -786,18 +749,26 @@ def _read(text: str, commas: bool, letters: bool):
 def _same_text(a: str, b: str) -> bool:
     if not a or not b or _plain(a) == _plain(b):
         return bool(a and b)
-    for commas in (True, False) if re.search(r"\d,\d{3}", a + " " + b) else (True,):
-        for letters in (False, True) if re.search(r"\d [a-zA-Z](?![a-zA-Z])", a + " " + b) else (False,):
-            x = _read(a, commas, letters)
-            y = x and _read(b, commas, letters)
-            try:
-                if x is not None and y is not None and _same(x, y):
+    joined = [re.sub(r"(?<![\d,.])\d{1,3}(?:,\d{3})+(?!\d|,\d)", lambda match: match[0].replace(",", ""), text) for text in (a, b)]
+    readings = [joined, [re.sub(r"(?<=[\d})]) ([mghsdlL])(?![A-Za-z])", " \x01\\1\x01", text) for text in joined]]  # 5 m: a unit
+    if not re.search(r"\d,0\d\d", a + " " + b):  # 1,000 is no list 1, 0
+        readings.append([a, b])
+    for i, (x, y) in enumerate(readings):
+        if (x, y) not in map(tuple, readings[:i]) and (left := _read(x)) is not None and (right := _read(y)) is not None:
+            with contextlib.suppress(ValueError, ArithmeticError):
+                if _same(left, right):
                     return True
-            except (ValueError, ArithmeticError):
-                pass
     return False
 
 
+_FILLER = re.compile(
+    r"(?:\x01?\b(?:(?:the )?(?:final )?answer is|approximately|about|roughly|around|exactly|only"
+    r"|just|a total of|is|equals|equal to|either|both)\b\x01?\s*)+",
+    re.IGNORECASE,
+)
+_LABEL = re.compile(  # Area = 5, total cost: 5, P(X = 2) = 5, A(1, 2)
+    r"\s*(?=[^=:\d]{0,60}?[A-Za-z]{3})[A-Za-z\x01][^=:<>≤≥≠≈∈\d]{0,60}[=:](?!\s*$)|^P\([^()]{1,40}\) ?=|^[A-Z](?=\([^()]*,)"
+)
 _CHOICE = re.compile(r"(?:[Oo]ption |[Cc]hoice )?\(?\s*([A-J])(?:\s*[).:]+\s*(.*))?")
 
 
