@@ -134,13 +134,11 @@ def extract_answer(response: str) -> str | None:
 
 
 # ------------------------------------------------------------------------------------------------------------------ exact values
-# Expressions are compared by their images in the field of P elements at three random points: equal images of different rational functions
-# have a chance of 1e-80, and nothing grows. P is 1 modulo 8 and modulo every odd prime below 200, so by quadratic reciprocity -1 and
-# those primes have square roots there; sqrt(a) sqrt(b) = sqrt(ab) and i i = -1 hold when the same roots are always taken.
+# An expression is its values at three points, where every variable is a rational number drawn by its name: rational functions that differ
+# agree there with a chance of 1e-15. Square roots, pi and e are fractions, right to 200 digits. What is neither is a complex float.
 
-_PRIMES = [p for p in range(2, 200) if all(p % q for q in range(2, p))]
-_P = 8 * 25 * math.prod(_PRIMES[1:]) + 1
-_MAX_BITS, _MAX_LENGTH, _MAX_DEPTH, _POINTS = 4096, 600, 24, 3
+_MAX_BITS, _PRECISION, _MAX_LENGTH, _MAX_DEPTH = 2**15, 700, 600, 24
+_SCALE = 3**440  # the denominator of irrational numbers, a little longer than _PRECISION
 
 
 class _Unreadable(ValueError):
@@ -148,11 +146,7 @@ class _Unreadable(ValueError):
 
 
 class _Value(NamedTuple):
-    """A number or an expression. Images and floats stand for the same points; at each of them every variable has a value of its own."""
-
-    rational: Fraction | None  # exactly, if it is a rational number of reasonable length
-    images: tuple[int, ...] | None  # modulo P; None when only floats know the value
-    floats: tuple[complex, ...]
+    numbers: tuple[Fraction | complex, ...]  # at the three points
     unit: str = ""
 
 
@@ -168,128 +162,109 @@ class _Relation(NamedTuple):
 
 
 def _number(x) -> _Value:
-    x = Fraction(x)
-    return _Value(x, (x.numerator * pow(x.denominator, -1, _P) % _P,) * _POINTS, (_attempt(complex, x),) * _POINTS)
+    return _Value((Fraction(x),) * 3)
 
 
-def _symbol(name: str) -> _Value:
-    """A variable, pi, e, i or infinity. The floats of variables have both signs, so that |x| is not x."""
-    constants = {"i": 1j, "π": complex(math.pi), "e": complex(math.e)}
-    if name in constants:
-        return _Value(None, (_root_image(-1) if name == "i" else _random_image(name),) * _POINTS, (constants[name],) * _POINTS)
-    images = tuple(_random_image(f"{name} {point}") for point in range(_POINTS))
-    return _Value(None, images, tuple(complex((x % 10**6 / 4e5 + 0.1) * (-1) ** point) for point, x in enumerate(images)))
+def _arctan(n: int) -> int:
+    return sum((-1) ** k * _SCALE // ((2 * k + 1) * n ** (2 * k + 1)) for k in range(160))  # of 1/n, times _SCALE
+
+
+_CONSTANTS = {
+    "π": Fraction(16 * _arctan(5) - 4 * _arctan(239), _SCALE),
+    "e": Fraction(sum(_SCALE // math.factorial(k) for k in range(150)), _SCALE),
+    "i": 1j,
+}
 
 
 @functools.lru_cache(maxsize=4096)
-def _random_image(name: str) -> int:
-    return random.Random(name).randrange(_P)  # the same in every process, and independent: of images in a pattern, ad = bc would come out
+def _symbol(name: str) -> _Value:
+    """A constant, a variable or infinity. Variables have both signs, so that |x| is not x, and are no whole numbers."""
+    if name in _CONSTANTS:
+        return _Value((_CONSTANTS[name],) * 3)
+    draw = random.Random(name).randrange  # the same in every process
+    return _Value(tuple(Fraction(sign * draw(1, 10**6), 400_009) for sign in (1, -1, 1)))
 
 
-@functools.lru_cache(maxsize=None)
-def _root_image(p: int) -> int:
-    """A square root of -1 or of a small prime modulo P (P - 1 is 8 times an odd number: Tonelli and Shanks in two lines)."""
-    odd = (_P - 1) // 8
-    eighth = next(z for z in (pow(g, odd, _P) for g in range(200, 1000)) if pow(z, 4, _P) == _P - 1)
-    return next(r for r in (pow(p, (odd + 1) // 2, _P) * pow(eighth, k, _P) % _P for k in range(8)) if (r * r - p) % _P == 0)
+def _short(x: Fraction | complex) -> Fraction | complex:
+    """x, rounded where it has a long numerator and a long denominator."""
+    if isinstance(x, Fraction):
+        (n, d), (short, long) = x.as_integer_ratio(), sorted(n.bit_length() for n in x.as_integer_ratio())
+        if long <= _MAX_BITS:
+            return Fraction(n >> short - _PRECISION, d >> short - _PRECISION) if short > _PRECISION else x
+    elif cmath.isfinite(x):
+        return x
+    raise _Unreadable("too large")
 
 
-def _attempt(function, *arguments) -> complex:
-    try:
-        return complex(function(*arguments))
-    except (ArithmeticError, ValueError, TypeError):
-        return complex(math.nan)
-
-
-def _bits(x: Fraction) -> int:
-    return max(x.numerator.bit_length(), x.denominator.bit_length())
+def _apply(function, *arguments) -> _Value:
+    """The function at the three points. Raises ArithmeticError or ValueError where it has no value, ZeroDivisionError for example."""
+    for argument in arguments:
+        if not isinstance(argument, _Value):
+            raise _Unreadable("arithmetic on something other than a number")
+    return _Value(tuple(_short(function(*numbers)) for numbers in zip(*(argument.numbers for argument in arguments))))
 
 
 def _op(f, a, b):
-    """f(a, b) for operator.add, mul or truediv, entry by entry in a matrix. Raises ValueError or ZeroDivisionError for a division by 0."""
+    """f(a, b) for operator.add, mul or truediv, entry by entry in a matrix."""
     if f is mul and isinstance(b, _Group):
         a, b = b, a
     if f is not add and isinstance(a, _Group) and a.kind in ("matrix", "row"):
         return _Group(a.kind, [_op(f, item, b) for item in a.items])
-    a, b = _scalar(a), _scalar(b)
-    if a.rational is not None and b.rational is not None and _bits(rational := f(a.rational, b.rational)) <= _MAX_BITS:
-        return _number(rational)
-    images = None
-    if a.images and b.images:
-        pairs = zip(a.images, [pow(y, -1, _P) for y in b.images] if f is truediv else b.images)
-        images = tuple((x + y if f is add else x * y) % _P for x, y in pairs)
-    return _Value(None, images, tuple(_attempt(f, x, y) for x, y in zip(a.floats, b.floats)))
-
-
-def _scalar(node) -> _Value:
-    if not isinstance(node, _Value):
-        raise _Unreadable("arithmetic on something other than a number")
-    return node
+    return _apply(f, a, b)
 
 
 def _negative(node):
     return _op(mul, node, _number(-1))
 
 
-def _power(base: _Value, exponent: _Value) -> _Value:
-    n = exponent.rational
-    if n is None:
-        return _function("power", base, exponent)
-    if n.denominator > 1:
-        return _power(_root(base, n.denominator), _number(n.numerator))
-    if base.rational is not None and abs(n) * _bits(base.rational) <= _MAX_BITS:
-        return _number(base.rational ** int(n))
-    images = base.images and tuple(pow(x, int(n), _P) for x in base.images)
-    return _Value(None, images, tuple(_attempt(pow, x, int(n)) for x in base.floats))
+def _power(x: Fraction | complex, y: Fraction | complex) -> Fraction | complex:
+    if not isinstance(x, Fraction) or not isinstance(y, Fraction) or y.denominator > 64:
+        return complex(x) ** complex(y)
+    x, n = _root(x, y.denominator), abs(y.numerator)
+    if isinstance(x, complex):
+        return x**y.numerator
+    if n.bit_length() > 64 and abs(x) != 1:
+        raise _Unreadable("too large")
+    result = Fraction(1)
+    for bit in bin(n)[2:]:
+        result = _short(result * result * (x if bit == "1" else 1))
+    return result if y > 0 else 1 / result
+
+
+def _root(x: Fraction, degree: int) -> Fraction | complex:
+    """The degree-th root, the real one if there is one: exact for perfect powers, to 200 digits for square roots, else a float."""
+    if degree == 1:
+        return x
+    if x < 0 and degree % 2:
+        return -_root(-x, degree)
+    n, d = x.as_integer_ratio()
+    if x < 0 or degree > 2 and max(n, d) > 10**300:
+        return complex(x) ** (1 / degree)
+    if degree == 2:
+        root = Fraction(math.isqrt(n), math.isqrt(d))
+        return root if root * root == x else Fraction(math.isqrt(n * d * _SCALE**2), d * _SCALE)
+    root = Fraction(round(n ** (1 / degree)), round(d ** (1 / degree)))
+    return root if root**degree == x else complex(x) ** (1 / degree)
 
 
 _FUNCTIONS = {
     "sin": cmath.sin, "cos": cmath.cos, "tan": cmath.tan, "cot": lambda x: 1 / cmath.tan(x), "sec": lambda x: 1 / cmath.cos(x),
     "csc": lambda x: 1 / cmath.sin(x), "arcsin": cmath.asin, "arccos": cmath.acos, "arctan": cmath.atan, "ln": cmath.log, "exp": cmath.exp,
-    "log": lambda x, base=10: cmath.log(x) / cmath.log(base), "abs": abs, "root": lambda x, n: x ** (1 / n), "power": pow,
+    "log": lambda x, base=10: cmath.log(x) / cmath.log(base),
 }  # fmt: skip
 
 
-def _function(name: str, *arguments: _Value) -> _Value:
-    """What only floats know."""
-    return _Value(None, None, tuple(_attempt(_FUNCTIONS[name], *xs) for xs in zip(*(a.floats for a in arguments))))
-
-
-def _root(value: _Value, degree: int) -> _Value:
-    """The degree-th root: exact for perfect powers, and for square roots of numbers whose prime factors are below 200."""
-    x = value.rational
-    if x == 0:
-        return value
-    if x is None or degree > 64 or x < 0 and degree % 2 == 0 and degree > 2 or degree > 2 and _bits(x) > 900:
-        return _function("root", value, _number(degree))
-    if degree > 2:
-        root = Fraction(round(abs(x.numerator) ** (1 / degree)), round(x.denominator ** (1 / degree)))
-        real = _number(root) if root**degree == abs(x) else _function("root", _number(abs(x)), _number(degree))
-        return _negative(real) if x < 0 else real
-    n, outside, inside = abs(x.numerator) * x.denominator, Fraction(1, x.denominator), [-1] * (x < 0)  # root(a/b) = root(a b) / b
-    for p in _PRIMES:
-        while n % p**2 == 0:
-            n, outside = n // p**2, outside * p
-        if n % p == 0:
-            n, inside = n // p, inside + [p]
-    if math.isqrt(n) ** 2 == n:
-        n, outside = 1, outside * math.isqrt(n)
-    if n > 1:
-        return _op(mul, _number(outside), _function("root", _number(n * math.prod(inside)), _number(2)))
-    roots = [_Value(None, (_root_image(p),) * _POINTS, (cmath.sqrt(p),) * _POINTS) for p in inside]
-    return functools.reduce(functools.partial(_op, mul), roots, _number(outside))
+def _close(x: Fraction | complex, y: Fraction | complex) -> bool:
+    if isinstance(x, Fraction) and isinstance(y, Fraction):
+        exact = max(x.denominator, y.denominator) < 2**600  # 180 digits: neither is irrational
+        return x == y or not exact and abs(x - y) <= (abs(x) + abs(y) + 1) / 2**600
+    if any(isinstance(z, Fraction) and z.denominator > 10**6 and 10**400 % z.denominator == 0 for z in (x, y)):
+        return False  # a decimal that agrees to 1e-9 with an irrational number is that number rounded
+    return abs(x - y) <= 1e-9 * max(abs(x), abs(y)) + 1e-13
 
 
 def _equal(a: _Value, b: _Value) -> bool:
-    if a.rational is not None and b.rational is not None:
-        return a.rational == b.rational
-    if a.images and b.images:
-        return a.images == b.images
-    for x in (a.rational, b.rational):  # a decimal that agrees to 1e-9 with an irrational number is that number rounded
-        if x is not None and x.denominator > 10**6 and 10**400 % x.denominator == 0:
-            return False
-    pairs = [(x, y) for x, y in zip(a.floats, b.floats) if cmath.isfinite(x) and cmath.isfinite(y)]
-    return len(pairs) > 1 and all(abs(x - y) <= 1e-9 * max(abs(x), abs(y)) + 1e-13 for x, y in pairs)
+    return all(map(_close, a.numbers, b.numbers))
 
 
 # ------------------------------------------------------------------------------------------------------------- reading an answer
@@ -423,6 +398,14 @@ def _tokens(text: str) -> list[tuple[str, str]]:
     return tokens + [("end", "")]
 
 
+def _whole(node) -> int:
+    """A whole number up to 100."""
+    n = node.numbers[0] if isinstance(node, _Value) else None
+    if isinstance(n, Fraction) and n in range(101):
+        return int(n)
+    raise _Unreadable("no small whole number")
+
+
 class _Reader:
     """Recursive descent over the tokens of one answer: list, relation, union, quantity, sum, product, power, atom."""
 
@@ -529,14 +512,12 @@ class _Reader:
         minus, node = self.minus(), self.atom()
         while self.sees("^!"):
             if self.next() == "^":
-                sign = self.minus()
-                exponent = _scalar(self.atom())
-                node = _power(_scalar(node), _negative(exponent) if sign else exponent)
+                sign, exponent = self.minus(), self.atom()
+                node = _apply(_power, node, _negative(exponent) if sign else exponent)
                 if self.sees("^"):
                     self.fail()  # 2^3^4 is not TeX, and may be read in two ways
             else:
-                n = _scalar(node).rational
-                node = _number(math.factorial(int(n))) if n is not None and n.denominator == 1 and 0 <= n <= 99 else self.fail()
+                node = _number(math.factorial(_whole(node)))
         return _negative(node) if minus else node
 
     def atom(self):
@@ -554,11 +535,8 @@ class _Reader:
             numerator = self.atom()
             node = _op(truediv, numerator, self.atom())
         elif token == r"\binom":
-            top, k = self.atom(), _scalar(self.atom()).rational
-            if k is None or k.denominator > 1 or not 0 <= k <= 100:
-                self.fail()
-            node = _number(1)
-            for i in range(int(k)):
+            top, k, node = self.atom(), _whole(self.atom()), _number(1)
+            for i in range(k):
                 node = _op(mul, node, _op(truediv, _op(add, top, _number(-i)), _number(i + 1)))
         elif token == "∅":
             node = _Group("⦃⦄", [])
@@ -575,10 +553,9 @@ class _Reader:
             if self.accept("["):
                 degree = self.sum()
                 self.expect("]")
-            node = _power(_scalar(self.atom()), _op(truediv, _number(1), degree))
+            node = _apply(_power, self.atom(), _op(truediv, _number(1), degree))
         elif token == "|":
-            node = _scalar(self.sum())
-            node = _function("abs", node) if node.rational is None else _number(abs(node.rational))
+            node = _apply(abs, self.sum())
             self.expect("|")
         else:
             node = self.bracket(token) if kind == "sign" and token in "([{⦃" else self.fail()
@@ -589,21 +566,21 @@ class _Reader:
         exponent = base = None
         while self.sees("^_"):
             if self.next() == "^":
-                exponent = _scalar(self.atom())
+                exponent = self.atom()
             else:
-                base = _scalar(self.atom())
+                base = self.atom()
         if self.sees("("):
-            argument = _scalar(self.atom())
+            argument = self.atom()
         else:
-            argument = _scalar(self.power())
+            argument = self.power()
             while self.kind in ("name", "command") or self.sees("√π{"):
                 argument = _op(mul, argument, self.power())
-        if argument.unit == "°" or self.accept("°"):
+        if isinstance(argument, _Value) and argument.unit == "°" or self.accept("°"):
             argument = _op(truediv, _op(mul, argument, _symbol("π")), _number(180))
-        if exponent is not None and exponent.rational == -1 and f"arc{name}" in _FUNCTIONS:  # \tan^{-1}
+        if exponent == _number(-1) and f"arc{name}" in _FUNCTIONS:  # \tan^{-1}
             name, exponent = f"arc{name}", None
-        result = _function(name, argument, *([base] if base and name == "log" else []))
-        return result if exponent is None else _power(result, exponent)
+        result = _apply(_FUNCTIONS[name], argument, *([base] if base and name == "log" else []))
+        return result if exponent is None else _apply(_power, result, exponent)
 
     def bracket(self, left: str):
         if left == "⦃" and self.accept("⦄"):
@@ -651,8 +628,7 @@ def _same_quantity(a: _Value, b: _Value) -> bool:
     if a.unit == b.unit or "%" not in (a.unit, b.unit):
         return _equal(a, b)
     percent, plain = (a, b) if a.unit else (b, a)
-    large = percent.rational is None or abs(percent.rational) >= 1
-    return large and _equal(percent, plain) or _equal(percent, _op(mul, plain, _number(100)))
+    return abs(percent.numbers[0]) >= 1 and _equal(percent, plain) or _equal(percent, _op(mul, plain, _number(100)))
 
 
 def _paired(a: list, b: list, same) -> bool:
@@ -717,11 +693,10 @@ def _same_relation(a: _Relation, b: _Relation) -> bool:
 
 def _proportional(a: _Value, b: _Value, positive: bool) -> bool:
     """Whether a = c b for one number c, greater than zero where `positive`."""
-    if a.rational == 0 or b.rational == 0:
-        return a.rational == b.rational
-    ratio = _op(truediv, a, b)
-    constant = _Value(None, ratio.images and ratio.images[:1] * _POINTS, ratio.floats[:1] * _POINTS)
-    return _equal(ratio, constant) and (not positive or ratio.floats[0].real > 0)
+    if not any(a.numbers) or not any(b.numbers):
+        return a == b
+    first, *others = _op(truediv, a, b).numbers
+    return all(_close(first, other) for other in others) and (not positive or first.real > 0)
 
 
 def _plain(text: str) -> str:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
@@ -59,15 +60,16 @@ def test_equality_is_symmetric():
             assert is_equivalent(gold, answer) == is_equivalent(answer, gold), case
 
 
-def test_the_field_in_which_expressions_are_compared():
-    """P is a prime (Miller and Rabin, P - 1 = 8 * odd), and the small primes and -1 have square roots there that multiply."""
-    p, odd = verifier._P, (verifier._P - 1) // 8
-    assert odd % 2 and (p - 1) % 8 == 0
-    for base in (2, 3, 5, 7, 211, 223, 10**9 + 7, 10**30 + 57):
-        x = pow(base, odd, p)
-        assert x == 1 or p - 1 in (x, x * x % p, pow(x, 4, p))
-    for n in (-1, *verifier._PRIMES):
-        assert (verifier._root_image(n) ** 2 - n) % p == 0
+def test_irrational_numbers_are_compared_to_200_digits():
+    """Coefficients beyond the precision of floats; and the constants, which this file computes itself."""
+    assert abs(verifier._CONSTANTS["π"] - Fraction("3.14159265358979323846264338327950288419716939937510582097494459")) < Fraction(1, 10**62)
+    assert abs(verifier._CONSTANTS["e"] - Fraction("2.71828182845904523536028747135266249775724709369995957496696763")) < Fraction(1, 10**62)
+    for irrational in (r"\pi", r"\sqrt{2}", r"\sqrt{2 + \sqrt{3}}", "e"):
+        assert not is_equivalent("123456789012345678901" + irrational, "123456789012345678902" + irrational)
+        assert not is_equivalent("0.3333333333333333" + irrational, rf"\frac{{{irrational}}}{{3}}")
+        assert is_equivalent(rf"\frac{{2{irrational}}}{{6}}", rf"\frac{{{irrational}}}{{3}}")
+    assert is_equivalent(r"\sqrt{5 + 2\sqrt{6}}", r"\sqrt{2} + \sqrt{3}") and is_equivalent(r"(1 + \sqrt{2})(1 - \sqrt{2})", "-1")
+    assert not is_equivalent("2^{2023} - 1", "2^{2023}") and is_equivalent("2^{2023} + 2^{2023}", "2^{2024}")
 
 
 N = 100_000
