@@ -53,7 +53,7 @@ from typing import NamedTuple
 # ------------------------------------------------------------------------------------------------------------ finding the answer
 
 _MARKER = re.compile(
-    r"(?P<box>\\f?box(?:ed)?(?![a-zA-Z]))|(?P<hash>#{4,})"
+    r"(?P<box>\\f?box(?:ed)?(?:\s*(?:\{|\Z)|\s?(?P<bare>\d+)))|(?P<hash>#{4,})"
     r"|\b(?<!</)(?<!check the )(?<!verify the )(?<!if the )(?<!\{)(?<!\{the )(?<!\{final )(?<!\{the final )answers?\b(?:"
     r"[^\n.:=]{0,60}?\s(?:is|are|was|equals|(?:would|should|will|must)\s+be)\b"  # the answer, in dollars, is
     r"(?:\s+(?:therefore|thus|simply|indeed|then|just|clearly)\b)?[*:\s]*(?:(?<=\n)- )?"  # (a list of one)
@@ -62,48 +62,36 @@ _MARKER = re.compile(
 )
 _EMPTY = re.compile(r"(?:\\text\{)?(?:\s|\.|…|\\[lc]?dots|\\[,; ]|_|\?|your|the|final|answer|number|letter|here)*\}?", re.IGNORECASE)
 _NO_ANSWER = re.compile(  # what stands behind "the answer is" or "####" and is no answer
-    r"(?:not|in|of|to|that|quite|very|(?:in)?correct|right|wrong|(?:in)?valid|reasonable|consistent|verified|confirmed|unique"
-    r"|obtained|given|found|expressed|written|rounded|as|what|clear|step|verif\w+|check\w*|solution|conclusion|explanation|note|analysis"
-    r"|case|method|part|summary|why|how|(?:we|i|this)(?=\s))\b",
-    re.IGNORECASE,
+    r"(?i)(?:not|in|of|to|that|quite|very|(?:in)?correct|right|wrong|(?:in)?valid|reasonable|consistent|confirmed|unique|obtained|given|found"
+    r"|expressed|written|rounded|as|what|clear|step|verif\w+|check\w*|solution|conclusion|explanation|note|analysis|case|method|part|summary"
+    r"|why|how|(?:we|i|this)(?=\s))\b"
 )
 _REASON = re.compile(  # what may follow the answer in its sentence
-    r"[,;]?\s*\(?\b(?:because|since|which|where|when|so|as|if|but|hence|thus|therefore|after|from|given|not|by|using|see"
-    r"|and (?:we|this|that|it|so|not))\b",
-    re.IGNORECASE,
+    r"(?i)[,;]?\s*\(?\b(?:because|since|which|where|when|so|as|if|but|hence|thus|therefore|after|from|given|not|by|using|see"
+    r"|and (?:we|this|that|it|so|not))\b"
+)
+_FORMULA = re.compile(  # in its delimiters, alone or before a unit, and no item of a list
+    r"(?:\$\$?|\\[(\[])((?:[^$\\]|\\[^)\]])+)(?:\$\$?|\\[)\]])(?!(?:[ ,;]|and\b|or\b)*(?:\$|\\\(|-?\d))"
+    r"(?:\s*(\\?%|°|[a-zA-Z]+)(?=\s*\*{0,2}(?:[.,;!]|\n|$)))?"
 )
 _BRACES = re.compile(r"\\.|[{}]", re.DOTALL)
-_BARE_BOX = re.compile(r" *(-?[\d.,]*\d|\\frac\d\d|\\?\w+)")
-_DELIMITERS = (("$$", "$$"), (r"\[", r"\]"), (r"\(", r"\)"), ("$", "$"))
 
 
 def _boxed(text: str, start: int) -> str | None:
-    """What stands in the box whose command ends at `start`; None when it never closes."""
-    while text[start : start + 1].isspace():
-        start += 1
-    if text[start : start + 1] != "{":  # \boxed 5
-        match = _BARE_BOX.match(text, start)
-        return match[1] if match else None
-    depth = 0
+    """What stands in the box that opens before `start`; None when it never closes."""
+    depth = 1
     for match in _BRACES.finditer(text, start):  # an escaped brace is a set's, not a group's
-        if match[0] == "{":
-            depth += 1
-        elif match[0] == "}":
-            depth -= 1
-            if depth == 0:
-                return text[start + 1 : match.start()]
+        depth += {"{": 1, "}": -1}.get(match[0], 0)
+        if depth == 0:
+            return text[start : match.start()]
     return None
 
 
 def _stated(text: str) -> str:
     """The answer at the beginning of a text: a formula in its delimiters, or words up to the end of the sentence or its reason."""
     text = text.lstrip(" \t\n*:_")
-    for left, right in _DELIMITERS:
-        end = text.find(right, len(left)) if text.startswith(left) else -1
-        rest = text[end + len(right) :]
-        if end > 0 and text[len(left) : end].strip() and not re.match(r"(?:[ ,;]|and\b|or\b)*(?:\$|\\\(|-?\d)", rest):
-            unit = re.match(r"\s*(\\?%|°|[a-zA-Z]+)(?=\s*\*{0,2}(?:[.,;!]|\n|$))", rest)  # $5$ cm.
-            return text[len(left) : end] + (f" {unit[1]}" if unit else "")
+    if formula := _FORMULA.match(text):
+        return " ".join(filter(None, formula.groups()))
     sentence = re.split(r"[.!?](?=[\s*]|$)|(?<=\w)\*\*(?!\w)|\n|<[|/]", text, maxsplit=1)[0]
     return re.sub(r"\s\([A-Za-z][A-Za-z -]{3,}\)$", "", _REASON.split(sentence, maxsplit=1)[0].strip(" *,;:"))  # 42 (forty-two)
 
@@ -113,7 +101,7 @@ def extract_answer(response: str) -> str | None:
     fallback = None
     for match in [*_MARKER.finditer(response)][:-200:-1]:  # from the last one on; more is no honest text
         if match["box"]:
-            content = _boxed(response, match.end())
+            content = match["bare"] or _boxed(response, match.end())
             if content is None:
                 return fallback
             if not _EMPTY.fullmatch(content):
@@ -204,17 +192,8 @@ def _apply(function, *arguments) -> _Value:
     return _Value(tuple(_short(function(*numbers)) for numbers in zip(*(argument.numbers for argument in arguments))))
 
 
-def _op(f, a, b):
-    """f(a, b) for operator.add, mul or truediv, entry by entry in a matrix."""
-    if f is mul and isinstance(b, _Group):
-        a, b = b, a
-    if f is not add and isinstance(a, _Group) and a.kind in ("matrix", "row"):
-        return _Group(a.kind, [_op(f, item, b) for item in a.items])
-    return _apply(f, a, b)
-
-
 def _negative(node):
-    return _op(mul, node, _number(-1))
+    return _apply(mul, node, _number(-1))
 
 
 def _power(x: Fraction | complex, y: Fraction | complex) -> Fraction | complex:
@@ -429,9 +408,6 @@ class _Reader:
     def accept(self, signs: str) -> str:
         return self.next() if self.sees(signs) else ""
 
-    def expect(self, signs: str) -> str:
-        return self.accept(signs) or self.fail()
-
     def fail(self):
         raise _Unreadable(f"unexpected {self.tokens[self.at][1]!r}")
 
@@ -477,7 +453,7 @@ class _Reader:
         if isinstance(node, _Group):
             return node
         while self.kind == "word" and self.tokens[self.at][1].lower() in _SCALES:
-            node = _op(mul, node, _number(_SCALES[self.next().lower()]))
+            node = _apply(mul, node, _number(_SCALES[self.next().lower()]))
         unit = ""  # words, signs like %, and powers and quotients of them: cm^2, m/s, °C
         while self.kind == "word" or self.sees("%°¤£€¢") or unit and self.sees("^/*{}-"):
             unit += " " * (self.kind == "word") + self.next()
@@ -495,16 +471,16 @@ class _Reader:
     def sum(self):
         node = self.product()
         while self.sees("+-"):
-            node = _op(add, node, self.product())  # which begins with its sign
+            node = _apply(add, node, self.product())  # which begins with its sign
         return node
 
     def product(self):
         node = self.power()
         while True:
             if self.sees("*/"):
-                node = _op(mul if self.next() == "*" else truediv, node, self.power())
+                node = _apply(mul if self.next() == "*" else truediv, node, self.power())
             elif self.kind in ("name", "function", "command") or self.sees("(√π∞{⟦["):
-                node = _op(mul, node, self.power())
+                node = _apply(mul, node, self.power())
             else:
                 return node
 
@@ -533,11 +509,11 @@ class _Reader:
             node = self.function(token)
         elif token == r"\frac":
             numerator = self.atom()
-            node = _op(truediv, numerator, self.atom())
+            node = _apply(truediv, numerator, self.atom())
         elif token == r"\binom":
             top, k, node = self.atom(), _whole(self.atom()), _number(1)
             for i in range(k):
-                node = _op(mul, node, _op(truediv, _op(add, top, _number(-i)), _number(i + 1)))
+                node = _apply(mul, node, _apply(truediv, _apply(add, top, _number(-i)), _number(i + 1)))
         elif token == "∅":
             node = _Group("⦃⦄", [])
         elif token == "⟦":
@@ -552,11 +528,11 @@ class _Reader:
             degree = _number(2)
             if self.accept("["):
                 degree = self.sum()
-                self.expect("]")
-            node = _apply(_power, self.atom(), _op(truediv, _number(1), degree))
+                self.accept("]") or self.fail()
+            node = _apply(_power, self.atom(), _apply(truediv, _number(1), degree))
         elif token == "|":
             node = _apply(abs, self.sum())
-            self.expect("|")
+            self.accept("|") or self.fail()
         else:
             node = self.bracket(token) if kind == "sign" and token in "([{⦃" else self.fail()
         self.depth -= 1
@@ -574,9 +550,9 @@ class _Reader:
         else:
             argument = self.power()
             while self.kind in ("name", "command") or self.sees("√π{"):
-                argument = _op(mul, argument, self.power())
+                argument = _apply(mul, argument, self.power())
         if isinstance(argument, _Value) and argument.unit == "°" or self.accept("°"):
-            argument = _op(truediv, _op(mul, argument, _symbol("π")), _number(180))
+            argument = _apply(truediv, _apply(mul, argument, _symbol("π")), _number(180))
         if exponent == _number(-1) and f"arc{name}" in _FUNCTIONS:  # \tan^{-1}
             name, exponent = f"arc{name}", None
         result = _apply(_FUNCTIONS[name], argument, *([base] if base and name == "log" else []))
@@ -586,7 +562,7 @@ class _Reader:
         if left == "⦃" and self.accept("⦄"):
             return _Group("⦃⦄", [])
         items = self.items("close")
-        kind = left + self.expect({"(": ")]", "[": ")]", "{": "}", "⦃": "⦄"}[left])
+        kind = left + (self.accept({"(": ")]", "[": ")]", "{": "}", "⦃": "⦄"}[left]) or self.fail())
         if len(items) == 1 and kind in ("()", "[]", "{}"):
             return self.fail() if isinstance(items[0], _Relation) else items[0]
         if kind == "[]" and all(isinstance(row, _Group) and row.kind == "[]" for row in items):
@@ -607,19 +583,19 @@ def _same(a, b) -> bool:
         kinds, x, y = {a.kind, b.kind}, a.items, b.items
         if kinds == {"text"}:
             return _plain(x[0]) == _plain(y[0])
-        if kinds <= {"", "⦃⦄"} or kinds == {"∪"}:
-            x, y = (_distinct(x), _distinct(y)) if kinds == {"⦃⦄"} else (x, y)
-            same = _paired(x, y, _same)
+        if kinds <= {"", "⦃⦄"} or kinds == {"∪"}:  # in any order
+            same = max(len(x), len(y)) <= 40 and _included(x, y, "⦃⦄" in kinds) and _included(y, x, "⦃⦄" in kinds)
         else:  # "1, 2" may stand for the point (1, 2)
             same = (a.kind == b.kind or kinds == {"", "()"}) and len(x) == len(y) and all(map(_same, x, y))
         if same:
             return True
-    for x, y in ((a, b), (b, a)):
-        if isinstance(x, _Group) and x.kind == "⦃⦄" and len(x.items) == 1 and getattr(y, "kind", "") != "⦃⦄":
-            return _same(x.items[0], y)  # {5} for 5
-        if not isinstance(y, _Relation) and any(_same(z, y) for z in _meanings(x)):
-            return True
-    return False
+    return any(not isinstance(y, _Relation) and any(_same(z, y) for z in _meanings(x)) for x, y in ((a, b), (b, a)))
+
+
+def _included(a: list, b: list, once: bool) -> bool:
+    """Whether every item of a is in b as often as in a; or just once."""
+    counts = ([sum(_same(x, y) for y in items) for items in (a, b)] for x in a)
+    return all(n > 0 and (once or n == m) for m, n in counts)
 
 
 def _same_quantity(a: _Value, b: _Value) -> bool:
@@ -628,32 +604,13 @@ def _same_quantity(a: _Value, b: _Value) -> bool:
     if a.unit == b.unit or "%" not in (a.unit, b.unit):
         return _equal(a, b)
     percent, plain = (a, b) if a.unit else (b, a)
-    return abs(percent.numbers[0]) >= 1 and _equal(percent, plain) or _equal(percent, _op(mul, plain, _number(100)))
-
-
-def _paired(a: list, b: list, same) -> bool:
-    """Whether the items of a and b can be paired (equality is transitive, so the first partner will do)."""
-    rest = list(b)
-    if len(a) != len(b) or len(a) > 40:
-        return False
-    for x in a:
-        i = next((i for i, y in enumerate(rest) if same(x, y)), None)
-        if i is None:
-            return False
-        del rest[i]
-    return True
-
-
-def _distinct(items: list) -> list:
-    kept = []
-    for item in items[:41]:
-        if not any(_same(item, other) for other in kept):
-            kept.append(item)
-    return kept
+    return abs(percent.numbers[0]) >= 1 and _equal(percent, plain) or _equal(percent, _apply(mul, plain, _number(100)))
 
 
 def _meanings(node) -> list:
-    """What relations may stand for when the other side has none: x = 5 for 5, x = 1 or x = 2 for a list, x > 3 for (3, oo)."""
+    """What an answer may stand for beside one that is no relation: x = 5 for 5, {5} for 5, x = 1 or x = 2 for a list, x > 3 for (3, oo)."""
+    if isinstance(node, _Group) and node.kind == "⦃⦄" and len(node.items) == 1:
+        return node.items
     if isinstance(node, _Relation):
         sides, operators, names = node
         if set(operators) <= {"=", "≈"}:
@@ -685,17 +642,17 @@ def _meanings(node) -> list:
 def _same_relation(a: _Relation, b: _Relation) -> bool:
     if not all(isinstance(side, _Value) for side in a.sides + b.sides):
         return a.operators == b.operators and all(map(_same, a.sides, b.sides))
-    x, y = (  # what each operator compares with 0
-        [(o, _op(add, right, _negative(left))) for left, o, right in zip(r.sides, r.operators, r.sides[1:])] for r in (a, b)
-    )
-    return _paired(x, y, lambda s, t: s[0] == t[0] and _proportional(s[1], t[1], s[0] in "<≤"))
+    if a.operators != b.operators:
+        return False
+    x, y = ([_apply(add, right, _negative(left)) for left, right in zip(r.sides, r.sides[1:])] for r in (a, b))  # compared with 0
+    return all(_proportional(left, right, operator in "<≤") for left, right, operator in zip(x, y, a.operators))
 
 
 def _proportional(a: _Value, b: _Value, positive: bool) -> bool:
     """Whether a = c b for one number c, greater than zero where `positive`."""
     if not any(a.numbers) or not any(b.numbers):
         return a == b
-    first, *others = _op(truediv, a, b).numbers
+    first, *others = _apply(truediv, a, b).numbers
     return all(_close(first, other) for other in others) and (not positive or first.real > 0)
 
 
@@ -707,16 +664,17 @@ def _plain(text: str) -> str:
 
 
 def _read(text: str):
-    """The parsed answer, None for what is unreadable. A plus-minus stands for the list of both its values."""
+    """The parsed answer, None for what is unreadable. A plus-minus stands for the set of both its values."""
     try:
-        texts = [text] if not re.search("[±∓]", text) else [text.translate(str.maketrans("±∓", signs)) for signs in ("+-", "-+")]
-        answers = []
-        for items in (_Reader(text).items() for text in texts):
-            answers.append(items[0] if len(items) == 1 else _Group("", items))
-        if len(answers) == 1:
-            return answers[0]
-        answers = [x for answer in answers for x in (_meanings(answer) or [answer])]
-        return _Group("", _distinct([x for a in answers for x in (a.items if isinstance(a, _Group) and a.kind in ("", "⦃⦄") else [a])]))
+        if not re.search("[±∓]", text):
+            items = _Reader(text).items()
+            return items[0] if len(items) == 1 else _Group("", items)
+        values = []
+        for signs in ("+-", "-+"):
+            node = _read(text.translate(str.maketrans("±∓", signs)))
+            for x in _meanings(node) or [node]:
+                values += x.items if isinstance(x, _Group) and x.kind in ("", "⦃⦄") else [x]
+        return None if None in values else _Group("⦃⦄", values)
     except (ValueError, ArithmeticError):
         return None
 
