@@ -46,8 +46,9 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from fractions import Fraction
-from operator import add, mul, truediv
+from operator import add, mul, neg, sub, truediv
 from typing import NamedTuple
 
 # ------------------------------------------------------------------------------------------------------------ finding the answer
@@ -125,7 +126,7 @@ def extract_answer(response: str) -> str | None:
 # An expression is its values at three points, where every variable is a rational number drawn by its name: rational functions that differ
 # agree there with a chance of 1e-15. Square roots, pi and e are fractions, right to 200 digits. What is neither is a complex float.
 
-_MAX_BITS, _PRECISION, _MAX_LENGTH, _MAX_DEPTH = 2**15, 700, 600, 24
+_MAX_BITS, _PRECISION, _MAX_LENGTH, _MAX_DEPTH = 2**13, 700, 600, 24
 _SCALE = 3**440  # the denominator of irrational numbers, a little longer than _PRECISION
 
 
@@ -189,11 +190,10 @@ def _apply(function, *arguments) -> _Value:
     for argument in arguments:
         if not isinstance(argument, _Value):
             raise _Unreadable("arithmetic on something other than a number")
-    return _Value(tuple(_short(function(*numbers)) for numbers in zip(*(argument.numbers for argument in arguments))))
-
-
-def _negative(node):
-    return _apply(mul, node, _number(-1))
+    points = [*zip(*(argument.numbers for argument in arguments))]
+    if points[0] == points[1] == points[2]:  # constants
+        return _Value((_short(function(*points[0])),) * 3)
+    return _Value(tuple(_short(function(*numbers)) for numbers in points))
 
 
 def _power(x: Fraction | complex, y: Fraction | complex) -> Fraction | complex:
@@ -306,20 +306,16 @@ _REWRITES = [
         (r"\\([A-Za-z]+|(?s:.))", lambda match: _COMMANDS.get(match[1], match[0] + " ")),
         (r"\\(frac|binom)\s*(\d)\s*(\d)", r"\\\1{\2}{\3}"),  # \frac12
         (r"(?<=[\w)}])\*\*(?=[\w({])", "^"),
-        (r"\*\*|__", ""),
-        ("<=", "≤"),
-        (">=", "≥"),
-        ("!=", "≠"),
-        ("==", "="),
+        ("<=", "≤"), (">=", "≥"), ("!=", "≠"), ("==", "="),
         (r"\A([^$]*)\$(?=\s?[\d.])([^$]*)\Z", r"\1¤\2"),  # a single one is a currency sign
-        (r"\$", " "),
+        (r"\*\*|__|\$", " "),
         (r"-\s*([¤£€])", r"\1-"),
         (r"\^\s*(?:\{\s*(?:°|\x01o\x01)\s*\}|°)", "°"),
         (r"(?<![\d.,])\d{1,3}(?: \d{3})+(?![\d/,]| \d)", lambda match: match[0].replace(" ", "")),  # 10 000
         (r"(?<![\w.,^])(\d+) *(\\frac *\{ *\d+ *\} *\{ *\d+ *\}|(?<= )\d+ ?/ ?\d+(?![\d.]))", r"(\1+\2)"),  # 3 1/2
         (r"\s+", " "),
     )
-]
+]  # fmt: skip
 
 
 def _clean(text: str) -> str:
@@ -380,9 +376,9 @@ def _tokens(text: str) -> list[tuple[str, str]]:
 def _whole(node) -> int:
     """A whole number up to 100."""
     n = node.numbers[0] if isinstance(node, _Value) else None
-    if isinstance(n, Fraction) and n in range(101):
-        return int(n)
-    raise _Unreadable("no small whole number")
+    if not isinstance(n, Fraction) or n not in range(101):
+        raise _Unreadable("no small whole number")
+    return int(n)
 
 
 class _Reader:
@@ -424,7 +420,7 @@ class _Reader:
         sides, operators, names = [], [], []
         while not operators or len(sides) == len(operators):
             start = self.at
-            sides.append(self.union())
+            sides.append(self.quantity())
             names.append(bool(_NAMES.fullmatch("".join(token for _, token in self.tokens[start : self.at]))))
             if not self.sees("=<>≤≥≠≈∈"):
                 break
@@ -436,12 +432,6 @@ class _Reader:
             sides, operators, names = sides[::-1], operators[::-1], names[::-1]
         return _Relation(sides, operators, names) if operators else sides[0]
 
-    def union(self):
-        parts = [self.quantity()]
-        while self.accept("∪"):
-            parts.append(self.quantity())
-        return parts[0] if len(parts) == 1 else _Group("∪", parts)
-
     def quantity(self):
         if self.kind == "word":
             words = []
@@ -451,7 +441,10 @@ class _Reader:
         currency = self.accept("¤£€")
         node = self.sum()
         if isinstance(node, _Group):
-            return node
+            parts = [node]
+            while self.accept("∪"):
+                parts.append(self.sum())
+            return node if len(parts) == 1 else _Group("∪", parts)
         while self.kind == "word" and self.tokens[self.at][1].lower() in _SCALES:
             node = _apply(mul, node, _number(_SCALES[self.next().lower()]))
         unit = ""  # words, signs like %, and powers and quotients of them: cm^2, m/s, °C
@@ -489,12 +482,12 @@ class _Reader:
         while self.sees("^!"):
             if self.next() == "^":
                 sign, exponent = self.minus(), self.atom()
-                node = _apply(_power, node, _negative(exponent) if sign else exponent)
+                node = _apply(_power, node, _apply(neg, exponent) if sign else exponent)
                 if self.sees("^"):
                     self.fail()  # 2^3^4 is not TeX, and may be read in two ways
             else:
                 node = _number(math.factorial(_whole(node)))
-        return _negative(node) if minus else node
+        return _apply(neg, node) if minus else node
 
     def atom(self):
         self.depth += 1  # every recursion passes here
@@ -511,9 +504,8 @@ class _Reader:
             numerator = self.atom()
             node = _apply(truediv, numerator, self.atom())
         elif token == r"\binom":
-            top, k, node = self.atom(), _whole(self.atom()), _number(1)
-            for i in range(k):
-                node = _apply(mul, node, _apply(truediv, _apply(add, top, _number(-i)), _number(i + 1)))
+            top, k = self.atom(), _whole(self.atom())
+            node = _apply(lambda x: math.prod(((x - i) / Fraction(i + 1) for i in range(k)), start=Fraction(1)), top)
         elif token == "∅":
             node = _Group("⦃⦄", [])
         elif token == "⟦":
@@ -573,8 +565,14 @@ class _Reader:
 # ------------------------------------------------------------------------------------------------------------- comparing answers
 
 
+_work = threading.local()  # what is left to spend on the comparison at hand: lists in lists multiply it
+
+
 def _same(a, b) -> bool:
     """Whether two parsed answers are equal."""
+    _work.left -= 10 if isinstance(a, _Relation) else 1
+    if _work.left < 0:
+        raise _Unreadable("too much to compare")
     if isinstance(a, _Relation) and isinstance(b, _Relation):
         return _same_relation(a, b)
     if isinstance(a, _Value) and isinstance(b, _Value):
@@ -584,18 +582,16 @@ def _same(a, b) -> bool:
         if kinds == {"text"}:
             return _plain(x[0]) == _plain(y[0])
         if kinds <= {"", "⦃⦄"} or kinds == {"∪"}:  # in any order
-            same = max(len(x), len(y)) <= 40 and _included(x, y, "⦃⦄" in kinds) and _included(y, x, "⦃⦄" in kinds)
+            table = [[_same(item, other) for other in y] for item in x]
+            if "⦃⦄" in kinds:
+                same = all(map(any, table)) and all(map(any, zip(*table))) and bool(x) == bool(y)
+            else:  # as often in the one as in the other
+                same = len(x) == len(y) and all(0 < sum(row) == table.count(row) for row in table)
         else:  # "1, 2" may stand for the point (1, 2)
             same = (a.kind == b.kind or kinds == {"", "()"}) and len(x) == len(y) and all(map(_same, x, y))
         if same:
             return True
     return any(not isinstance(y, _Relation) and any(_same(z, y) for z in _meanings(x)) for x, y in ((a, b), (b, a)))
-
-
-def _included(a: list, b: list, once: bool) -> bool:
-    """Whether every item of a is in b as often as in a; or just once."""
-    counts = ([sum(_same(x, y) for y in items) for items in (a, b)] for x in a)
-    return all(n > 0 and (once or n == m) for m, n in counts)
 
 
 def _same_quantity(a: _Value, b: _Value) -> bool:
@@ -623,7 +619,7 @@ def _meanings(node) -> list:
         if len(sides) == 3 and names[1]:
             return [_Group(left + right, [sides[0], sides[2]])]
         if len(sides) == 2 and any(names):
-            return [_Group("(" + right, [_negative(infinity), sides[1]]) if names[0] else _Group(left + ")", [sides[0], infinity])]
+            return [_Group("(" + right, [_apply(neg, infinity), sides[1]]) if names[0] else _Group(left + ")", [sides[0], infinity])]
         return []
     if isinstance(node, _Group) and node.kind == "" and isinstance(node.items[0], _Relation):
         pairs = [item for item in node.items if isinstance(item, _Relation)]
@@ -640,11 +636,11 @@ def _meanings(node) -> list:
 
 
 def _same_relation(a: _Relation, b: _Relation) -> bool:
-    if not all(isinstance(side, _Value) for side in a.sides + b.sides):
-        return a.operators == b.operators and all(map(_same, a.sides, b.sides))
     if a.operators != b.operators:
         return False
-    x, y = ([_apply(add, right, _negative(left)) for left, right in zip(r.sides, r.sides[1:])] for r in (a, b))  # compared with 0
+    if not all(isinstance(side, _Value) for side in a.sides + b.sides):
+        return all(map(_same, a.sides, b.sides))
+    x, y = ([_apply(sub, right, left) for left, right in zip(r.sides, r.sides[1:])] for r in (a, b))  # compared with 0
     return all(_proportional(left, right, operator in "<≤") for left, right, operator in zip(x, y, a.operators))
 
 
@@ -709,7 +705,7 @@ def is_equivalent(answer: str, gold: str) -> bool:
     """Whether two bare answers are equal, by the categories at the top of this file. Longer than 4,000 characters: only when identical."""
     if max(len(answer), len(gold)) > 4000:
         return answer.strip() == gold.strip()
-    a, b = _clean(answer), _clean(gold)
+    a, b, _work.left = _clean(answer), _clean(gold), 2500
     x, y = _CHOICE.fullmatch(a.replace("\x01", "")), _CHOICE.fullmatch(b.replace("\x01", ""))
     if x and y:
         return x[1] == y[1] and (not x[2] or not y[2] or _same_text(x[2], y[2]))
