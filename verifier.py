@@ -63,9 +63,9 @@ _MARKER = re.compile(
 )
 _EMPTY = re.compile(r"(?:\\text\{)?(?:\s|\.|…|\\[lc]?dots|\\[,; ]|_|\?|your|the|final|answer|number|letter|here)*\}?", re.IGNORECASE)
 _NO_ANSWER = re.compile(  # what stands behind "the answer is" or "####" and is no answer
-    r"(?i)(?:not|in|of|to|that|quite|very|(?:in)?correct|right|wrong|(?:in)?valid|reasonable|consistent|confirmed|unique|obtained|given|found"
-    r"|expressed|written|rounded|as|what|clear|step|verif\w+|check\w*|solution|conclusion|explanation|note|analysis|case|method|part|summary"
-    r"|why|how|(?:we|i|this)(?=\s))\b"
+    r"(?i)(?:not|in|of|to|that|quite|very|(?:in)?correct|right|wrong|(?:in)?valid|reasonable|consistent|confirmed|unique|obtained|given"
+    r"|found|expressed|written|rounded|as|what|clear|step|verif\w+|check\w*|solution|conclusion|explanation|note|analysis|case|method|part"
+    r"|summary|why|how|(?:we|i|this)(?=\s))\b"
 )
 _REASON = re.compile(  # what may follow the answer in its sentence
     r"(?i)[,;]?\s*\(?\b(?:because|since|which|where|when|so|as|if|but|hence|thus|therefore|after|from|given|not|by|using|see"
@@ -252,20 +252,21 @@ _COMMANDS = {
     **dict.fromkeys("left right big Big bigl bigr Bigl Bigr bigg Bigg displaystyle textstyle quad qquad limits boxed mathit mathbb mathcal "
                     "boldsymbol bm vec overrightarrow angle triangle hline bf rm it checkmark , ; : ! > ( ) [ ]".split(), " "),
     " ": " ", "\n": " ", "dfrac": r"\frac ", "tfrac": r"\frac ", "cfrac": r"\frac ", "dbinom": r"\binom ", "tbinom": r"\binom ",
-    "cdot": "*", "times": "*", "ast": "*", "div": "/", "pi": " π ", "infty": "∞", "sqrt": "√", "emptyset": "∅", "varnothing": "∅",
+    "cdot": "*", "times": "*", "ast": "*", "div": "/", "pi": " π ", "infty": "∞", "sqrt": "√", "infinity": "∞",
     "le": "≤", "leq": "≤", "leqslant": "≤", "ge": "≥", "geq": "≥", "geqslant": "≥", "lt": "<", "gt": ">", "ne": "≠", "neq": "≠",
     "in": "∈", "approx": "≈", "simeq": "≈", "circ": "°", "degree": "°", "%": "%", "$": "¤", "pounds": "£", "pm": "±", "mp": "∓",
     "{": "⦃", "}": "⦄", "lbrace": "⦃", "rbrace": "⦄", "lbrack": "[", "rbrack": "]", "langle": "(", "rangle": ")", "lvert": "|",
     "rvert": "|", "vert": "|", "|": "|", "cup": "∪", "bigcup": "∪", "lor": " or ", "vee": " or ", "land": " and ", "wedge": " and ",
-    "\\": "⏎", **{name: f" {name} " for name in _FUNCTIONS},
-    **{name: f" {letter} " for name, letter in zip("alpha beta gamma delta epsilon eta theta lambda mu nu rho sigma tau phi psi omega Delta "
-                                           "Gamma Omega varepsilon".split(), "αβγδεηθλμνρστφψωΔΓΩε")},
+    "emptyset": "⦃⦄", "varnothing": "⦃⦄", "\\": "⏎", **{name: f" {name} " for name in _FUNCTIONS},
+    **{name: f" {letter} " for name, letter in zip(
+        "alpha beta gamma delta epsilon varepsilon eta theta lambda mu nu rho sigma tau phi psi omega Delta Gamma Omega".split(),
+        "αβγδεεηθλμνρστφψωΔΓΩ")},
 }  # fmt: skip
 _UNICODE = str.maketrans({
     **{chr(i + 0xFEE0): chr(i) for i in range(0x21, 0x7F)}, "。": ".", "、": ",", "~": " ", "ℝ": r"\mathbb{R}",  # first: full-width forms
     "−": "-", "–": "-", "×": "*", "·": "*", "⋅": "*", "÷": "/", "½": " 1/2", "¼": " 1/4", "¾": " 3/4", "⅓": " 1/3", "⅔": " 2/3", "²": "^2",
     "³": "^3", "\u00a0": " ", "\u202f": " ", "\u2009": " ", "’": "'", "“": "", "”": "", '"': "", "`": "", "⟨": "(", "⟩": ")", "º": "°",
-    "\x01": " ",
+    "∅": r"\emptyset ", "\x01": " ",
 })  # fmt: skip
 _UNITS = {
     alias: words.split()[0]
@@ -279,42 +280,34 @@ _UNITS = {
 _SCALES = {"hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 
 
-def _repeating(match: re.Match) -> str:
-    r"""0.1\overline{6} as a fraction."""
-    whole, digits, period = match.groups()
-    denominator = 10 ** len(digits) * (10 ** len(period) - 1)
-    return f"({int(whole + digits + period) - int((whole + digits) or 0)}/{denominator})"
-
-
 _TEXT = r"\\(?:text(?:bf|it|rm|sf|tt|up|normal)?|operatorname|mathrm|mathbf|mathsf|mbox|hbox)\s*\{"
 _REWRITES = [
-    (re.compile(pattern), replacement)
-    for pattern, replacement in (
-        (r"(?<=\d)(?:\{,\}|,?\\[,!;: ])\s*(?=\d{3}(?!\d))", ""),  # 1{,}234
-        (r"(\d{0,50})\.(\d{0,50})\\(?:overline|bar)\{(\d{1,50})\}", _repeating),
-        (r"(?<=\d) ?x ?(?=10\^)", "*"),
-        (r"\\mathbb ?\{?R\}?", r"(-\\infty,\\infty)"),
-        (r"\\(?:text)?color\{[^{}]*\}|\\overline ?(?=\{[A-Z]{2}\})", ""),
-        (r"\{([^{}]*)\\over(?![a-z])([^{}]*)\}", r"{\\frac{\1}{\2}}"),
-        (r"\{([^{}]*)\\choose(?![a-z])([^{}]*)\}", r"{\\binom{\1}{\2}}"),
-        (_TEXT + r"\s*([A-Za-z][A-Za-z ./'-]*)\}", " \x01\\1\x01 "),  # words
-        (_TEXT + r"([^{}]*)\}", r" \1 "),
-        (_TEXT + r"([^{}]*)\}", r" \1 "),  # \text{} in \text{}
-        (r"\\[dt]?frac ?\{ \x01([^\x01]*)\x01 \}\{ \x01([^\x01]*)\x01 \}", "\x01\\1/\\2\x01"),  # \frac{km}{h}
-        (r"\\begin\{(?:[pbB]?matrix\}|array\}(?:\{[^{}]*\})?)", "⟦"),
-        (r"\\end\{(?:[pbB]?matrix|array)\}", "⟧"),
-        (r"\\([A-Za-z]+|(?s:.))", lambda match: _COMMANDS.get(match[1], match[0] + " ")),
-        (r"\\(frac|binom)\s*(\d)\s*(\d)", r"\\\1{\2}{\3}"),  # \frac12
-        (r"(?<=[\w)}])\*\*(?=[\w({])", "^"),
-        ("<=", "≤"), (">=", "≥"), ("!=", "≠"), ("==", "="),
-        (r"\A([^$]*)\$(?=\s?[\d.])([^$]*)\Z", r"\1¤\2"),  # a single one is a currency sign
-        (r"\*\*|__|\$", " "),
-        (r"-\s*([¤£€])", r"\1-"),
-        (r"\^\s*(?:\{\s*(?:°|\x01o\x01)\s*\}|°)", "°"),
-        (r"(?<![\d.,])\d{1,3}(?: \d{3})+(?![\d/,]| \d)", lambda match: match[0].replace(" ", "")),  # 10 000
-        (r"(?<![\w.,^])(\d+) *(\\frac *\{ *\d+ *\} *\{ *\d+ *\}|(?<= )\d+ ?/ ?\d+(?![\d.]))", r"(\1+\2)"),  # 3 1/2
-        (r"\s+", " "),
-    )
+    (r"(?<=\d)(?:\{,\}|,?\\[,!;: ])\s*(?=\d{3}(?!\d))", ""),  # 1{,}234
+    (r"(\d{0,50}\.)(\d{0,50})\\(?:overline|bar)\{(\d{1,50})\}",  # 0.1\overline{6} = 0.1 + 6 / (10 * 9)
+     lambda match: f"(0{match[1]}{match[2]}0 + {match[3]} / ({10 ** len(match[2])} * {10 ** len(match[3]) - 1}))"),
+    (r"(?<=\d) ?x ?(?=10\^)", "*"),
+    (r"(?<![\\A-Za-z])(sqrt|pi|infinity)(?![A-Za-z])", r"\\\1"),
+    (r"\\mathbb ?\{?R\}?", r"(-\\infty,\\infty)"),
+    (r"\\(?:text)?color\{[^{}]*\}|\\overline ?(?=\{[A-Z]{2}\})", ""),
+    (r"\{([^{}]*)\\over(?![a-z])([^{}]*)\}", r"{\\frac{\1}{\2}}"),
+    (r"\{([^{}]*)\\choose(?![a-z])([^{}]*)\}", r"{\\binom{\1}{\2}}"),
+    (_TEXT + r"\s*([A-Za-z][A-Za-z ./'-]*)\}", " \x01\\1\x01 "),  # words
+    (_TEXT + r"([^{}]*)\}", r" \1 "),
+    (_TEXT + r"([^{}]*)\}", r" \1 "),  # \text{} in \text{}
+    (r"\\[dt]?frac ?\{ \x01([^\x01]*)\x01 \}\{ \x01([^\x01]*)\x01 \}", "\x01\\1/\\2\x01"),  # \frac{km}{h}
+    (r"\\begin\{(?:[pbB]?matrix\}|array\}(?:\{[^{}]*\})?)", "⟦"),
+    (r"\\end\{(?:[pbB]?matrix|array)\}", "⟧"),
+    (r"\\([A-Za-z]+|(?s:.))", lambda match: _COMMANDS.get(match[1], match[0] + " ")),
+    (r"\\(frac|binom)\s*(\d)\s*(\d)", r"\\\1{\2}{\3}"),  # \frac12
+    (r"(?<=[\w)}])\*\*(?=[\w({])", "^"),
+    ("<=", "≤"), (">=", "≥"), ("!=", "≠"), ("==", "="),
+    (r"\A([^$]*)\$(?=\s?[\d.])([^$]*)\Z", r"\1¤\2"),  # a single one is a currency sign
+    (r"\*\*|__|\$", " "),
+    (r"-\s*([¤£€])", r"\1-"),
+    (r"\^\s*(?:\{\s*(?:°|\x01o\x01)\s*\}|°)", "°"),
+    (r"(?<![\d.,])\d{1,3}(?: \d{3})+(?![\d/,]| \d)", lambda match: match[0].replace(" ", "")),  # 10 000
+    (r"(?<![\w.,^])(\d+) *(\\frac *\{ *\d+ *\} *\{ *\d+ *\}|(?<= )\d+ ?/ ?\d+(?![\d.]))", r"(\1+\2)"),  # 3 1/2
+    (r"\s+", " "),
 ]  # fmt: skip
 
 
@@ -322,7 +315,7 @@ def _clean(text: str) -> str:
     """One spelling for what LaTeX, Markdown and Unicode spell in several ways. Words of \\text{} come out between \\x01 characters."""
     text = text.translate(_UNICODE)
     for pattern, replacement in _REWRITES:
-        text = pattern.sub(replacement, text)
+        text = re.sub(pattern, replacement, text)
     return text.lstrip(" ,;:=≈").rstrip(" .,;:")
 
 
@@ -357,8 +350,6 @@ def _tokens(text: str) -> list[tuple[str, str]]:
             kind = "close" if token in "}⦄)]⟧" else "and" if token in ",;" else kind
         elif low in ("and", "or"):
             kind = "and"
-        elif low in ("sqrt", "pi", "infinity"):
-            kind, token = "sign", {"s": "√", "p": "π", "i": "∞"}[low[0]]
         elif low in _FUNCTIONS:
             kind, token = "function", low
         elif kind == "word" and len(token) == 1 and behind not in ("number", "close"):
@@ -418,13 +409,11 @@ class _Reader:
 
     def statement(self):
         sides, operators, names = [], [], []
-        while not operators or len(sides) == len(operators):
+        while not sides or self.sees("=<>≤≥≠≈∈"):
+            operators += [self.next()] if sides else []
             start = self.at
             sides.append(self.quantity())
             names.append(bool(_NAMES.fullmatch("".join(token for _, token in self.tokens[start : self.at]))))
-            if not self.sees("=<>≤≥≠≈∈"):
-                break
-            operators.append(self.next())
         if operators == ["∈"] and names[0]:
             return sides[1]
         if operators and set(operators) <= {">", "≥"}:
@@ -506,8 +495,6 @@ class _Reader:
         elif token == r"\binom":
             top, k = self.atom(), _whole(self.atom())
             node = _apply(lambda x: math.prod(((x - i) / Fraction(i + 1) for i in range(k)), start=Fraction(1)), top)
-        elif token == "∅":
-            node = _Group("⦃⦄", [])
         elif token == "⟦":
             rows = [[]]
             while not self.accept("⟧"):
@@ -531,12 +518,10 @@ class _Reader:
         return node
 
     def function(self, name: str) -> _Value:
-        exponent = base = None
+        scripts = {}
         while self.sees("^_"):
-            if self.next() == "^":
-                exponent = self.atom()
-            else:
-                base = self.atom()
+            script = self.next()
+            scripts[script] = self.atom()
         if self.sees("("):
             argument = self.atom()
         else:
@@ -545,10 +530,11 @@ class _Reader:
                 argument = _apply(mul, argument, self.power())
         if isinstance(argument, _Value) and argument.unit == "°" or self.accept("°"):
             argument = _apply(truediv, _apply(mul, argument, _symbol("π")), _number(180))
-        if exponent == _number(-1) and f"arc{name}" in _FUNCTIONS:  # \tan^{-1}
-            name, exponent = f"arc{name}", None
-        result = _apply(_FUNCTIONS[name], argument, *([base] if base and name == "log" else []))
-        return result if exponent is None else _apply(_power, result, exponent)
+        if scripts.get("^") == _number(-1) and f"arc{name}" in _FUNCTIONS:  # \tan^{-1}
+            name = f"arc{name}"
+            del scripts["^"]
+        result = _apply(_FUNCTIONS[name], argument, *([scripts["_"]] if name == "log" and "_" in scripts else []))
+        return _apply(_power, result, scripts["^"]) if "^" in scripts else result
 
     def bracket(self, left: str):
         if left == "⦃" and self.accept("⦄"):
@@ -615,23 +601,15 @@ def _meanings(node) -> list:
             return sides[-1:] if all(name or _same(side, sides[-1]) for side, name in zip(sides[:-1], names)) else []
         if not set(operators) <= {"<", "≤"}:
             return []
-        left, right, infinity = "([" [operators[0] == "≤"], ")]" [operators[-1] == "≤"], _symbol("∞")
-        if len(sides) == 3 and names[1]:
-            return [_Group(left + right, [sides[0], sides[2]])]
-        if len(sides) == 2 and any(names):
-            return [_Group("(" + right, [_apply(neg, infinity), sides[1]]) if names[0] else _Group(left + ")", [sides[0], infinity])]
-        return []
-    if isinstance(node, _Group) and node.kind == "" and isinstance(node.items[0], _Relation):
-        pairs = [item for item in node.items if isinstance(item, _Relation)]
-        if len(pairs) == len(node.items) and all(set(pair.operators) <= {"<", "≤"} for pair in pairs):  # x < 1 or x > 2
-            intervals = [_meanings(pair) for pair in pairs]
-            return [_Group("∪", sum(intervals, []))] if all(intervals) else []
-        if any(pair.operators != ["="] or not pair.names[0] for pair in pairs):
-            return []
-        values = [item.sides[1] if isinstance(item, _Relation) else item for item in node.items]
-        if all(_same(pair.sides[0], pairs[0].sides[0]) for pair in pairs):
-            return [_Group("", values)]  # x = 1 or x = 2
-        return [_Group("()", values)] if len(pairs) == len(values) else []  # x = 1, y = 2
+        if len(sides) == 2 and names[0]:  # -oo < x < 5
+            sides, operators, names = [_apply(neg, _symbol("∞")), *sides], ["<", *operators], [False, *names]
+        elif len(sides) == 2:
+            sides, operators = [*sides, _symbol("∞")], [*operators, "<"]
+        interval = _Group("(["[operators[0] == "≤"] + ")]"[operators[1] == "≤"], [sides[0], sides[2]])
+        return [interval] if len(sides) == 3 and names[1] else []
+    if isinstance(node, _Group) and node.kind == "" and all(isinstance(item, _Relation) and "=" not in item.operators for item in node.items):
+        intervals = [meaning for item in node.items for meaning in _meanings(item)]  # x < 1 or x > 2
+        return [_Group("∪", intervals)] if len(intervals) == len(node.items) else []
     return []
 
 
@@ -691,9 +669,8 @@ def _same_text(a: str, b: str) -> bool:
 
 
 _FILLER = re.compile(
-    r"(?:\x01?\b(?:(?:the )?(?:final )?answer is|approximately|about|roughly|around|exactly|only"
-    r"|just|a total of|is|equals|equal to|either|both)\b\x01?\s*)+",
-    re.IGNORECASE,
+    r"(?i)(?:\x01?\b(?:(?:the )?(?:final )?answer is|approximately|about|roughly|around|exactly|only|just|a total of|is|equals|equal to"
+    r"|either|both)\b\x01?\s*)+"
 )
 _LABEL = re.compile(  # Area = 5, total cost: 5, P(X = 2) = 5, A(1, 2)
     r"\s*(?=[^=:\d]{0,60}?[A-Za-z]{3})[A-Za-z\x01][^=:<>≤≥≠≈∈\d]{0,60}[=:](?!\s*$)|^P\([^()]{1,40}\) ?=|^[A-Z](?=\([^()]*,)"
@@ -716,7 +693,8 @@ def is_equivalent(answer: str, gold: str) -> bool:
     x, y = (re.sub(r"[\s,;\x01]|and", "", t) for t in (a, b))
     if re.fullmatch("[A-J]{2,10}", x) and sorted(x) == sorted(y):  # ACD for A, C, D
         return True
-    return _same_text(a, b) or _same_text(*(_FILLER.sub("", _LABEL.sub("", _FILLER.sub("", t, count=1), count=1), count=1) for t in (a, b)))
+    bare = [_FILLER.sub("", _LABEL.sub("", _FILLER.sub("", text, count=1), count=1), count=1) for text in (a, b)]
+    return _same_text(a, b) or bare != [a, b] and _same_text(*bare)
 
 
 def verify(response: str, gold: str) -> bool:
