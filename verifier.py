@@ -17,7 +17,7 @@ Claimed equal (accuracy by category: tests/bench_verifier.py):
   fractions      a/b, \frac, \dfrac, \tfrac, mixed numbers; lowest terms or not
   percentages    50% = 0.5 = 1/2; and 50% = 50 as GSM8K and MATH have it, from 1% on (0.5% is not 0.5)
   powers         2^{10} = 1024; scientific notation 1.5 \times 10^3 = 1.5e3; 5!, \binom{5}{2}
-  surds, pi      exact with square roots, pi, e, i; other roots, logarithms and trigonometric functions to 1e-9 relative
+  surds, pi      to 200 digits with square roots, pi and e; i, other roots, logarithms and trigonometric functions to 1e-9 relative
   units          dropped when one side has none, equal when both have one (cm = centimeters, $ = dollars); degrees, currency likewise
   assignments    x = 5, f(2) = 5, m + n = 5, Area = 5 for 5; not 2x = 10 for 10
   tuples         in order; intervals with their brackets; vectors and matrices entry by entry, a row is not a column
@@ -25,8 +25,9 @@ Claimed equal (accuracy by category: tests/bench_verifier.py):
   expressions    polynomial and rational ones: 2(x+1) = 2x+2. The case of a letter counts.
   relations      equations up to a constant factor, inequalities up to a positive one; x > 3 = (3, \infty)
   choices        (B) = B = \text{B} = B. 12; ACD = A, C, D; words by letters, whatever their case and spaces
-Not claimed: an answer without a marker; conversion of units, number words, decimal commas, determinants, set-builder notation, answers
-longer than 600 characters; ratios (3:4), times and numbers in other bases count as written.
+Not claimed: an answer without a marker; conversion of units, number words, decimal commas, multiples of matrices, determinants,
+set-builder notation, answers longer than 600 characters, numbers beyond 10^2400; ratios (3:4), times and numbers in other bases count as
+written.
 """
 
 import ast
@@ -125,8 +126,8 @@ def extract_answer(response: str) -> str | None:
 # An expression is its values at three points, where every variable is a rational number drawn by its name: rational functions that differ
 # agree there with a chance of 1e-15. Square roots, pi and e are fractions, right to 200 digits. What is neither is a complex float.
 
-_MAX_BITS, _PRECISION, _MAX_LENGTH, _MAX_DEPTH = 2**13, 700, 600, 24
-_SCALE = 3**440  # the denominator of irrational numbers, a little longer than _PRECISION
+_MAX_BITS, _MAX_LENGTH, _MAX_DEPTH = 2**13, 600, 24
+_SCALE = 10007**53  # the denominator of irrational numbers: 212 digits, and hardly that of a rational one, which tells the two apart
 
 
 class _Unreadable(ValueError):
@@ -173,15 +174,17 @@ def _symbol(name: str) -> _Value:
     return _Value(tuple(Fraction(sign * draw(1, 10**6), 400_009) for sign in (1, -1, 1)))
 
 
-def _short(x: Fraction | complex) -> Fraction | complex:
-    """x, rounded where it has a long numerator and a long denominator."""
-    if isinstance(x, Fraction):
-        (n, d), (short, long) = x.as_integer_ratio(), sorted(n.bit_length() for n in x.as_integer_ratio())
-        if long <= _MAX_BITS:
-            return Fraction(n >> short - _PRECISION, d >> short - _PRECISION) if short > _PRECISION else x
-    elif cmath.isfinite(x):
-        return x
-    raise _Unreadable("too large")
+def _irrational(x: Fraction | complex) -> bool:
+    return isinstance(x, Fraction) and x.denominator % 10007**40 == 0
+
+
+def _short(x: Fraction | complex, rounded: bool) -> Fraction | complex:
+    """x, to 212 digits behind the point if it is to be rounded."""
+    if isinstance(x, Fraction) and rounded:
+        x = Fraction(x.numerator * _SCALE // x.denominator, _SCALE)
+    if max(map(int.bit_length, x.as_integer_ratio())) > _MAX_BITS if isinstance(x, Fraction) else not cmath.isfinite(x):
+        raise _Unreadable("too large")
+    return x
 
 
 def _apply(function, *arguments) -> _Value:
@@ -191,8 +194,9 @@ def _apply(function, *arguments) -> _Value:
             raise _Unreadable("arithmetic on something other than a number")
     points = [*zip(*(argument.numbers for argument in arguments))]
     if points[0] == points[1] == points[2]:  # constants
-        return _Value((_short(function(*points[0])),) * 3)
-    return _Value(tuple(_short(function(*numbers)) for numbers in points))
+        points = points[:1]
+    numbers = [_short(function(*point), any(map(_irrational, point))) for point in points]
+    return _Value(tuple(numbers * 3 if len(numbers) == 1 else numbers))
 
 
 def _power(x: Fraction | complex, y: Fraction | complex) -> Fraction | complex:
@@ -203,14 +207,14 @@ def _power(x: Fraction | complex, y: Fraction | complex) -> Fraction | complex:
         return x**y.numerator
     if n.bit_length() > 64 and abs(x) != 1:
         raise _Unreadable("too large")
-    result = Fraction(1)
+    result, rounded = Fraction(1), _irrational(x)
     for bit in bin(n)[2:]:
-        result = _short(result * result * (x if bit == "1" else 1))
-    return result if y > 0 else 1 / result
+        result = _short(result * result * (x if bit == "1" else 1), rounded)
+    return result if y > 0 else _short(1 / result, rounded)
 
 
 def _root(x: Fraction, degree: int) -> Fraction | complex:
-    """The degree-th root, the real one if there is one: exact for squares, to 200 digits for square roots, else a float."""
+    """The degree-th root, the real one if there is one: exact for squares, to 212 digits for square roots, else a float."""
     if degree == 1:
         return x
     if x < 0 and degree % 2:
@@ -231,15 +235,10 @@ _FUNCTIONS = {
 
 def _close(x: Fraction | complex, y: Fraction | complex) -> bool:
     if isinstance(x, Fraction) and isinstance(y, Fraction):
-        exact = max(x.denominator, y.denominator) < 2**600  # 180 digits: neither is irrational
-        return x == y or not exact and abs(x - y) <= (abs(x) + abs(y) + 1) / 2**600
+        return x == y or (_irrational(x) or _irrational(y)) and abs(x - y) <= (abs(x) + abs(y) + 1) / 10**190
     if any(isinstance(z, Fraction) and z.denominator > 10**6 and 10**400 % z.denominator == 0 for z in (x, y)):
         return False  # a decimal that agrees to 1e-9 with an irrational number is that number rounded
     return abs(x - y) <= 1e-9 * max(abs(x), abs(y)) + 1e-13
-
-
-def _equal(a: _Value, b: _Value) -> bool:
-    return all(map(_close, a.numbers, b.numbers))
 
 
 # ------------------------------------------------------------------------------------------------------------- reading an answer
@@ -298,6 +297,7 @@ _REWRITES = [
     ("<=", "≤"), (">=", "≥"), ("!=", "≠"), ("==", "="),
     (r"\A([^$]*)\$(?=\s?[\d.])([^$]*)\Z", r"\1¤\2"),  # a single one is a currency sign
     (r"\*\*|__|\$", " "),
+    (r"\^ ?(-\d+|-[A-Za-z])", r"^{\1}"),
     (r"-\s*([¤£€])", r"\1-"),
     (r"\^\s*(?:\{\s*(?:°|\x01o\x01)\s*\}|°)", "°"),
     (r"(?<![\d.,])\d{1,3}(?: \d{3})+(?![\d/,]| \d)", lambda match: match[0].replace(" ", "")),  # 10 000
@@ -436,13 +436,6 @@ class _Reader:
                 unit += self.next()
         return node._replace(unit=_unit(currency or re.sub(r"[{}]", "", unit)))
 
-    def minus(self) -> bool:
-        """Whether the signs at hand make a minus."""
-        minus = False
-        while self.sees("+-"):
-            minus ^= self.next() == "-"
-        return minus
-
     def sum(self):
         node = self.product()
         while self.sees("+-"):
@@ -460,15 +453,14 @@ class _Reader:
                 return node
 
     def power(self):
-        minus, node = self.minus(), self.atom()
-        while self.sees("^!"):
-            if self.next() == "^":
-                sign, exponent = self.minus(), self.atom()
-                node = _apply(_power, node, _apply(neg, exponent) if sign else exponent)
-                if self.sees("^"):
-                    self.fail()  # 2^3^4 is not TeX, and may be read in two ways
-            else:
-                node = _number(math.factorial(_whole(node)))
+        minus = False
+        while self.sees("+-"):
+            minus ^= self.next() == "-"
+        node = self.atom()
+        if self.accept("^"):  # once: 2^3^4 is not TeX, and may be read in two ways
+            node = _apply(_power, node, self.atom())
+        while self.accept("!"):
+            node = _number(math.factorial(_whole(node)))
         return _apply(neg, node) if minus else node
 
     def atom(self):
@@ -574,10 +566,11 @@ def _same(a, b) -> bool:
 def _same_quantity(a: _Value, b: _Value) -> bool:
     if a.unit and b.unit and a.unit != b.unit:
         return False
-    if a.unit == b.unit or "%" not in (a.unit, b.unit):
-        return _equal(a, b)
-    percent, plain = (a, b) if a.unit else (b, a)
-    return abs(percent.numbers[0]) >= 1 and _equal(percent, plain) or _equal(percent, _apply(mul, plain, _number(100)))
+    percent, plain = (b, a) if b.unit == "%" else (a, b)
+    factors = [1]
+    if percent.unit == "%" != plain.unit:
+        factors = [100, 1] if abs(percent.numbers[0]) >= 1 else [100]
+    return any(all(_close(x, factor * y) for x, y in zip(percent.numbers, plain.numbers)) for factor in factors)
 
 
 def _meanings(node) -> list:
@@ -598,8 +591,8 @@ def _meanings(node) -> list:
             sides, operators = [*sides, _symbol("∞")], [*operators, "<"]
         interval = _Group("(["[operators[0] == "≤"] + ")]"[operators[1] == "≤"], [sides[0], sides[2]])
         return [interval] if len(sides) == 3 and names[1] else []
-    if isinstance(node, _Group) and node.kind == "" and all(isinstance(item, _Relation) and "=" not in item.operators for item in node.items):
-        intervals = [meaning for item in node.items for meaning in _meanings(item)]  # x < 1 or x > 2
+    if isinstance(node, _Group) and node.kind == "":  # x < 1 or x > 2
+        intervals = [x for item in node.items if isinstance(item, _Relation) and "=" not in item.operators for x in _meanings(item)]
         return [_Group("∪", intervals)] if len(intervals) == len(node.items) else []
     return []
 

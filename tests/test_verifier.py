@@ -69,6 +69,9 @@ def test_irrational_numbers_are_compared_to_200_digits():
         assert not is_equivalent("0.3333333333333333" + irrational, rf"\frac{{{irrational}}}{{3}}")
         assert is_equivalent(rf"\frac{{2{irrational}}}{{6}}", rf"\frac{{{irrational}}}{{3}}")
     assert is_equivalent(r"\sqrt{5 + 2\sqrt{6}}", r"\sqrt{2} + \sqrt{3}") and is_equivalent(r"(1 + \sqrt{2})(1 - \sqrt{2})", "-1")
+    for a, b in (("1 - 2^{-2009}", "1 - 2^{-2010}"), ("10^{-200}", "10^{-201}"), ("3^{-999}", "3^{-998}"), ("1.01^{200}", "1.01^{201}")):
+        assert not is_equivalent(a, b) and is_equivalent(a + " + 1", "1 + " + a)
+    assert is_equivalent(r"\frac{1}{\sqrt{2}}", "2^{-1/2}") and is_equivalent(r"\frac{1}{\pi^3} + 1", r"1 + \pi^{-3}")
     assert not is_equivalent("2^{2023} - 1", "2^{2023}") and is_equivalent("2^{2023} + 2^{2023}", "2^{2024}")
 
 
