@@ -124,7 +124,7 @@ def extract_answer(response: str) -> str | None:
 
 # ------------------------------------------------------------------------------------------------------------------ exact values
 # An expression is its values at three points, where every variable is a rational number drawn by its name: rational functions that differ
-# agree there with a chance of 1e-15. Square roots, pi and e are fractions, right to 200 digits. What is neither is a complex float.
+# agree there with a chance of 1e-15. Square roots, pi and e are fractions, right to 200 digits. All other numbers are complex floats.
 
 _MAX_BITS, _MAX_LENGTH, _MAX_DEPTH = 2**13, 600, 24
 _SCALE = 10007**53  # the denominator of irrational numbers: 212 digits, and hardly that of a rational one, which tells the two apart
@@ -574,7 +574,7 @@ def _same_quantity(a: _Value, b: _Value) -> bool:
 
 
 def _meanings(node) -> list:
-    """What an answer may stand for beside one that is no relation: x = 5 for 5, {5} for 5, x = 1 or x = 2 for a list, x > 3 for (3, oo)."""
+    """What an answer may stand for beside one that is no relation: x = 5 and {5} for 5, x > 3 for (3, oo), x < 1 or x > 2 for a union."""
     if isinstance(node, _Group) and node.kind == "⦃⦄" and len(node.items) == 1:
         return node.items
     if isinstance(node, _Relation):
@@ -622,19 +622,16 @@ def _plain(text: str) -> str:
 
 
 def _read(text: str):
-    """The parsed answer, None for what is unreadable. A plus-minus stands for the set of both its values."""
-    try:
-        if not re.search("[±∓]", text):
-            items = _Reader(text).items()
-            return items[0] if len(items) == 1 else _Group("", items)
-        values = []
-        for signs in ("+-", "-+"):
-            node = _read(text.translate(str.maketrans("±∓", signs)))
-            for x in _meanings(node) or [node]:
-                values += x.items if isinstance(x, _Group) and x.kind in ("", "⦃⦄") else [x]
-        return None if None in values else _Group("⦃⦄", values)
-    except (ValueError, ArithmeticError):
-        return None
+    """The parsed answer. A plus-minus stands for the set of both its values."""
+    if not re.search("[±∓]", text):
+        items = _Reader(text).items()
+        return items[0] if len(items) == 1 else _Group("", items)
+    values = []
+    for signs in ("+-", "-+"):
+        node = _read(text.translate(str.maketrans("±∓", signs)))
+        for x in _meanings(node) or [node]:
+            values += x.items if isinstance(x, _Group) and x.kind in ("", "⦃⦄") else [x]
+    return _Group("⦃⦄", values)
 
 
 def _same_text(a: str, b: str) -> bool:
@@ -644,11 +641,10 @@ def _same_text(a: str, b: str) -> bool:
     readings = [joined, [re.sub(r"(?<=[\d})]) ([mghsdlL])(?![A-Za-z])", " \x01\\1\x01", text) for text in joined]]  # 5 m: a unit
     if not re.search(r"\d,0\d\d", a + " " + b):  # 1,000 is no list 1, 0
         readings.append([a, b])
-    for i, (x, y) in enumerate(readings):
-        if (x, y) not in map(tuple, readings[:i]) and (left := _read(x)) is not None and (right := _read(y)) is not None:
-            with contextlib.suppress(ValueError, ArithmeticError):
-                if _same(left, right):
-                    return True
+    for x, y in dict.fromkeys(map(tuple, readings)):
+        with contextlib.suppress(ValueError, ArithmeticError):  # unreadable
+            if _same(_read(x), _read(y)):
+                return True
     return False
 
 
