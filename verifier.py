@@ -358,9 +358,9 @@ def _tokens(text: str) -> list[tuple[str, str]]:
 
 
 def _whole(node) -> int:
-    """A whole number up to 100."""
+    """A whole number up to 300."""
     n = node.numbers[0] if isinstance(node, _Value) else None
-    if not isinstance(n, Fraction) or n not in range(101):
+    if not isinstance(n, Fraction) or n not in range(301):
         raise _Unreadable("no small whole number")
     return int(n)
 
@@ -479,7 +479,10 @@ class _Reader:
             node = _apply(truediv, numerator, self.atom())
         elif token == r"\binom":
             top, k = self.atom(), _whole(self.atom())
-            node = _apply(lambda x: math.prod(((x - i) / Fraction(i + 1) for i in range(k)), start=Fraction(1)), top)
+            if k > 20:  # of x, and even of pi, it would grow long
+                node = _number(math.comb(_whole(top), k))
+            else:
+                node = _apply(lambda x: math.prod(((x - i) / Fraction(i + 1) for i in range(k)), start=Fraction(1)), top)
         elif token == "⟦":
             rows = [[]]
             while not self.accept("⟧"):

@@ -131,6 +131,8 @@ HOSTILE = {
     "nested sets": r"\boxed{" + r"\{" * 20 + "1" + r"\}" * 20 + "}",
     "long powers": r"\boxed{" + "1.01^{999}+" * 50 + "1}",
     "long roots": r"\boxed{" + r"\sqrt{10^{2400}+1}+" * 30 + "1}",
+    "binomials": r"\boxed{" + r"\binom{\pi}{100}*" * 30 + "1}",
+    "small binomials": r"\boxed{" + r"\binom{\pi}{20}*" * 33 + "1}",
     "equations": r"\boxed{" + r"\sqrt{2}=x," * 50 + "1}",
 }
 
