@@ -17,7 +17,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-CHUNK = {"cpu": 2**22, "cuda": 2**26}  # logits in one chunk of `backward_by_chunks`: 16 MB and 256 MB in fp32
+CHUNK = {"cpu": 2**21, "cuda": 2**26}  # logits in one chunk of `backward_by_chunks`: 8 MB and 256 MB in fp32
 
 
 def _log_softmax(logits: torch.Tensor) -> torch.Tensor:

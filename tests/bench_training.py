@@ -5,15 +5,13 @@
     python tests/bench_training.py srt        one L_SRT step against the version with two records a tuple
     python tests/bench_training.py memory     what the scripts say about memory before they start, against what a step takes
 
-Peak memory is the resident set above what it was with weights, inputs and code loaded, sampled every millisecond; MALLOC_MMAP_THRESHOLD_ makes
-glibc give freed tensors back, for both sides alike. With OMP_NUM_THREADS=1 seconds are that thread's CPU time, which other work on the
-machine disturbs little; else wall time. `loss` has the gradients' tensors allocated before, as in every micro-batch but the
-first. Random weights in SmolLM2-135M's shape; 2,048 tokens, vocabulary 49,152, width 576.
+Peak memory is the resident set above what it was with weights, inputs and code loaded, sampled every millisecond. With OMP_NUM_THREADS=1
+seconds are that thread's CPU time, which other work on the machine disturbs less; else wall time. `loss` has the gradients' tensors
+allocated before, as in every micro-batch but the first. Random weights in SmolLM2-135M's shape; 2,048 tokens, vocabulary 49,152, width 576.
 """
 
 import argparse
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -236,7 +234,7 @@ def main():
         for _ in range(args.runs):
             for ours, rows in results.items():
                 command = [sys.executable, __file__, args.what, "--child", f"{name}:{ours}"]
-                out = subprocess.run(command, env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}, capture_output=True, text=True, check=True).stdout
+                out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
                 rows.append(json.loads(out.splitlines()[-1]))
         if args.what == "memory":
             for stage, rows in results.items():
