@@ -129,7 +129,9 @@ class OutputLayer:
         finally:
             for module, mode in modes:
                 module.training = mode
-        if not torch.allclose(ours.float(), theirs.float(), rtol=1e-2 if ours.dtype in (torch.bfloat16, torch.float16) else 1e-4, atol=1e-4):
+        if not torch.allclose(
+            ours.float(), theirs.float(), rtol=1e-2 if ours.dtype in (torch.bfloat16, torch.float16) else 1e-4, atol=1e-4
+        ):
             raise ValueError(f"losses.py does not know how the family {config.model_type!r} gets from its last hidden state to its logits")
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -161,7 +163,12 @@ class OutputLayer:
 
 
 def backward_by_chunks(
-    loss: Callable[..., torch.Tensor], layer: OutputLayer, hidden: torch.Tensor, *tensors: torch.Tensor, divisor: float, size: int | None = None
+    loss: Callable[..., torch.Tensor],
+    layer: OutputLayer,
+    hidden: torch.Tensor,
+    *tensors: torch.Tensor,
+    divisor: float,
+    size: int | None = None,
 ) -> torch.Tensor:
     """Forward AND backward of sum(loss) / divisor through the output layer, `size` rows (tokens) at a time.
 
@@ -171,8 +178,8 @@ def backward_by_chunks(
 
         columns = loss(layer(hidden), *tensors);  (columns[:, 0].sum() / divisor).backward()
 
-    but a chunk's logits are dropped once their gradient is known, before the next chunk's exist: size x V is the most there is, and nothing is
-    computed twice. With N = 0 the gradients are zeros. Default size: `CHUNK` logits.
+    but a chunk's logits are dropped once their gradient is known, before the next chunk's exist: size x V is the most there is, and
+    nothing is computed twice. With N = 0 the gradients are zeros. Default size: `CHUNK` logits.
     """
     size = size or max(1, CHUNK.get(hidden.device.type, CHUNK["cuda"]) // layer.vocab_size)
     columns, grad = None, torch.empty_like(hidden)

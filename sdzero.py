@@ -1,11 +1,11 @@
-"""Stage 2 of SD-Zero, on-policy self-distillation (arXiv 2604.12002, section 2.2; METHOD.md equation (4)): distil the reviser into the generator.
+"""Stage 2 of SD-Zero, on-policy self-distillation (arXiv 2604.12002, section 2.2; METHOD.md (4)): distil the reviser into the generator.
 
     for each batch of problems x:   sample y ~ pi(. | x)                       the student answers
                                     r = verify(y)                              one bit
                                     pi_bar reads x + y + P_r and scores y again: the same model, told only right or wrong
                                     L = sum_t D(pi(. | x, y_<t), pi_bar(. | x, y, P_r, y_<t)), one optimizer step
 
-    python sdzero.py --model runs/toy/srt --dataset runs/toy/stage2.jsonl --max-new-tokens 48 --output runs/toy/sdzero     (small, CPU)
+    python sdzero.py --model runs/toy/srt --dataset runs/toy/stage2.jsonl --max-new-tokens 64 --output runs/toy/sdzero     (small, CPU)
     python sdzero.py --model runs/srt --dataset open-r1/OpenR1-Math-220k --output runs/sdzero                             (real, one GPU)
 
 --model is what srt.py saved: its srt.json brings the prompt's settings, the control phrases and the problems that stage 1 has used, which
@@ -27,8 +27,8 @@ import losses
 from losses import OutputLayer, backward_by_chunks, importance_weight, token_logprobs
 from rollout import Rollout
 from srt import (
-    PROMPT_DEFAULTS, BadInput, Optimizer, Parser, Run, add_arguments, check_arguments, checkpoint_layers, entry, evaluate, finite, hidden_states, inherit_prompt,
-    learning_rate, load_lm, load_verifier, micro_batches, predicting, report_memory, sample, seed_of, split_problems, without_eos,
+    PROMPT_DEFAULTS, BadInput, Optimizer, Parser, Run, add_arguments, check_arguments, checkpoint_layers, entry, evaluate, finite,
+    hidden_states, inherit_prompt, learning_rate, load_lm, load_verifier, micro_batches, predicting, report_memory, sample, seed_of, split_problems, without_eos,
 )  # fmt: skip
 from teacher import Teacher
 
@@ -68,9 +68,9 @@ def objective(args):
 def distill(student, teacher, student_layer, teacher_layer, examples: list[Example], args, divisor: int) -> dict[str, torch.Tensor]:
     """Add the gradient of (4) of some examples, divided by `divisor`, to the student's: one forward of each model.
 
-    student: model; teacher: `Teacher`; *_layer: their output layers. Returns per token [N], in the examples' order: "loss", "kl" (the reverse
-    KL of (4) over the whole vocabulary, whatever the objective), "log_ratio" (log pi - log pi_bar of the sampled token), "reward" and
-    "position" (t, from 0). The mean log ratio would estimate the KL if the teacher did not know y_t. It does: it has read y, and a teacher
+    student: model; teacher: `Teacher`; *_layer: their output layers. Returns per token [N], in the examples' order: "loss", "kl" (the
+    reverse KL of (4) over the whole vocabulary, whatever the objective), "log_ratio" (log pi - log pi_bar of the sampled token), "reward"
+    and "position" (t, from 0). The mean log ratio would estimate the KL if the teacher did not know y_t. It does: it has read y, and a teacher
     that copies makes every sampled token likelier, so that the ratio's mean can be negative where the KL is large.
     """
     spans = [(len(e.prompt_ids) + args.skip_first, len(e.student_ids)) for e in examples]
@@ -78,7 +78,9 @@ def distill(student, teacher, student_layer, teacher_layer, examples: list[Examp
     student_h = predicting(hidden_states(student, [e.student_ids for e in examples]), *zip(*spans))  # [N, D]
     with teacher.scoring() as module:
         teacher_h = hidden_states(module, [e.teacher_ids for e in examples])
-        teacher_h = predicting(teacher_h, *zip(*[(start + d, end + d) for (start, end), d in zip(spans, shifts)]))  # [N, D], the SECOND copy
+        teacher_h = predicting(
+            teacher_h, *zip(*[(start + d, end + d) for (start, end), d in zip(spans, shifts)])
+        )  # [N, D], the SECOND copy
     device, divergence = student_h.device, objective(args)
     token_ids = torch.tensor([t for e in examples for t in e.response.ids[args.skip_first :]], device=device)
     old_logprobs = torch.tensor([p for e in examples for p in e.response.logprobs[args.skip_first :]], device=device)
@@ -109,13 +111,15 @@ def distill(student, teacher, student_layer, teacher_layer, examples: list[Examp
 def distill_step(student, teacher, student_layer, teacher_layer, examples: list[Example], args) -> dict:
     """Add the gradient of the mean of (4) over all response tokens of this optimizer step to the student's; returns its metrics.
 
-    The divisor is counted before the micro-batches, so that cutting the step differently changes nothing. Without a single token the loss is
-    0 and the gradient is left alone.
+    The divisor is counted before the micro-batches, so that cutting the step differently changes nothing. Without a single token the
+    loss is 0 and the gradient is left alone.
     """
     examples = [e for e in examples if len(e.response.ids) > args.skip_first]
     divisor = sum(len(e.response.ids) - args.skip_first for e in examples)
     parts = []
-    for group in tqdm(micro_batches([len(e.teacher_ids) for e in examples], args.micro_tokens), desc="training", delay=2, leave=False, disable=None):
+    for group in tqdm(
+        micro_batches([len(e.teacher_ids) for e in examples], args.micro_tokens), desc="training", delay=2, leave=False, disable=None
+    ):
         parts.append(distill(student, teacher, student_layer, teacher_layer, [examples[i] for i in group], args, divisor))
     if not parts:
         return {"loss": 0.0, "kl": None, "log_ratio": None, "loss_tokens": 0}
@@ -145,8 +149,8 @@ def parse_arguments(argv=None):
     add("--epochs", type=int, default=1, help="passes over the problems, each with fresh responses")
     add("--objective", choices=["full_logits", "topk_logits", "sampled_token", "mixed_kl"], default="full_logits",
         help="D of (4); mixed_kl is the authors' code's")  # fmt: skip
-    add("--alpha", type=float, help="full_logits, topk_logits: 1 reverse KL, 0 forward KL, between them the generalised Jensen-Shannon divergence, "
-        "which goes to 0 at both ends: 0.999 is not almost 1 (default: 1); mixed_kl: weight of the forward KL (default: 0.5)")  # fmt: skip
+    add("--alpha", type=float, help="full_logits, topk_logits: 1 reverse KL, 0 forward KL, between them the generalised Jensen-Shannon "
+        "divergence, which goes to 0 at both ends: 0.999 is not almost 1 (default: 1); mixed_kl: weight of the forward KL (default: 0.5)")  # fmt: skip
     add("--topk", type=int, help="tokens of topk_logits (the student's) and of mixed_kl (the teacher's) (default: 64; mixed_kl: all)")
     add("--no-tail", action="store_true", help="topk_logits: renormalise on the k tokens instead of keeping the rest as one bucket")
     add("--skip-first", type=int, default=0, help="leave the first n tokens of every response out of the loss")
@@ -195,9 +199,15 @@ def main(argv=None):
     print(f"problems: {json.dumps(counts)}")
     report_memory(lm, args, problems, args.teacher)
     if not stage_1:
-        print(f"warning: {args.model} has no srt.json, so stage 1 did not make it: without a reviser stage 2 gains almost nothing", file=sys.stderr)
+        print(
+            f"warning: {args.model} has no srt.json, so stage 1 did not make it: without a reviser stage 2 gains almost nothing",
+            file=sys.stderr,
+        )
     if args.top_p < 1 or args.temperature == 0:
-        print("warning: the loss is an expectation over the model's own distribution: --top-p 1 and a --temperature above 0 sample it", file=sys.stderr)
+        print(
+            "warning: the loss is an expectation over the model's own distribution: --top-p 1 and a --temperature above 0 sample it",
+            file=sys.stderr,
+        )
 
     # load: the student, its frozen or moving teacher, the optimizer; a checkpoint if there is one
     student, teacher = lm.model, Teacher(lm.model, args.teacher, args.teacher_rate, args.teacher_interval)

@@ -6,7 +6,7 @@
                           keep (x, y_init, P_r, y_rev) if y_rev verifies
     fine-tune on          L_SRT = - log pi(y_rev | x, y_init, P_r) - log pi(y_init, P_r, y_rev | x)
 
-    python srt.py --model runs/toy/base --dataset runs/toy/stage1.jsonl --max-new-tokens 48 --output runs/toy/srt       (small, CPU)
+    python srt.py --model runs/toy/base --dataset runs/toy/stage1.jsonl --max-new-tokens 64 --output runs/toy/srt       (small, CPU)
     python srt.py --model Qwen/Qwen3-4B-Instruct-2507 --dataset open-r1/OpenR1-Math-220k --output runs/srt              (real, one GPU)
 
 To read it like the algorithm box start at `main`, at the end. In front of it, in the order of the run: flags, model, problems, sampling,
@@ -66,7 +66,9 @@ class Help(argparse.HelpFormatter):
 
 class Parser(argparse.ArgumentParser):
     def __init__(self, description: str):
-        super().__init__(description=description, usage="%(prog)s --model MODEL --dataset DATASET [flags]", formatter_class=Help, allow_abbrev=False)
+        super().__init__(
+            description=description, usage="%(prog)s --model MODEL --dataset DATASET [flags]", formatter_class=Help, allow_abbrev=False
+        )
 
     def error(self, message):
         raise BadInput(message)
@@ -85,10 +87,18 @@ def add_arguments(parser, *, max_new_tokens, temperature, problems, batch_size, 
     add("--prompt-suffix", help="text behind every problem in the user's turn (default: none, or what the model's srt.json says)")
     add("--system", help="system message (default: likewise)")
     add("--prompt-template", help="text with {problem} in it, instead of the tokenizer's chat template (default: likewise)")
-    add("--template-kwargs", type=json.loads, help='switches of the chat template, as JSON: \'{"enable_thinking": false}\' (default: likewise)')
+    add(
+        "--template-kwargs",
+        type=json.loads,
+        help="switches of the chat template, as JSON: '{\"enable_thinking\": false}' (default: likewise)",
+    )
     add("--phrase-wrong", help=f"P_0, appended to a wrong response (default: likewise; else {PHRASES[0]!r})")
     add("--phrase-right", help=f"P_1, appended to a right response (default: likewise; else {PHRASES[1]!r})")
-    add("--force", action="store_true", help="allow a prompt or phrase other than the one that the model's srt.json says it was trained with")
+    add(
+        "--force",
+        action="store_true",
+        help="allow a prompt or phrase other than the one that the model's srt.json says it was trained with",
+    )
     add("--verifier", default="math", help="math, code, or module:function of your own, called with (response, answer)")
     add("--max-length", type=int, help="tokens of the longest sequence, problem and all (default: the model's context)")
     add("--max-new-tokens", type=int, default=max_new_tokens, help="tokens of one response at most")
@@ -109,7 +119,12 @@ def add_arguments(parser, *, max_new_tokens, temperature, problems, batch_size, 
     add("--eval-problems", type=int, default=128, help="held-out problems; 0: no evaluation")
     add("--eval-samples", type=int, default=8, help="k: samples a problem, and one revision of each")
     add("--eval-temperature", type=float, default=0.7, help="of the evaluation's samples")
-    add("--eval-every", type=int, default=100, help="optimizer steps between evaluations; there is one before and one after training as well")
+    add(
+        "--eval-every",
+        type=int,
+        default=100,
+        help="optimizer steps between evaluations; there is one before and one after training as well",
+    )
     add("--eval-only", action="store_true", help="evaluate --model, print the figures as JSON, write nothing")
     add("--seed", type=int, default=0, help="of all sampling and of the data's order")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="torch device")
@@ -193,7 +208,11 @@ def first_line(error: Exception) -> str:
 
 def load_lm(args) -> LM:
     """The model in --dtype on --device. Raises BadInput where it cannot be loaded, sampled from, or told when to stop."""
-    if (os.path.isabs(args.model) or args.model.count("/") != 1 or args.model.startswith(".")) and "/" in args.model and not Path(args.model).is_dir():
+    if (
+        (os.path.isabs(args.model) or args.model.count("/") != 1 or args.model.startswith("."))
+        and "/" in args.model
+        and not Path(args.model).is_dir()
+    ):
         raise BadInput(f"no such model folder: {args.model}")
     name = args.dtype if args.dtype != "auto" else "bfloat16" if args.device.startswith("cuda") else "float32"
     try:
@@ -235,7 +254,9 @@ def inherit_prompt(args) -> dict | None:
         if given is None:
             setattr(args, name, default if trained is None else trained)
         elif saved and given != trained and not args.force:
-            raise BadInput(f"--{name.replace('_', '-')} is {given!r}, but {args.model} was trained with {trained!r}: drop the flag, or add --force")
+            raise BadInput(
+                f"--{name.replace('_', '-')} is {given!r}, but {args.model} was trained with {trained!r}: drop the flag, or add --force"
+            )
     return saved
 
 
@@ -258,7 +279,9 @@ def load_problems(lm: LM, args, name: str, split: str | None) -> tuple[list[Prob
     path = Path(name)
     if path.suffix in DATA_FILES and not path.is_file():
         raise BadInput(f"no such data file: {name}")
-    source = (DATA_FILES[path.suffix], None, str(path)) if path.is_file() and path.suffix in DATA_FILES else (name, args.dataset_config, None)
+    source = (
+        (DATA_FILES[path.suffix], None, str(path)) if path.is_file() and path.suffix in DATA_FILES else (name, args.dataset_config, None)
+    )
     try:
         rows = datasets.load_dataset(source[0], source[1], data_files=source[2], split=split or "train")
     except Exception as error:  # each builder has its own exceptions; the first line says what is wrong
@@ -331,7 +354,7 @@ def split_problems(lm: LM, args, used: set[str], problems: int | None) -> tuple[
 
 
 def load_verifier(name: str):
-    """verify(responses, answers) -> r in {0, 1} for each; whatever a verifier returns is one of the two. Raises BadInput for an unknown name."""
+    """verify(responses, answers) -> r in {0, 1} for each; whatever a verifier returns is one of the two. Raises BadInput."""
     if name == "math":
         return lambda responses, answers: [int(verifier.verify(r, str(a))) for r, a in zip(responses, answers)]
     if name == "code":
@@ -341,7 +364,11 @@ def load_verifier(name: str):
 
         def verify_all(responses, answers):  # the work is done in other processes: as many at once as there are cores
             with ThreadPoolExecutor(os.cpu_count()) as pool:
-                return list(tqdm(pool.map(run_tests, responses, answers), total=len(responses), desc="verifying", delay=2, leave=False, disable=None))
+                return list(
+                    tqdm(
+                        pool.map(run_tests, responses, answers), total=len(responses), desc="verifying", delay=2, leave=False, disable=None
+                    )
+                )
 
         return verify_all
     try:
@@ -350,7 +377,9 @@ def load_verifier(name: str):
         function = getattr(importlib.import_module(module), function)
         return lambda responses, answers: [int(bool(function(r, a))) for r, a in zip(responses, answers)]
     except (ValueError, ImportError, AttributeError) as error:
-        raise BadInput(f"--verifier {name} is neither math nor code nor a module:function that can be imported: {first_line(error)}") from error
+        raise BadInput(
+            f"--verifier {name} is neither math nor code nor a module:function that can be imported: {first_line(error)}"
+        ) from error
 
 
 # ------------------------------------------------------------------------------------------------------------------- sampling
@@ -488,7 +517,11 @@ def report_memory(lm: LM, args, problems: list[Problem], teacher: str | None = N
     }  # fmt: skip
     standing = parts["weights"] + parts["optimizer"] + parts["teacher"]
     training, sampling = standing + parts["gradients"] + parts["activations"] + parts["logits"], standing + parts["cache"]
-    device = torch.cuda.mem_get_info(model.device)[1] if model.device.type == "cuda" else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    device = (
+        torch.cuda.mem_get_info(model.device)[1]
+        if model.device.type == "cuda"
+        else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    )
     print("memory at most, GB: " + ", ".join(f"{name} {n / 1e9:.3g}" for name, n in parts.items()) + f"; training {training / 1e9:.3g}, "
           f"sampling {sampling / 1e9:.3g}, of {device / 1e9:.3g}")  # fmt: skip
     if training > device:
@@ -499,10 +532,10 @@ def report_memory(lm: LM, args, problems: list[Problem], teacher: str | None = N
 
 
 class Optimizer:
-    """AdamW over fp32 weights. A bf16 model gets fp32 masters: at a learning rate of 5e-6 an update is below half of a bf16 weight's last bit and
-    would be rounded away. A bf16 weight is the rounded upper half of its master, so only the lower half is stored, and the master is put
-    together for the moment of its step: 2 bytes a weight instead of 4, and exact. Gradients of micro-batches are summed in fp32. fp32
-    weights are their own masters.
+    """AdamW over fp32 weights. A bf16 model gets fp32 masters: at a learning rate of 5e-6 an update is below half of a bf16 weight's last
+    bit and would be rounded away. A bf16 weight is the rounded upper half of its master, so only the lower half is stored, and the master
+    is put together for the moment of its step: 2 bytes a weight instead of 4, and exact. Gradients of micro-batches are summed in fp32.
+    fp32 weights are their own masters.
     """
 
     def __init__(self, model: torch.nn.Module, args):
@@ -547,7 +580,7 @@ class Optimizer:
 
 
 def split(master: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """fp32 -> (the nearest bf16, what is missing in units of fp32's last bit, int16). Ties go away from zero, so that the rest always fits."""
+    """fp32 -> (the nearest bf16, what is missing in units of fp32's last bit, int16). Ties go away from zero: the rest always fits."""
     bits = master.view(torch.int32)
     upper = (bits + 0x8000) >> 16
     return upper.to(torch.int16).view(torch.bfloat16), (bits - (upper << 16)).to(torch.int16)
@@ -694,7 +727,7 @@ def collect(lm: LM, args, verify, problems: list[Problem], chunk: int) -> tuple[
 
 
 def collect_all(lm: LM, args, verify, problems: list[Problem], run: Run) -> list[dict]:
-    """`collect`, chunk after chunk, into traces.jsonl; what `collected.json` says is done is not done again. Raises BadInput for no trace."""
+    """`collect`, chunk after chunk, into traces.jsonl; what collected.json has is not done again. Raises BadInput when nothing is kept."""
     path, size = args.output / "traces.jsonl", 4 * args.slots
     done = json.loads((args.output / "collected.json").read_text()) if (args.output / "collected.json").exists() else None
     done = done or {"chunks": 0, "traces": 0, "metrics": run.offset(), "counts": {}}
@@ -741,9 +774,9 @@ def load_traces(lm: LM, args) -> tuple[list[dict], list[str]]:
 def srt_loss(model, layer: OutputLayer, traces: list[dict], weights: tuple[int, int], divisor: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Add the gradient of L_SRT (3) of some traces, in ONE forward pass, to the model's. Returns (-log pi [N], weight [N]) of their tokens.
 
-    L_revision (1) scores y_rev, L_generation (2) scores y_init, P_r and y_rev, both in the sequence x + y_init + P_r + y_rev: their sum is that
-    sequence with weight 1 on y_init and P_r and 2 on y_rev and its EOS, `weights` = (1, 2). The loss is the sum of weight x -log pi / divisor,
-    where the caller's divisor is the sum of the weights in the whole optimizer step, so that micro-batches change nothing.
+    L_revision (1) scores y_rev, L_generation (2) scores y_init, P_r and y_rev, both in the sequence x + y_init + P_r + y_rev: their sum is
+    that sequence with weight 1 on y_init and P_r and 2 on y_rev and its EOS, `weights` = (1, 2). The loss is the sum of weight x -log pi
+    / divisor, where the caller's divisor is the sum of the weights in the whole optimizer step, so that micro-batches change nothing.
     """
     sequences = [t["prompt_ids"] + t["init_ids"] + t["phrase_ids"] + t["revision_ids"] for t in traces]
     starts, ends = [len(t["prompt_ids"]) for t in traces], [len(s) for s in sequences]

@@ -24,8 +24,8 @@ class Teacher:
     student: any torch module; `base` and `ema` copy it, weights and buffers, so that the first targets are the student's own.
     kind: "base", "live" or "ema". rate in (0, 1] and interval >= 1 (optimizer steps): `ema` alone. Raises ValueError otherwise.
 
-    Buffers stay as they were. The average is kept in fp32: a bf16 one would stand still, since rate x difference is below half of its last bit. `module`, which
-    scores, is in the student's dtype.
+    Buffers stay as they were. The average is kept in fp32: a bf16 one would stand still, since rate x difference is below half of its
+    last bit. `module`, which scores, is in the student's dtype.
     """
 
     def __init__(self, student: torch.nn.Module, kind: str = "base", rate: float = 1.0, interval: int = 1):

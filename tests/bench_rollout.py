@@ -93,7 +93,9 @@ def generate_batch(args, model, prompts, lengths):
     cb = ContinuousBatchingConfig(page_size=args.page_size, num_blocks=blocks, max_batch_tokens=args.batch_tokens,
                                   max_requests_per_batch=args.slots)  # fmt: skip
     attention = model.config._attn_implementation
-    with model.continuous_batching_context_manager(generation_config=config, continuous_batching_config=cb, block=True, timeout=5) as manager:
+    with model.continuous_batching_context_manager(
+        generation_config=config, continuous_batching_config=cb, block=True, timeout=5
+    ) as manager:
         wanted = {manager.add_request(p, max_new_tokens=n): n for p, n in zip(prompts, lengths)}
         while wanted:
             result = manager.get_result(timeout=1)
@@ -234,7 +236,9 @@ def main():
             times[name].append(time.perf_counter() - start)
             for floor, length in (("floor", held), ("dense floor", longest)):  # beside each sampler; below, their mean is one repeat
                 times[floor].append(fewest * forward_time(args, model, args.slots, length, max(5, fewest // 20)))
-            times["bare steps"].append(len(steps) * statistics.mean(forward_time(args, model, rows, length, 3) for rows, length in steps[8::16]))
+            times["bare steps"].append(
+                len(steps) * statistics.mean(forward_time(args, model, rows, length, 3) for rows, length in steps[8::16])
+            )
     for name in times:
         k = len(samplers) if name in floors else 1
         times[name] = [sum(times[name][i : i + k]) / k for i in range(k, len(times[name]), k)]

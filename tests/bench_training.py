@@ -165,7 +165,9 @@ def bench_step(ours: bool):
 
     def plain_step():
         width = max(map(len, prompts))
-        config = GenerationConfig(max_new_tokens=max(lengths), do_sample=True, top_k=0, top_p=1.0, temperature=1.0, pad_token_id=0, eos_token_id=None)
+        config = GenerationConfig(
+            max_new_tokens=max(lengths), do_sample=True, top_k=0, top_p=1.0, temperature=1.0, pad_token_id=0, eos_token_id=None
+        )
         model.eval()
         out = model.generate(**padded(prompts, left=True), generation_config=config, stopping_criteria=[EndAt()])
         model.train()
@@ -200,7 +202,9 @@ def bench_memory(stage_2: bool):
     model, prompt, response, phrase = smollm2().train(), list(range(1, 101)), list(range(1, 257)), list(range(5, 17))
     lm = LM(model, None, {0}, V, 8192)
     lm.phrase_ids = lambda text: phrase
-    args = argparse.Namespace(**vars(FLAGS), max_new_tokens=len(response), batch_size=4, slots=1, gradient_checkpointing=False, phrase_wrong="")
+    args = argparse.Namespace(
+        **vars(FLAGS), max_new_tokens=len(response), batch_size=4, slots=1, gradient_checkpointing=False, phrase_wrong=""
+    )
     parts = report_memory(lm, args, [Problem("", None, prompt)], "base" if stage_2 else None)
     layer, optimizer = OutputLayer(model), Optimizer(model, FLAGS)
     teacher = Teacher(model) if stage_2 else None
@@ -239,7 +243,9 @@ def main():
         if args.what == "memory":
             for stage, rows in results.items():
                 said, took = (statistics.median(column) / 1e9 for column in zip(*rows))
-                print(f"stage {int(stage) + 1}: estimate {said:.2f} GB, measured {took:.2f} GB, {said / took - 1:+.0%}  (median of {args.runs})")
+                print(
+                    f"stage {int(stage) + 1}: estimate {said:.2f} GB, measured {took:.2f} GB, {said / took - 1:+.0%}  (median of {args.runs})"
+                )
             continue
         (plain_s, plain_mb), (our_s, our_mb) = ([statistics.median(column) for column in zip(*results[k])] for k in ("0", "1"))
         print(f"{name}: alternative {plain_s:.2f} s, {plain_mb:.0f} MB; ours {our_s:.2f} s, {our_mb:.0f} MB; time x {plain_s / our_s:.2f}, "

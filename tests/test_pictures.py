@@ -36,7 +36,7 @@ def made(tmp_path_factory):
     """The page of 12 responses of a random student under another random model as the teacher, and what `score` saw and said for it."""
     folder = tmp_path_factory.mktemp("pictures")
     save_model(folder / "student", seed=1), save_model(folder / "teacher", seed=2)
-    rows = [{"problem": f"<b>{i}</b> & {i} < \"{i + 1}\"?", "answer": str(i)} for i in range(12)]
+    rows = [{"problem": f'<b>{i}</b> & {i} < "{i + 1}"?', "answer": str(i)} for i in range(12)]
     (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     seen, score = {}, localize.score
 

@@ -32,7 +32,13 @@ def test_line_counts():
     assert [(f, n) for f, n in counts if len(lines(f)) != int(n)] == []
 
 
-COMMANDS = [c for language, block in BLOCKS if not language for c in block.replace("\\\n", " ").splitlines() if re.match(r"python (srt|sdzero)\.py", c)]
+COMMANDS = [
+    c
+    for language, block in BLOCKS
+    if not language
+    for c in block.replace("\\\n", " ").splitlines()
+    if re.match(r"python (srt|sdzero)\.py", c)
+]
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -28,7 +28,12 @@ STAGE_2 = ["--batch-size", "2", "--teacher", "ema", "--teacher-rate", "0.3", "--
 def save_model(folder, *, family="gpt2", eos=True, template=True, **settings):
     """gpt2 has dropout, so that a run's random state matters; its output layer is three ids wider than the tokenizer."""
     tokenizer = make_tokenizer(eos=eos, template=template)
-    model = tiny(family, vocab_size=len(tokenizer) + 3, dtype=torch.float32, **{"eos_token_id": 0, "n_positions": 256, "max_position_embeddings": 256, **settings})
+    model = tiny(
+        family,
+        vocab_size=len(tokenizer) + 3,
+        dtype=torch.float32,
+        **{"eos_token_id": 0, "n_positions": 256, "max_position_embeddings": 256, **settings},
+    )
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
@@ -112,7 +117,9 @@ def test_metrics(runs):
 
 def start(script, *flags):
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "tests"), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([sys.executable, ROOT / script, *map(str, flags)], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        [sys.executable, ROOT / script, *map(str, flags)], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
 
 
 def kill_when(process, condition):
@@ -147,7 +154,19 @@ def test_collecting_and_training_one_by_one(runs, base, data, tmp_path):
     call(srt, "--model", base, "--dataset", data, *FLAGS, *STAGE_1, "--collect-only", "--output", tmp_path / "traces")
     assert lines_of(tmp_path / "traces" / "traces.jsonl") == lines_of(runs / "srt" / "traces.jsonl")
     assert not (tmp_path / "traces" / "model.safetensors").exists()
-    call(srt, "--model", base, "--dataset", data, *FLAGS, *STAGE_1, "--traces", tmp_path / "traces" / "traces.jsonl", "--output", tmp_path / "srt")
+    call(
+        srt,
+        "--model",
+        base,
+        "--dataset",
+        data,
+        *FLAGS,
+        *STAGE_1,
+        "--traces",
+        tmp_path / "traces" / "traces.jsonl",
+        "--output",
+        tmp_path / "srt",
+    )
     for file in ("model.safetensors", "srt.json"):
         assert (tmp_path / "srt" / file).read_bytes() == (runs / "srt" / file).read_bytes() or file == "srt.json"
     a, b = (json.loads((folder / "srt.json").read_text()) for folder in (tmp_path / "srt", runs / "srt"))
@@ -192,7 +211,7 @@ def test_prompts(base):
     args = srt.Parser("").parse_args([])
     args.prompt_template, args.system, args.prompt_suffix, args.template_kwargs = "", "Be brief.", " Think.", {"mark": "#"}
     rendered = lm.tokenizer.decode(srt.render(lm, "1+1", args))
-    assert rendered.replace("<|system|>", "") .endswith("<|user|>1+1 Think.<|im_end|><|assistant|>#") and "Be brief." in rendered
+    assert rendered.replace("<|system|>", "").endswith("<|user|>1+1 Think.<|im_end|><|assistant|>#") and "Be brief." in rendered
     args.prompt_template = "Q: {problem}\nA:"
     assert lm.tokenizer.decode(srt.render(lm, "1+1", args)) == "Q: 1+1 Think.\nA:"
 
@@ -280,7 +299,21 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, base, runs, data, capfd
 
 
 def test_a_forced_phrase_is_taken(runs, data, tmp_path):
-    call(sdzero, "--model", runs / "srt", "--dataset", data, *FLAGS, "--phrase-wrong", "No.", "--force", "--problems", "2", "--output", tmp_path / "out")
+    call(
+        sdzero,
+        "--model",
+        runs / "srt",
+        "--dataset",
+        data,
+        *FLAGS,
+        "--phrase-wrong",
+        "No.",
+        "--force",
+        "--problems",
+        "2",
+        "--output",
+        tmp_path / "out",
+    )
     assert json.loads((tmp_path / "out" / "srt.json").read_text())["prompt"]["phrase_wrong"] == "No."
 
 

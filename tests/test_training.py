@@ -21,7 +21,9 @@ PHRASES = [[30, 31, 32, 30], [30, 33, 30]]
 
 
 def settings(**changed):
-    flags = dict(objective="full_logits", alpha=1.0, topk=None, no_tail=False, temperature=1.0, skip_first=0, importance_cap=None, micro_tokens=64)
+    flags = dict(
+        objective="full_logits", alpha=1.0, topk=None, no_tail=False, temperature=1.0, skip_first=0, importance_cap=None, micro_tokens=64
+    )
     return argparse.Namespace(**{**flags, **changed})
 
 
