@@ -17,7 +17,8 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-CHUNK = {"cpu": 2**21, "cuda": 2**26}  # logits in one chunk of `backward_by_chunks`: 8 MB and 256 MB in fp32
+CHUNK = {"cpu": 2**19, "cuda": 2**24}  # logits in one chunk of `backward_by_chunks`: 2 MB and 64 MB in fp32
+BLOCK = 8  # chunks that share a matrix product
 
 
 def _log_softmax(logits: torch.Tensor) -> torch.Tensor:
@@ -168,30 +169,37 @@ def backward_by_chunks(
     hidden: torch.Tensor,
     *tensors: torch.Tensor,
     divisor: float,
+    teacher: tuple[OutputLayer, torch.Tensor] | None = None,
     size: int | None = None,
 ) -> torch.Tensor:
     """Forward AND backward of sum(loss) / divisor through the output layer, `size` rows (tokens) at a time.
 
-    hidden: [N, D], with a graph behind it; tensors: [N, ...] each. loss(logits [n, V], *tensors [n, ...]) -> [n, C]: column 0 is the
-    loss, the others are figures to log. Gradients are added to the layer's weights and to all that `hidden` depends on. Returns all
-    columns, [N, C], detached. It equals
+    hidden: [N, D], with a graph behind it; teacher: another output layer with its hidden states [N, any], which get no gradient; tensors:
+    [N, ...] each. loss(logits [n, V], teacher's logits [n, V] if there is one, *tensors [n, ...]) -> [n, C]: column 0 is the loss, the
+    others are figures to log. Gradients are added to the layer's weights and to all that `hidden` depends on. Returns all columns, [N, C],
+    detached. It equals
 
-        columns = loss(layer(hidden), *tensors);  (columns[:, 0].sum() / divisor).backward()
+        columns = loss(layer(hidden), other_layer(other_hidden), *tensors);  (columns[:, 0].sum() / divisor).backward()
 
-    but a chunk's logits are dropped once their gradient is known, before the next chunk's exist: size x V is the most there is, and
+    but what the loss computes of a chunk is dropped once the gradient is known, before the next chunk's turn. BLOCK chunks share the
+    large matrix products, which few rows make slow. So a dozen tensors of size x V and two of BLOCK x size x V are the most there is, and
     nothing is computed twice. With N = 0 the gradients are zeros. Default size: `CHUNK` logits.
     """
     size = size or max(1, CHUNK.get(hidden.device.type, CHUNK["cuda"]) // layer.vocab_size)
     columns, grad = None, torch.empty_like(hidden)
-    for i in range(0, max(len(hidden), 1), size):
-        h = hidden[i : i + size].detach()
+    for start in range(0, max(len(hidden), 1), BLOCK * size):
+        block = slice(start, start + BLOCK * size)
+        h = hidden[block].detach()
         with torch.no_grad():
-            logits = layer.linear(h)
-        logits.requires_grad_()
-        part = loss(layer.finish(logits), *(t[i : i + size] for t in tensors))
-        (part[:, 0].sum() / divisor).backward()
-        grad[i : i + size] = layer.linear_backward(h, logits.grad)
-        columns = part.new_empty(len(hidden), part.shape[1]) if columns is None else columns  # results lie outside the chunks' memory
-        columns[i : i + size] = part.detach()
+            logits = layer.linear(h)  # [up to BLOCK n, V]
+            others = [teacher[0](teacher[1][block])] if teacher else []
+        for i in range(0, max(len(h), 1), size):
+            rows, chunk = slice(start + i, min(start + i + size, block.stop)), logits[i : i + size].detach().requires_grad_()
+            part = loss(layer.finish(chunk), *(x[i : i + size] for x in others), *(x[rows] for x in tensors))
+            (part[:, 0].sum() / divisor).backward()
+            logits[i : i + size] = chunk.grad  # they are not needed any more: the gradient takes their place
+            columns = part.new_empty(len(hidden), part.shape[1]) if columns is None else columns  # outside the chunks' memory
+            columns[rows] = part.detach()
+        grad[block] = layer.linear_backward(h, logits)
     hidden.backward(grad)
     return columns

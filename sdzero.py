@@ -86,9 +86,9 @@ def distill(student, teacher, student_layer, teacher_layer, examples: list[Examp
     old_logprobs = torch.tensor([p for e in examples for p in e.response.logprobs[args.skip_first :]], device=device)
     temperature = args.temperature or 1  # sampling's belongs to both distributions; at 0 there is none to speak of
 
-    def loss(student_l, teacher_h, token_ids, old_logprobs):
+    def loss(student_l, teacher_l, token_ids, old_logprobs):
         with torch.no_grad():
-            teacher_l = teacher_layer(teacher_h) / temperature
+            teacher_l = teacher_l / temperature
             log_pi, log_pi_bar = token_logprobs(student_l / temperature, token_ids), token_logprobs(teacher_l, token_ids)
         value = kl = divergence(student_l / temperature, teacher_l, token_ids)
         if (args.objective, args.alpha) != ("full_logits", 1):
@@ -97,7 +97,9 @@ def distill(student, teacher, student_layer, teacher_layer, examples: list[Examp
             value = value * importance_weight(log_pi, old_logprobs, args.importance_cap)
         return torch.stack([value, kl, log_pi - log_pi_bar], dim=-1)
 
-    columns = backward_by_chunks(loss, student_layer, student_h, teacher_h, token_ids, old_logprobs, divisor=divisor)
+    columns = backward_by_chunks(
+        loss, student_layer, student_h, token_ids, old_logprobs, divisor=divisor, teacher=(teacher_layer, teacher_h)
+    )
     counts = [end - start for start, end in spans]
     return {
         "loss": columns[:, 0],

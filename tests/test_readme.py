@@ -52,7 +52,7 @@ def test_the_code_that_it_shows_runs():
     (code,) = [block for language, block in BLOCKS if language == "python"]
     model = tiny("llama", dtype=torch.float32)
     hidden = model.base_model(input_ids=torch.tensor([[5, 9, 3]])).last_hidden_state[0]
-    names = dict(model=model, prompts=[[5, 9], [7]], hidden=hidden, teacher_logits=torch.zeros(3, model.config.vocab_size))
+    names = dict(model=model, prompts=[[5, 9], [7]], hidden=hidden, teacher_hidden=torch.zeros_like(hidden))
     exec(code.replace("max_new_tokens=512", "max_new_tokens=8"), names)
     assert len(names["responses"]) == 2 and names["columns"].shape == (3, 1) and model.lm_head.weight.grad.abs().sum() > 0
     assert names["verify"]("... so the answer is \\boxed{\\frac12}", "0.5")
