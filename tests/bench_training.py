@@ -3,7 +3,8 @@
     python tests/bench_training.py loss       full_logits, topk_logits, sampled_token: by chunks against whole logits; seconds and peak memory
     python tests/bench_training.py step       one stage-2 step against model.generate + padded batches + whole logits
     python tests/bench_training.py srt        one L_SRT step against the version with two records a tuple
-    python tests/bench_training.py memory     what the scripts say about memory before they start, against what a step takes
+    python tests/bench_training.py memory     what the scripts say about memory before they start, against what a step takes; the estimate
+                                              is of tensors: MALLOC_MMAP_THRESHOLD_=65536 keeps glibc's fragmentation out of the measure
 
 Peak memory is the resident set above what it was with weights, inputs and code loaded, sampled every millisecond. With OMP_NUM_THREADS=1
 seconds are that thread's CPU time, which other work on the machine disturbs less; else wall time. `loss` has the gradients' tensors
