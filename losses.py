@@ -17,8 +17,8 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-CHUNK = {"cpu": 2**19, "cuda": 2**24}  # logits in one chunk of `backward_by_chunks`: 2 MB and 64 MB in fp32
-BLOCK = 8  # chunks that share a matrix product
+# What `backward_by_chunks` works on at a time, by device: logits of a chunk, chunks that share a matrix product.
+CHUNK = {"cpu": (2**17, 96), "cuda": (2**24, 8)}  # in fp32 a chunk is 0.5 MB, which a core's cache holds, and 64 MB
 
 
 def _log_softmax(logits: torch.Tensor) -> torch.Tensor:
@@ -138,8 +138,11 @@ class OutputLayer:
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         return self.finish(self.linear(hidden))
 
-    def linear(self, hidden: torch.Tensor) -> torch.Tensor:
-        return F.linear(hidden, self.weight[: self.vocab_size], None if self.bias is None else self.bias[: self.vocab_size])
+    def linear(self, hidden: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        weight, bias = self.weight[: self.vocab_size], None if self.bias is None else self.bias[: self.vocab_size]
+        if out is None:
+            return F.linear(hidden, weight, bias)
+        return torch.mm(hidden, weight.T, out=out) if bias is None else torch.addmm(bias, hidden, weight.T, out=out)
 
     def finish(self, logits: torch.Tensor) -> torch.Tensor:
         logits = logits * self.scale if self.scale != 1 else logits
@@ -181,25 +184,27 @@ def backward_by_chunks(
 
         columns = loss(layer(hidden), other_layer(other_hidden), *tensors);  (columns[:, 0].sum() / divisor).backward()
 
-    but what the loss computes of a chunk is dropped once the gradient is known, before the next chunk's turn. BLOCK chunks share the
-    large matrix products, which few rows make slow. So a dozen tensors of size x V and two of BLOCK x size x V are the most there is, and
-    nothing is computed twice. With N = 0 the gradients are zeros. Default size: `CHUNK` logits.
+    but what the loss computes of a chunk is dropped once the gradient is known, before the next chunk's turn. A block of chunks shares the
+    large matrix products, which few rows make slow. So a dozen tensors of a chunk's logits and two of a block's are the most there is, and
+    nothing is computed twice. With N = 0 the gradients are zeros. Default size: `CHUNK`.
     """
-    size = size or max(1, CHUNK.get(hidden.device.type, CHUNK["cuda"]) // layer.vocab_size)
+    logits_of_chunk, chunks = CHUNK.get(hidden.device.type, CHUNK["cuda"])
+    size = size or max(1, logits_of_chunk // layer.vocab_size)
+    height = max(1, min(chunks * size, len(hidden)))  # rows of a block
     columns, grad = None, torch.empty_like(hidden)
-    for start in range(0, max(len(hidden), 1), BLOCK * size):
-        block = slice(start, start + BLOCK * size)
-        h = hidden[block].detach()
+    sides = [(layer, hidden.detach())] + ([teacher] if teacher else [])
+    buffers = [h.new_empty(height, side.vocab_size) for side, h in sides]
+    for start in range(0, max(len(hidden), 1), height):
+        block = slice(start, min(start + height, len(hidden)))
         with torch.no_grad():
-            logits = layer.linear(h)  # [up to BLOCK n, V]
-            others = [teacher[0](teacher[1][block])] if teacher else []
-        for i in range(0, max(len(h), 1), size):
+            logits, *others = [side.linear(h[block], out=buffer[: len(h[block])]) for (side, h), buffer in zip(sides, buffers)]
+        for i in range(0, max(len(logits), 1), size):
             rows, chunk = slice(start + i, min(start + i + size, block.stop)), logits[i : i + size].detach().requires_grad_()
-            part = loss(layer.finish(chunk), *(x[i : i + size] for x in others), *(x[rows] for x in tensors))
+            part = loss(layer.finish(chunk), *(teacher[0].finish(x[i : i + size]) for x in others), *(x[rows] for x in tensors))
             (part[:, 0].sum() / divisor).backward()
             logits[i : i + size] = chunk.grad  # they are not needed any more: the gradient takes their place
             columns = part.new_empty(len(hidden), part.shape[1]) if columns is None else columns  # outside the chunks' memory
             columns[rows] = part.detach()
-        grad[block] = layer.linear_backward(h, logits)
+        grad[block] = layer.linear_backward(sides[0][1][block], logits)
     hidden.backward(grad)
     return columns

@@ -38,7 +38,7 @@ import transformers
 from tqdm import tqdm
 
 import verifier
-from losses import BLOCK, CHUNK, OutputLayer, backward_by_chunks, token_logprobs
+from losses import CHUNK, OutputLayer, backward_by_chunks, token_logprobs
 from rollout import Rollout, check_supported, generate, prefill
 
 PHRASES = ("Wait, this response is not correct, let me start over.", "Let me rephrase the above solution.")  # P_r by r: the paper's
@@ -510,10 +510,11 @@ def report_memory(lm: LM, args, problems: list[Problem], teacher: str | None = N
         per_token = layers * model.config.hidden_size * size + per_token / layers
     with torch.no_grad():
         cache = prefill(model, [(0, 0)]).numel() * size  # a token
+    chunk, chunks = CHUNK.get(model.device.type, CHUNK["cuda"])
     parts = {
         "weights": count * size, "optimizer": count * (8 if size > 2 else 10), "gradients": 4 * count,
         "teacher": count * {"base": size, "ema": size + (4 if size < 4 else 0)}.get(teacher, 0), "activations": int(tokens * per_token),
-        "logits": (12 * 4 + 2 * BLOCK * size) * CHUNK.get(model.device.type, CHUNK["cuda"]), "cache": args.slots * (one if teacher else two) * cache,
+        "logits": (12 * 4 + 2 * chunks * size) * chunk, "cache": args.slots * (one if teacher else two) * cache,
     }  # fmt: skip
     standing = parts["weights"] + parts["optimizer"] + parts["teacher"]
     training, sampling = standing + parts["gradients"] + parts["activations"] + parts["logits"], standing + parts["cache"]

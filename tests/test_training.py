@@ -108,9 +108,9 @@ class Reveal(OutputLayer):
     def __init__(self):
         self.places = []
 
-    def linear(self, hidden):
+    def linear(self, hidden, out):
         self.places += hidden[:, 0].tolist()
-        return hidden * torch.arange(VOCAB)
+        return torch.mul(hidden, torch.arange(VOCAB), out=out)
 
     def linear_backward(self, hidden, grad):
         return grad.sum(-1, keepdim=True)
