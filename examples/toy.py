@@ -1,4 +1,5 @@
-"""Self-Distillation Zero on a CPU, from nothing and without a download: a task, a base model, both stages, one table.
+"""Self-Distillation Zero on a CPU, from nothing and without a download: a task, a base model, both stages, one table,
+a page and a picture.
 
     python examples/toy.py                             one seed: base, SRT, SD-Zero
     python examples/toy.py --seeds 3 --baselines       three, with RFT, GRPO, SDFT, SDPO and variations of stage 2
@@ -28,6 +29,7 @@ SDPO; SDFT's teacher is shown the right prices). The problems of pre-training, o
 as sets of four goods, so that no order of one is another's.
 """
 import argparse
+import importlib.util
 import json
 import math
 import os
@@ -206,18 +208,28 @@ def write(out, world):
     model.save_pretrained(out / "base")
 
 
+def call(script, *flags):
+    """Run a script as a user would."""
+    print("\n$", shlex.join(["python", script, *map(str, flags)]), flush=True)
+    if code := subprocess.run([sys.executable, ROOT / script, *map(str, flags)]).returncode:
+        raise SystemExit(code)
+
+
 def run(script, out, data, *flags):
-    """Run a script as a user would, unless it is done already; returns its evaluations, the first of them before any training."""
-    command = [sys.executable, ROOT / script, "--dataset", out / f"{data}.jsonl", "--eval-dataset", out / "heldout.jsonl",
-               "--eval-problems", SIZES["heldout"], "--eval-samples", 4, "--eval-temperature", 1, "--temperature", 1,
-               "--max-new-tokens", 64, "--save-every", 10**6, *flags]
-    command = [str(part) for part in command]
-    folder = Path(command[-1])
-    if not (folder / "config.json").exists():
-        print("\n$", shlex.join(["python", script, *command[2:]]), flush=True)
-        if code := subprocess.run(command).returncode:
-            raise SystemExit(code)
-    return [line for line in map(json.loads, open(folder / "metrics.jsonl")) if line["kind"] == "eval"]
+    """A method, unless it is done already; its output folder comes last. Returns its evaluations, the first of them before any training."""
+    if not (flags[-1] / "config.json").exists():
+        call(script, "--dataset", out / f"{data}.jsonl", "--eval-dataset", out / "heldout.jsonl", "--eval-problems", SIZES["heldout"],
+             "--eval-samples", 4, "--eval-temperature", 1, "--temperature", 1, "--max-new-tokens", 64, "--save-every", 10**6, *flags)
+    return [line for line in map(json.loads, open(flags[-1] / "metrics.jsonl")) if line["kind"] == "eval"]
+
+
+def pictures(out):
+    """A page of the base's responses, coloured by what SRT as the teacher makes of them (F4); curves, where matplotlib is installed."""
+    call("examples/localize.py", "--model", out / "base", "--teacher", out / "srt", "--dataset", out / "heldout.jsonl",
+         "--max-new-tokens", 64, "--output", out / "localize.html")
+    if importlib.util.find_spec("matplotlib"):
+        runs = [out / name for name in ("srt", "sdzero", "rft", "grpo", "sdft", "sdpo") if (out / name).exists()]
+        call("examples/curves.py", *runs, "--output", out / "curves.png")
 
 
 def both_stages(out, seed):
@@ -315,6 +327,7 @@ def main():
         localised.append(figures)
         if args.baselines:
             tables[-1].update(the_rest(out, seed))
+        pictures(out)
     print("\n| model | accuracy, % | after one revision, % | correction rate, % | wrong put right, % | right broken, % | tokens |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
     keys = "accuracy", "revised_accuracy", "correction_rate", "wrong_to_right", "right_to_wrong"
