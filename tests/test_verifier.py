@@ -139,14 +139,14 @@ HOSTILE = {
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_text(name):
-    """No exception below verify(), no answer but a bool, at most 100 ms (the best of three, for the machine may be busy)."""
+    """No exception below verify(), no answer but a bool, at most 100 ms of CPU time (the best of three: a machine may be busy)."""
     text, seconds = HOSTILE[name], []
     for gold in (r"\frac{1}{2}", text[:N], text[:N].replace("1", "2"), "1, 2, 3"):
         best = 9.0
         for _ in range(3):
-            start = time.perf_counter()
+            start = time.thread_time()
             result = verify(text, gold)
-            best = min(best, time.perf_counter() - start)
+            best = min(best, time.thread_time() - start)
         seconds.append(best)
         assert result in (True, False)
         answer = extract_answer(text)
