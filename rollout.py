@@ -194,8 +194,8 @@ class Decoder(Stage):
 
     def run(self, n: int, length: int):
         """`step`, or a replay of it with fixed shapes: rows rounded up to a power of two, length to an eighth of the cache's."""
-        if not self.static:  # on a CPU products with 2 or 3 rows take up to twice the time of 4 (MKL); 1 row is quick
-            return self.step(min(4, len(self.position)) if n in (2, 3) and self.eos.device.type == "cpu" else n, length)
+        if not self.static:
+            return self.step(n, length)
         slots, longest = self.tokens.shape
         block = 64 * -(-longest // 512)
         shape = min(1 << (n - 1).bit_length(), slots), min(-(-length // block) * block, longest)
