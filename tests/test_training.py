@@ -1,6 +1,7 @@
 """Masks, shifts and divisors of both stages' losses against one plain forward a token, in float64; the optimizer."""
 
 import argparse
+import itertools
 import math
 
 import pytest
@@ -223,16 +224,30 @@ def test_padding_is_not_seen(family):
             torch.testing.assert_close(row[: len(ids)], alone, rtol=0, atol=tolerance)
 
 
-def test_micro_batches_hold_everything_once_and_stay_in_budget():
-    lengths = [3, 50, 7, 7, 100, 1, 20, 64]
-    groups = micro_batches(lengths, 64)
-    assert sorted(i for g in groups for i in g) == list(range(8))
-    assert all(len(g) == 1 or len(g) * max(lengths[i] for i in g) <= 64 for g in groups)
-    assert [[lengths[i] for i in g] for g in groups] == [[100], [64], [50], [20], [7, 7], [3], [1]]
+@pytest.mark.parametrize("budget", [64, 10_000])
+@pytest.mark.parametrize("seed", range(6))
+def test_micro_batches_against_all_cuts(seed, budget):
+    """Every cut of the sorted lengths, by brute force: none with as many groups needs less padding; at least 90% of the positions are real."""
+    lengths = torch.randint(1, 100, (9,), generator=torch.Generator().manual_seed(seed)).tolist()
+    ordered, padding = sorted(lengths, reverse=True), {}
+    for cut in itertools.product([False, True], repeat=8):
+        edges = [0, *(i + 1 for i in range(8) if cut[i]), 9]
+        parts = [ordered[a:b] for a, b in zip(edges, edges[1:])]
+        if all(len(part) == 1 or len(part) * part[0] <= budget for part in parts):
+            k = len(parts)
+            padding[k] = min(padding.get(k, math.inf), sum(len(part) * part[0] for part in parts) - sum(lengths))
+    groups = micro_batches(lengths, budget)
+    assert sorted(i for g in groups for i in g) == list(range(9))
+    assert all(len(g) == 1 or len(g) * max(lengths[i] for i in g) <= budget for g in groups)
+    padded, k = sum(len(g) * max(lengths[i] for i in g) for g in groups), len(groups)
+    assert padded - sum(lengths) == padding[k] and sum(lengths) >= 0.9 * padded
+def test_micro_batches_of_a_large_step():
     lengths = (torch.empty(500).geometric_(1 / 300, generator=torch.Generator().manual_seed(0)) + 40).int().tolist()
     groups = micro_batches(lengths, 16384)
-    assert sorted(i for g in groups for i in g) == list(range(500)) and len(groups) < 50
-    assert all(sum(lengths[i] for i in g) >= 0.9 * len(g) * max(lengths[i] for i in g) for g in groups)
+    assert sorted(i for g in groups for i in g) == list(range(500)) and len(groups) < 18  # filling them one by one takes 20
+    assert sum(lengths) >= 0.9 * sum(len(g) * max(lengths[i] for i in g) for g in groups)
+    lengths = [253, 187, 147, 109, 105, 90, 89, 62]
+    assert [[lengths[i] for i in g] for g in micro_batches(lengths, 16384)] == [[253], [187, 147], [109, 105], [90, 89, 62]]
     assert micro_batches([], 64) == []
 
 
