@@ -1,9 +1,11 @@
 """What each choice of the method is worth, on the toy: one table, from the real scripts. First run examples/toy.py, then
 
     python examples/ablations.py --toy runs/toy
+    python examples/ablations.py --toy runs/grid --grid     (after examples/toy.py --seed 3 --out runs/grid: a world of its own)
 
 Stage 1: both terms of L_SRT or one, and the authors' order of the two, all on the traces that runs/toy/srt has sampled. Stage 2: objective,
-alpha and teacher, all from runs/toy/srt, at the toy's learning rates. One seed; what is finished is not run again.
+alpha and teacher, all from runs/toy/srt, at the toy's learning rates. One seed; what is finished is not run again. --grid: the learning
+rates themselves, of both stages and of the baselines, each at the number of responses that toy.py gives it.
 """
 
 import argparse
@@ -29,16 +31,40 @@ STAGE_2 = {
     "teacher live": ["--teacher", "live"],
 }
 
+GRID = {"srt": (2e-4, 5e-4, 1e-3), "sdzero": (1e-4, 3e-4, 1e-3), "rft": (2e-4, 5e-4, 1e-3), "grpo": (3e-4, 1e-3), "sdft": (1e-4, 3e-4),
+        "sdpo": (1e-4, 3e-4)}  # fmt: skip
+
+
+def grid(folder, always):
+    """A table of the held-out accuracy by method and learning rate."""
+    print("\n| method | " + " | ".join(["learning rate: accuracy, %"] * 3) + " |\n" + "| --- " * 4 + "|")
+    for method, rates in GRID.items():
+        cells = []
+        for lr in rates:
+            flags, out = ["--lr", lr, *always], folder / "grid" / f"{method}-{lr}"
+            if method == "srt":
+                traces = ["--traces", folder / "srt" / "traces.jsonl"]
+                evals = toy.run("srt.py", folder, "stage1", "--model", folder / "base", *traces, *toy.STAGE_1, *flags, out)
+            elif method == "sdzero":
+                evals = toy.run("sdzero.py", folder, "stage2", "--model", folder / "srt", *toy.STAGE_2, *flags, out)
+            else:
+                evals = toy.baseline(folder, method, *flags, out)
+            cells.append(f"{lr:g}: {toy.spread([evals[-1]['accuracy']])}")
+        print(f"| {method} | " + " | ".join(cells + [""] * (3 - len(cells))) + " |", flush=True)
+
 
 def main():
     parser = argparse.ArgumentParser(description="Ablations on the toy")
     parser.add_argument("--toy", type=Path, default=Path("runs/toy"), help="what examples/toy.py wrote (default: runs/toy)")
+    parser.add_argument("--grid", action="store_true", help="the learning rates instead")
     args = parser.parse_args()
     if not (args.toy / "sdzero" / "config.json").exists():
         print(f"ablations.py: {args.toy} holds no finished run: run examples/toy.py first", file=sys.stderr)
         raise SystemExit(2)
     seed, out, started = json.loads((args.toy / "srt" / "settings.json").read_text())["flags"]["seed"], args.toy / "ablations", time.time()
     always = ["--seed", seed, "--eval-every", 10**6, "--output"]
+    if args.grid:
+        return grid(args.toy, always)
     rows = []
     for name, terms in TERMS.items():
         flags = ["--model", args.toy / "base", "--traces", args.toy / "srt" / "traces.jsonl", *toy.STAGE_1, "--terms", terms]

@@ -241,14 +241,19 @@ def both_stages(out, seed):
     return {"base": first[0], "SRT": first[-1], "SD-Zero": second[-1]}
 
 
+def baseline(out, method, *flags):
+    """RFT samples 4 responses a problem, as stage 1 does; the others as many as both stages. Returns its evaluations."""
+    data, settings = {"rft": ("stage1", RFT), "grpo": ("both", GRPO), "sdft": ("both", SDFT), "sdpo": ("both", SDPO)}[method]
+    budget = [] if method == "rft" else ["--generations", 4 * SIZES["stage1"] + SIZES["stage2"]]
+    return run("examples/baselines.py", out, data, "--method", method, "--model", out / "base", *settings, *budget, *flags)
+
+
 def the_rest(out, seed):
     """Baselines, at as many responses as both stages sample, and variations of stage 2: {row of the table: its evaluation}."""
-    rows, n, rare = {}, 4 * SIZES["stage1"] + SIZES["stage2"], ["--seed", seed, "--eval-every", 10**6, "--output"]
-    for name, data, flags in (("RFT", "stage1", RFT), ("GRPO", "both", GRPO), ("SDFT", "both", SDFT), ("SDPO", "both", SDPO)):
-        flags = [*flags, "--generations", n] if name != "RFT" else flags  # RFT: 4 a problem, as stage 1 has
+    rows, rare = {}, ["--seed", seed, "--eval-every", 10**6, "--output"]
+    for name in ("RFT", "GRPO", "SDFT", "SDPO"):
         every = [*rare[:3], SIZES["stage2"] // 96, rare[-1]] if name == "GRPO" else rare
-        method = ["--method", name.lower(), "--model", out / "base"]
-        evals = run("examples/baselines.py", out, data, *method, *flags, *every, out / name.lower())
+        evals = baseline(out, name.lower(), *every, out / name.lower())
         if name == "GRPO":
             rows["GRPO, at stage 2's number of responses"] = evals[1]
         rows[name] = evals[-1]
