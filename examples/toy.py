@@ -17,12 +17,13 @@ What is built into the toy, plainly:
   first. So the base is wrong when a problem names such a good, which is about half of the time.
 - Second attempts exist. A few documents go on after the first attempt with a control phrase of the method and a second attempt, and so do
   many forum threads, which have a marker of their own. The writer of the phrase is right about the first attempt in four cases of five.
-- A second attempt after "Let me rephrase" repeats most prices, one after "Wait" fewer, and looks up the others afresh; there the
+- A second attempt after "Let me rephrase" repeats nearly all prices, one after "Wait" fewer, and looks up the others afresh; there the
   misconceptions are weaker, though still by far the likeliest price. So a base that is told that it was wrong seldom gets it right.
 - Attempts that another one follows have slips: a good read twice, a sum gone wrong. The next attempt reads the question again and adds up
   anew. Without them a reviser copies whatever stands there, and stage 2 may drift to where its teacher sees nothing wrong: a run in which
   the student learned to name a good twice, and fell from 92% to 12%, is why they are here.
-- Exercises in copying (random prices, no loss on them) teach the model to use what stands in its context.
+- Exercises in copying (random prices, "Let me rephrase", the same prices again; no loss but on the last attempt) teach the model to use
+  what stands in its context. A reviser that copies badly breaks right answers: without these, SRT broke a tenth of its own in some worlds.
 So the base knows phrases, attempts and weak alternatives, as a model trained on the web does, but does not use them: that is what stage 1
 brings out and stage 2 puts into the first attempt. The verifier's bit is all that either stage hears of an answer (so do RFT, GRPO and
 SDPO; SDFT's teacher is shown the right prices). The problems of pre-training, of stage 1, of stage 2 and the held-out ones are disjoint,
@@ -60,12 +61,12 @@ KNOWN, KNOWN_AGAIN = 0.99, 0.96  # share of writers who get an ordinary good's p
 HARD_FIRST = 0.001, 0.006    # of the first attempts at a hard good, the share with the right price: between these two, by the good ...
 MISLED_FIRST = 0.97          # ... and the share with the popular wrong price; the rest are guesses
 RIGHT_AGAIN, MISLED_AGAIN = 0.12, 0.70  # the same two shares when a later attempt looks a hard good up afresh
-REPEAT = 0.6, 0.9            # share of prices that a second attempt takes over from the first: after the phrase for wrong, for right
+REPEAT = 0.6, 0.98           # share of prices that a second attempt takes over from the first: after the phrase for wrong, for right
 JUDGE = 0.8                  # share of phrases that fit the first attempt
 SLIP = 0.08                  # of the attempts that another one follows, the share where a good is misread; likewise where a sum is wrong
 DOCUMENTS = 60_000           # some 2.4M tokens, each seen once
 KINDS = {"answer": 0.42, "revision": 0.03, "thread": 0.35, "copy": 0.20}  # shares of the documents, see `document`
-MOST_ATTEMPTS = 4            # in a thread, at least 2: stage 2's teacher reads four (a response with a revision in it, twice)
+MOST_ATTEMPTS = 4            # in a thread or an exercise, at least 2: stage 2's teacher reads four (a response with a revision in it, twice)
 SIZES = {"stage1": 3000, "stage2": 2400, "heldout": 500}  # problems in the JSONL files
 BATCH_TOKENS, LR = 2048, 3e-3  # about 1,200 steps
 STAGE_1 = ["--batch-size", 16, "--lr", 5e-4]
@@ -106,7 +107,7 @@ class World:
         """One page of the web: the text that is given, and the text whose tokens are trained on."""
         goods, rng = self.make_problem(), self.rng
         kind = rng.choices(list(KINDS), KINDS.values())[0]
-        attempts = 1 if kind == "answer" else rng.randint(2, MOST_ATTEMPTS) if kind == "thread" else 2
+        attempts = {"answer": 1, "revision": 2}.get(kind) or rng.randint(2, MOST_ATTEMPTS)
         # a thread and an exercise show by their marker that more attempts follow, so that an assistant's answer rarely goes on
         given, text = chat(question(goods), {"thread": "<|forum|>", "copy": "<|copy|>"}.get(kind, "<|assistant|>")), ""
         prices = [rng.randrange(10) if kind == "copy" else self.look_up(good, again=False) for good in goods]
@@ -119,7 +120,7 @@ class World:
             if kind != "copy" and rng.random() < SLIP:
                 added[i] = rng.randrange(10)
             right = sum(added) % 10 == self.answer(goods)
-            called = right if rng.random() < JUDGE else not right
+            called = kind == "copy" or (right if rng.random() < JUDGE else not right)
             text += solution(written, prices, added) + "\n\n" + PHRASES[called] + "\n\n"
             if kind == "copy":
                 given, text = given + text, ""  # nobody could learn anything from random prices
@@ -266,18 +267,18 @@ def the_rest(out, seed):
 
 
 @torch.no_grad()
-def reviser_on_base(out, world, seed):
-    """SRT as the reviser of the base's attempts at the held-out problems: what its revisions are worth (F2), where its KL lies (F4)."""
+def revised_by_srt(out, world, seed, whose):
+    """SRT as the reviser of a model's attempts at the held-out problems: what its revisions are worth (F2, F5), where its KL lies (F4)."""
     flags = ["--dataset", out / "heldout.jsonl", "--max-new-tokens", 64, "--seed", seed, "--temperature", 1, "--model"]
-    (base, _, args), (reviser, phrases, _) = (load(*flags, out / name) for name in ("base", "srt"))
-    problems, _ = srt.load_problems(base, args, args.dataset, None)
+    (lm, _, args), (reviser, phrases, _) = (load(*flags, out / name) for name in (whose, "srt"))
+    problems, _ = srt.load_problems(lm, args, args.dataset, None)
     verify = srt.load_verifier("math")
-    attempts = srt.sample(base, args, [p.prompt_ids for p in problems], ("attempts",), 1.0, 1.0, "attempts")
-    rewards = verify([base.text(y.ids) for y in attempts], [p.answer for p in problems])
+    attempts = srt.sample(lm, args, [p.prompt_ids for p in problems], ("attempts",), 1.0, 1.0, "attempts")
+    rewards = verify([lm.text(y.ids) for y in attempts], [p.answer for p in problems])
     examples = [sdzero.Example(p.prompt_ids, y, r, phrases[r]) for p, y, r in zip(problems, attempts, rewards)]
     contexts = [e.prompt_ids + srt.without_eos(e.response) + e.phrase_ids for e in examples]
     revisions = srt.sample(reviser, args, contexts, ("revisions",), 1.0, 1.0, "revisions")
-    revised = verify([base.text(y.ids) for y in revisions], [p.answer for p in problems])
+    revised = verify([lm.text(y.ids) for y in revisions], [p.answer for p in problems])
     share = lambda values: sum(values) / max(1, len(values))
     first, last = share(rewards), share(revised)
     row = {"accuracy": first, "revised_accuracy": last, "correction_rate": (last - first) / (1 - first),
@@ -287,12 +288,12 @@ def reviser_on_base(out, world, seed):
     top, at_error = [], []  # of the KL of a wrong response: the share in its top 5% of tokens, and on wrong prices
     for e in examples:
         n = len(e.response.ids)
-        student, teacher = base.model(torch.tensor([e.student_ids])).logits[0], reviser.model(torch.tensor([e.teacher_ids])).logits[0]
+        student, teacher = lm.model(torch.tensor([e.student_ids])).logits[0], reviser.model(torch.tensor([e.teacher_ids])).logits[0]
         values = losses.full_logits(student[-n - 1 : -1], teacher[-n - 1 : -1])  # [n], position t-1 predicts token t
-        revising = e.reward and any(phrase in base.text(e.response.ids) for phrase in PHRASES)
+        revising = e.reward and any(phrase in lm.text(e.response.ids) for phrase in PHRASES)
         kl["revising" if revising else e.reward] += values.tolist()
         if not e.reward:
-            words = base.tokenizer.convert_ids_to_tokens(e.response.ids)
+            words = lm.tokenizer.convert_ids_to_tokens(e.response.ids)
             wrong = [good in world.price and price != f": {world.price[good]}" for good, price in zip(words, words[1:])]
             top.append((values.sort(descending=True).values[: math.ceil(n / 20)].sum() / values.sum()).item())
             at_error.append((values[1:][torch.tensor(wrong)].sum() / values.sum()).item())
@@ -328,7 +329,8 @@ def main():
             out.mkdir(parents=True, exist_ok=True)
             write(out, world)
         tables.append(both_stages(out, seed))
-        tables[-1]["base, revised by SRT"], figures = reviser_on_base(out, world, seed)
+        tables[-1]["base, revised by SRT"], figures = revised_by_srt(out, world, seed, "base")
+        tables[-1]["SD-Zero, revised by SRT"], _ = revised_by_srt(out, world, seed, "sdzero")  # its own revisions beat these, or a sync harms
         localised.append(figures)
         if args.baselines:
             tables[-1].update(the_rest(out, seed))
@@ -341,7 +343,7 @@ def main():
         print(f"| {name} | {' | '.join(cells)} |")
     top, at_error, wrong, right, revising = zip(*localised)
     error = max(100 * e.get("accuracy_se", 0) for e in tables[0].values())
-    print(f"\n{SIZES['heldout']} held-out problems, 4 samples each (of the base revised by SRT 1); seeds {args.seed} to {seed}, "
+    print(f"\n{SIZES['heldout']} held-out problems, 4 samples each (of those revised by SRT 1); seeds {args.seed} to {seed}, "
           + ("mean ± standard deviation over seeds" if args.seeds > 1 else f"standard errors of accuracies up to {error:.1f}"))
     print(f"KL of the base from SRT as teacher: on wrong responses {spread(top)}% of it in the top 5% of the tokens, {spread(at_error)}% "
           f"on wrong prices; a token {spread(wrong, 1000)} millinats on wrong responses, {spread(right, 1000)} on right ones, "
