@@ -71,7 +71,8 @@ def rft(lm, args, verify, problems, held_out, run) -> None:
         run.rewind(0)
         if held_out:
             run.log("eval", 0, evaluate(lm, args, verify, held_out, 0))
-        run.log("collect", 1, {"problems": len(problems), "right": sum(sum(g.rewards) for g in groups), "kept": len(kept)})
+        counts = {"problems": len(problems), "generations": args.group * len(problems)}
+        run.log("collect", 1, {**counts, "right": sum(sum(g.rewards) for g in groups), "kept": len(kept)})
     args.terms = "generation"
     srt.train(lm, args, verify, kept, held_out, run)
 

@@ -20,8 +20,8 @@ import matplotlib.pyplot as plt  # noqa: E402
 def read(folder: Path, x: str) -> tuple[list[dict], float]:
     """(the lines of a run's metrics.jsonl, each with its "x": "steps" or "generations" up to there; the last x).
 
-    Generations: a line says so itself, or "collect" has its counts (stage 1), or a step has sampled a batch, once for all of its passes
-    (stage 2; an epoch's last batch may be smaller). Stage 1 trains on what it has collected: its steps sample nothing.
+    Generations: a line says how many so far (baselines), or "collect" has its counts (stage 1), or a step has sampled a batch, once for all
+    of its passes (stage 2; an epoch's last batch may be smaller). Stage 1 trains on what it has collected: its steps sample nothing.
     """
     lines = [json.loads(line) for line in open(folder / "metrics.jsonl")]
     path = folder / "settings.json"
@@ -29,11 +29,12 @@ def read(folder: Path, x: str) -> tuple[list[dict], float]:
     total = 0.0
     if x == "generations" and (Path(flags.get("model", "")) / "metrics.jsonl").exists():
         total = read(Path(flags["model"]), x)[1]
+    before = total
     for line in lines:
         if x == "steps":
             total = 0 if line["kind"] == "collect" else line["step"]
         elif "generations" in line:
-            total += line["generations"]
+            total = before + line["generations"]
         elif line["kind"] == "collect":
             total += line["attempts"] + line["revisions_of_wrong"] + line["revisions_of_right"]
         elif line["kind"] == "train" and "passes" in flags:

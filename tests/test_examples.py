@@ -80,7 +80,9 @@ def test_command_line(method, base, data, tmp_path):  # noqa: F811
     lines = lines_of(tmp_path / "out" / "metrics.jsonl")
     train, evals = [x for x in lines if x["kind"] == "train"], [x for x in lines if x["kind"] == "eval"]
     assert evals[0]["step"] == 0 and evals[-1]["step"] == train[-1]["step"]
-    if method != "rft":
+    if method == "rft":
+        assert [x["generations"] for x in lines if x["kind"] == "collect"] == [4 * 12]
+    else:
         assert [x["generations"] for x in train] == [8 * i for i in range(1, 9)]
     before, after = (AutoModelForCausalLM.from_pretrained(folder).state_dict() for folder in (base, tmp_path / "out"))
     assert any(not torch.equal(p, before[n]) for n, p in after.items())

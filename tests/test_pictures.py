@@ -179,6 +179,10 @@ def test_curves(tmp_path):
     assert [line["x"] for line in curves.read(stage_1, "generations")[0]] == [0, 40, 40, 40]
     assert [line["x"] for line in curves.read(stage_2, "generations")[0]] == [44, 48]  # stage 1 paid for
     assert [line["x"] for line in curves.read(stage_1, "steps")[0]] == [0, 0, 1, 1]
+    baseline = write_run(tmp_path / "rft", [{"kind": "collect", "step": 1, "generations": 12}, {"kind": "train", "step": 1, "loss": 1.0}])
+    assert [line["x"] for line in curves.read(baseline, "generations")[0]] == [12, 12]
+    baseline = write_run(tmp_path / "grpo", [{"kind": "train", "step": i, "generations": 8 * i} for i in (1, 2, 3)])
+    assert [line["x"] for line in curves.read(baseline, "generations")[0]] == [8, 16, 24]  # a baseline counts them all, at every step
     assert curves.smooth([1, 2, 6], 2) == [1, 1.5, 4] and math.isclose(sum(curves.smooth([3.0], 5)), 3)
     for runs in ([stage_1, stage_2], [stage_2], [stage_1]):
         curves.main([str(run) for run in runs])
