@@ -60,7 +60,7 @@ HARD = 9                     # goods with a misconception: 0.85 ** 4 = 52% of th
 KNOWN, KNOWN_AGAIN = 0.99, 0.96  # share of writers who get an ordinary good's price right, at first and in haste in a later attempt
 HARD_FIRST = 0.001, 0.006    # of the first attempts at a hard good, the share with the right price: between these two, by the good ...
 MISLED_FIRST = 0.97          # ... and the share with the popular wrong price; the rest are guesses
-RIGHT_AGAIN, MISLED_AGAIN = 0.12, 0.70  # the same two shares when a later attempt looks a hard good up afresh
+RIGHT_AGAIN, MISLED_AGAIN = 0.16, 0.66  # the same two shares when a later attempt looks a hard good up afresh
 REPEAT = 0.6, 0.98           # share of prices that a second attempt takes over from the first: after the phrase for wrong, for right
 JUDGE = 0.8                  # share of phrases that fit the first attempt
 SLIP = 0.08                  # of the attempts that another one follows, the share where a good is misread; likewise where a sum is wrong
@@ -73,8 +73,8 @@ STAGE_1 = ["--batch-size", 16, "--lr", 5e-4]
 STAGE_2 = ["--batch-size", 32, "--lr", 3e-4, "--warmup", 5]
 RFT = ["--batch-size", 16, "--lr", 5e-4, "--warmup", 0.05, "--lr-schedule", "cosine"]
 GRPO = ["--batch-size", 96, "--lr", 3e-4, "--warmup", 5]  # 12 problems x 8
-SDFT = ["--batch-size", 96, "--lr", 1e-4, "--warmup", 5, "--solution-column", "solution"]
-SDPO = ["--batch-size", 96, "--lr", 1e-4, "--warmup", 5]
+SDFT = ["--batch-size", 96, "--lr", 5e-5, "--warmup", 5, "--solution-column", "solution"]
+SDPO = ["--batch-size", 96, "--lr", 5e-5, "--warmup", 5]
 MODEL = dict(hidden_size=96, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4, max_position_embeddings=512)
 
 
