@@ -31,8 +31,8 @@ STAGE_2 = {
     "teacher live": ["--teacher", "live"],
 }
 
-GRID = {"srt": (2e-4, 5e-4, 1e-3), "sdzero": (1e-4, 3e-4, 1e-3), "rft": (2e-4, 5e-4, 1e-3), "grpo": (3e-4, 1e-3), "sdft": (2e-5, 5e-5, 1e-4),
-        "sdpo": (2e-5, 5e-5, 1e-4)}  # fmt: skip
+GRID = {"srt": (2e-4, 5e-4, 1e-3), "sdzero": (1e-4, 3e-4, 1e-3), "rft": (2e-4, 5e-4, 1e-3), "grpo": (3e-4, 1e-3),
+        "sdft": (2e-5, 5e-5, 1e-4), "sdpo": (2e-5, 5e-5, 1e-4)}  # fmt: skip
 
 
 def grid(folder, always):
