@@ -52,6 +52,10 @@ class Rollout:
     logprobs: list[float] = field(default_factory=list)  # of each of them, in nats, under the distribution it was drawn from
     finished: bool = False  # True: ended by an EOS; False: cut by max_new_tokens
 
+    @property
+    def without_eos(self):
+        return self.ids[:-1] if self.finished else self.ids
+
 
 class Stage:
     """Takes what the layers write in a forward over prompts, which attend to themselves alone."""
@@ -300,3 +304,9 @@ def decode_all(decoder: Decoder, prompts: list[list[int]], limits: list[int], ah
                 stop = next((t + 1 for t in range(start, stop) if ids[t] in eos), stop)  # behind an EOS: sampled before the host looked
                 rollouts[i] = Rollout(ids[start:stop], logprobs[start:stop], ids[stop - 1] in eos)
                 progress(1)
+
+
+@torch.inference_mode()
+def cache_bytes_per_token(model) -> int:
+    probe = prefill(model, [(0, 0)])
+    return probe.numel() * probe.element_size()

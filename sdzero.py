@@ -1,38 +1,112 @@
-"""Stage 2 of SD-Zero, on-policy self-distillation (arXiv 2604.12002, section 2.2; METHOD.md (4)): distil the reviser into the generator.
+"""Stage 2 of SD-Zero, on-policy self-distillation (arXiv 2604.12002, section 2.2): distil the
+reviser into the generator.
 
-    for each batch of problems x:   sample y ~ pi(. | x)                       the student answers
-                                    r = verify(y)                              one bit
-                                    pi_bar reads x + y + P_r and scores y again: the same model, told only right or wrong
-                                    L = sum_t D(pi(. | x, y_<t), pi_bar(. | x, y, P_r, y_<t)), one optimizer step
+    for each batch of problems x:
+        sample y ~ pi(. | x)                       the student answers
+        r = verify(y)                              right or wrong: one bit
+        pi_bar reads x + y + P_r + y               the teacher: the same model, told that bit
+    (4) L = sum_t D( pi(. | x, y_<t), pi_bar(. | x, y, P_r, y_<t) )        one optimizer step
 
-    python sdzero.py --model runs/toy/srt --dataset runs/toy/stage2.jsonl --max-new-tokens 64 --output runs/toy/sdzero     (small, CPU)
-    python sdzero.py --model runs/srt --dataset open-r1/OpenR1-Math-220k --output runs/sdzero                             (real, one GPU)
+    student reads    x            y EOS
+    teacher reads    x  y  P_r    y EOS       only this second copy is scored
 
---model is what srt.py saved: its srt.json brings the prompt's settings, the control phrases and the problems that stage 1 has used, which
-stage 2 leaves out. `main`, at the end, is the algorithm box. Departures from the paper, each a flag: the objective is the whole vocabulary
-(theirs: top 64), and sampling is at temperature 1, since (4) is an expectation over pi itself.
+    python sdzero.py --model runs/srt --dataset open-r1/OpenR1-Math-220k \\
+        --gradient-checkpointing --output runs/sdzero                            (one GPU)
+    python sdzero.py --model runs/toy/srt --dataset runs/toy/stage2.jsonl --max-new-tokens 64 \\
+        --batch-size 32 --lr 3e-4 --output runs/my-sdzero        (CPU, after examples/toy.py)
+
+--model is what srt.py saved: its srt.json brings the prompt, the control phrases and the problems
+that stage 1 has used, which stage 2 leaves out.
+
+Where this departs from the paper, each a flag: D is the reverse KL over the whole vocabulary (the
+paper: over the top 64 tokens); sampling is at temperature 1, since (4) is an expectation over pi
+itself (the paper's text: 0.7). Read `Example`, `distill` and `main`.
+
+Letters in shapes: B sequences, T tokens of the longest, N tokens in the loss, V vocabulary size,
+D hidden size.
 """
 
-import json
 import math
 import random
-import sys
 import time
+from argparse import Namespace
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 import losses
-from losses import OutputLayer, backward_by_chunks, importance_weight, token_logprobs
+from common import (
+    SHOW_EVERY,
+    Optimizer,
+    Run,
+    at_least_0,
+    check_flags,
+    checkpoint_layers,
+    count,
+    entry,
+    fail,
+    learning_rate,
+    make_parser,
+    natural,
+    positive,
+    progress,
+    sample_and_verify,
+    seed_of,
+    setup,
+    share,
+    shown,
+    warn,
+)
+from losses import OutputLayer, backward_by_chunks, micro_batches, predicting_last
 from rollout import Rollout
-from srt import (
-    PROMPT_DEFAULTS, BadInput, Optimizer, Parser, Run, add_arguments, check_arguments, checkpoint_layers, entry, evaluate, finite,
-    hidden_states, inherit_prompt, learning_rate, load_lm, load_verifier, micro_batches, predicting, report_memory, sample, seed_of, split_problems, without_eos,
-)  # fmt: skip
 from teacher import Teacher
 
-POSITIONS = (16, 64, 256, 1024)  # the KL is logged for tokens before each of these, and for the rest
+BETAS, WEIGHT_DECAY = (0.9, 0.999), 0.01  # AdamW's, from the authors' scripts
+POSITIONS = (16, 64, 256, 1024)  # the KL is logged for tokens before each of these, and the rest
+
+FLAGS = [
+    ("epochs", count, 1, "passes over the problems; each samples anew"),
+    (
+        "objective",
+        ["full_logits", "topk_logits", "sampled_token", "mixed_kl"],
+        "full_logits",
+        "D of README (4); mixed_kl is the authors' code's",
+    ),
+    (
+        "alpha",
+        at_least_0,
+        None,
+        "1: reverse KL, 0: forward KL, between: Jensen-Shannon, which is "
+        "0 at both ends, so 0.999 is almost no loss; mixed_kl: weight of the forward KL "
+        "(default: 1; mixed_kl 0.5)",
+    ),
+    (
+        "topk",
+        count,
+        None,
+        "tokens of topk_logits (the student's) and of mixed_kl (the teacher's) "
+        "(default: 64; mixed_kl all)",
+    ),
+    ("no-tail", bool, False, "topk_logits: renormalise on the k tokens, without a tail bucket"),
+    ("skip-first", natural, 0, "leave the first n tokens of every response out of the loss"),
+    ("drop-truncated", bool, False, "leave responses that hit the length limit out of the loss"),
+    ("passes", count, 1, "optimizer steps on each batch of responses"),
+    (
+        "importance-cap",
+        positive,
+        None,
+        "weight by min(pi / pi_old, this), README (6) (default: no weight)",
+    ),
+    ("teacher", ["base", "live", "ema"], "base", "frozen; the student itself; moving average"),
+    (
+        "teacher-rate",
+        share,
+        None,
+        "ema: teacher <- (1 - rate) teacher + rate student; 1 is a copy (default: 0.05)",
+    ),
+    ("teacher-interval", count, None, "ema: steps between updates (default: 1)"),
+]
 
 
 @dataclass
@@ -50,219 +124,237 @@ class Example:
 
     @property
     def teacher_ids(self) -> list[int]:
-        """x + y + P_r + y: ids are put together, never tokenised again; the first copy has no EOS, the second one keeps it."""
-        return self.prompt_ids + without_eos(self.response) + self.phrase_ids + self.response.ids
+        """x + y + P_r + y: ids are put together, never tokenised again. The first copy has no EOS,
+        as in stage 1; the second one keeps it."""
+        first_copy = self.response.without_eos
+        return self.prompt_ids + first_copy + self.phrase_ids + self.response.ids
 
 
-def objective(args):
-    """The function (student logits [N, V], teacher logits [N, V], token_ids [N]) -> [N] that --objective names."""
-    if args.objective == "full_logits":
-        return lambda student, teacher, token_ids: losses.full_logits(student, teacher, args.alpha)
-    if args.objective == "topk_logits":
-        return lambda student, teacher, token_ids: losses.topk_logits(student, teacher, args.topk, args.alpha, tail=not args.no_tail)
-    if args.objective == "mixed_kl":
-        return lambda student, teacher, token_ids: losses.mixed_kl(student, teacher, args.alpha, args.topk)
-    return losses.sampled_token
+def make_loss(args: Namespace):
+    """D of README (4) for the logits of a few tokens, with what is logged beside it.
 
+    Returns a function (student logits [N, V], teacher logits [N, V], token_ids [N], log pi_old of
+    those tokens [N]) -> [N, 4]: the loss; the KL, which is the exact reverse KL over the vocabulary
+    whatever the objective; the log ratio, log pi - log pi_bar of the sampled token; the student's
+    entropy. All in nats.
 
-def distill(student, teacher, student_layer, teacher_layer, examples: list[Example], args, divisor: int) -> dict[str, torch.Tensor]:
-    """Add the gradient of (4) of some examples, divided by `divisor`, to the student's: one forward of each model.
-
-    student: model; teacher: `Teacher`; *_layer: their output layers. Returns per token [N], in the examples' order: "loss", "kl" (the
-    reverse KL of (4) over the whole vocabulary, whatever the objective), "log_ratio" (log pi - log pi_bar of the sampled token), "reward"
-    and "position" (t, from 0). The mean log ratio would estimate the KL if the teacher did not know y_t. It does: it has read y, and a teacher
-    that copies makes every sampled token likelier, so that the ratio's mean can be negative where the KL is large.
+    The mean log ratio would estimate the KL if the teacher did not know y_t. It does: it has read
+    y, and one that copies makes every sampled token likelier, so that the mean can be negative
+    where the KL is large.
     """
-    spans = [(len(e.prompt_ids) + args.skip_first, len(e.student_ids)) for e in examples]
-    shifts = [len(e.teacher_ids) - len(e.student_ids) for e in examples]  # the second copy's distance from the first
-    student_h = predicting(hidden_states(student, [e.student_ids for e in examples]), *zip(*spans))  # [N, D]
-    with teacher.scoring() as module:
-        teacher_h = hidden_states(module, [e.teacher_ids for e in examples])
-        teacher_h = predicting(
-            teacher_h, *zip(*[(start + d, end + d) for (start, end), d in zip(spans, shifts)])
-        )  # [N, D], the SECOND copy
-    device, divergence = student_h.device, objective(args)
-    token_ids = torch.tensor([t for e in examples for t in e.response.ids[args.skip_first :]], device=device)
-    old_logprobs = torch.tensor([p for e in examples for p in e.response.logprobs[args.skip_first :]], device=device)
-    temperature = args.temperature or 1  # sampling's belongs to both distributions; at 0 there is none to speak of
+    temperature = args.temperature or 1  # both models are scored at it (greedy sampling: at 1)
 
-    def loss(student_l, teacher_l, token_ids, old_logprobs):
+    def divergence(student, teacher, token_ids):
+        """Log-probabilities [N, V] -> [N]. They are logits, too: what the objectives take."""
+        if args.objective == "full_logits":
+            return losses.divergence(student, teacher, args.alpha)
+        if args.objective == "topk_logits":
+            return losses.topk_logits(student, teacher, args.topk, args.alpha, not args.no_tail)
+        if args.objective == "mixed_kl":
+            return losses.mixed_kl(student, teacher, args.alpha, args.topk)
+        return losses.sampled_token(student, teacher, token_ids)
+
+    def loss(student_logits, teacher_logits, token_ids, old_logprobs):
+        student = losses.log_softmax(student_logits / temperature)
+        teacher = losses.log_softmax(teacher_logits / temperature)
+        value = kl = divergence(student, teacher, token_ids)
         with torch.no_grad():
-            teacher_l = teacher_l / temperature
-            log_pi, log_pi_bar = token_logprobs(student_l / temperature, token_ids), token_logprobs(teacher_l, token_ids)
-        value = kl = divergence(student_l / temperature, teacher_l, token_ids)
-        if (args.objective, args.alpha) != ("full_logits", 1):
-            kl = losses.full_logits(student_l.detach() / temperature, teacher_l)
+            entropy = losses.entropy(student)
+            log_pi = student.gather(-1, token_ids[:, None])[:, 0]
+            log_ratio = log_pi - teacher.gather(-1, token_ids[:, None])[:, 0]
+            if (args.objective, args.alpha) != ("full_logits", 1):
+                kl = losses.divergence(student, teacher, 1)
         if args.importance_cap:
-            value = value * importance_weight(log_pi, old_logprobs, args.importance_cap)
-        return torch.stack([value, kl, log_pi - log_pi_bar], dim=-1)
+            value = value * losses.importance_weight(log_pi, old_logprobs, args.importance_cap)
+        return torch.stack([value, kl.detach(), log_ratio, entropy], dim=-1)
 
+    return loss
+
+
+def distill(
+    student: torch.nn.Module,
+    teacher: Teacher,
+    student_layer: OutputLayer,
+    teacher_layer: OutputLayer,
+    examples: list[Example],
+    args: Namespace,
+    divisor: int,
+) -> dict[str, torch.Tensor]:
+    """Add the gradient of README (4) of some examples, divided by `divisor`, to the student's.
+
+    One forward pass of each model; *_layer are their output layers. Returns values per token, [N]
+    each, in the examples' order: "loss", "kl", "log_ratio" and "entropy" of `make_loss`, "reward",
+    and "position" (t, from 0).
+    """
+    # Both models score the last ids of what they read: for the student y, for the teacher the
+    # second copy of y. Position t-1 predicts token t in both sequences.
+    counts = [len(e.response.ids) - args.skip_first for e in examples]
+    student_hidden = predicting_last(student, [e.student_ids for e in examples], counts)  # [N, D]
+    with teacher.scoring() as module:
+        teacher_hidden = predicting_last(module, [e.teacher_ids for e in examples], counts)
+
+    token_ids, old_logprobs, rewards, positions = [], [], [], []
+    for example, n in zip(examples, counts):
+        token_ids += example.response.ids[args.skip_first :]
+        old_logprobs += example.response.logprobs[args.skip_first :]
+        rewards += [example.reward] * n
+        positions += range(args.skip_first, args.skip_first + n)
+    device = student_hidden.device
     columns = backward_by_chunks(
-        loss, student_layer, student_h, token_ids, old_logprobs, divisor=divisor, teacher=(teacher_layer, teacher_h)
+        make_loss(args),
+        student_layer,
+        student_hidden,
+        torch.tensor(token_ids, device=device),
+        torch.tensor(old_logprobs, device=device),
+        divisor=divisor,
+        teacher=(teacher_layer, teacher_hidden),
     )
-    counts = [end - start for start, end in spans]
-    return {
-        "loss": columns[:, 0],
-        "kl": columns[:, 1],
-        "log_ratio": columns[:, 2],
-        "reward": torch.tensor([e.reward for e, n in zip(examples, counts) for _ in range(n)], device=device),
-        "position": torch.tensor([args.skip_first + i for n in counts for i in range(n)], device=device),
-    }
+    values = dict(zip(("loss", "kl", "log_ratio", "entropy"), columns.unbind(-1)))
+    values["reward"] = torch.tensor(rewards, device=device)
+    values["position"] = torch.tensor(positions, device=device)
+    return values
 
 
-def distill_step(student, teacher, student_layer, teacher_layer, examples: list[Example], args) -> dict:
-    """Add the gradient of the mean of (4) over all response tokens of this optimizer step to the student's; returns its metrics.
+def distill_step(
+    student: torch.nn.Module,
+    teacher: Teacher,
+    student_layer: OutputLayer,
+    teacher_layer: OutputLayer,
+    examples: list[Example],
+    args: Namespace,
+) -> dict:
+    """Add the gradient of the mean of README (4) over all response tokens of this optimizer step.
 
-    The divisor is counted before the micro-batches, so that cutting the step differently changes nothing. Without a single token the
-    loss is 0 and the gradient is left alone.
+    The divisor is counted before the micro-batches, so that cutting the step differently changes
+    nothing. Without a single token the loss is 0 and the gradient is left alone. Returns metrics.
+    Raises FloatingPointError when the loss is not finite.
     """
     examples = [e for e in examples if len(e.response.ids) > args.skip_first]
     divisor = sum(len(e.response.ids) - args.skip_first for e in examples)
+    lengths = [len(e.teacher_ids) for e in examples]
     parts = []
-    for group in tqdm(
-        micro_batches([len(e.teacher_ids) for e in examples], args.micro_tokens), desc="training", delay=2, leave=False, disable=None
-    ):
-        parts.append(distill(student, teacher, student_layer, teacher_layer, [examples[i] for i in group], args, divisor))
+    for group in progress(micro_batches(lengths, args.micro_tokens), "training"):
+        chosen = [examples[i] for i in group]
+        parts.append(distill(student, teacher, student_layer, teacher_layer, chosen, args, divisor))
     if not parts:
-        return {"loss": 0.0, "kl": None, "log_ratio": None, "loss_tokens": 0}
-    whole = {name: torch.cat([p[name] for p in parts]) for name in parts[0]}
+        return {"loss": 0.0, "kl": None, "log_ratio": None, "entropy": None, "loss_tokens": 0}
+    whole = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    loss = whole["loss"].sum().item() / divisor
+    if not math.isfinite(loss):
+        raise FloatingPointError(f"the loss is {loss}")
 
-    def mean(mask):
+    def mean_kl(mask):
         return whole["kl"][mask].mean().item() if mask.any() else None
 
-    edges = (0, *POSITIONS, math.inf)
+    by_position, edges = {}, (0, *POSITIONS, math.inf)
+    for low, high in zip(edges, edges[1:]):
+        by_position[low] = mean_kl((whole["position"] >= low) & (whole["position"] < high))
     return {
-        "loss": finite(whole["loss"].sum().item() / divisor),
+        "loss": loss,
         "kl": whole["kl"].mean().item(),
         "log_ratio": whole["log_ratio"].mean().item(),
-        "kl_right": mean(whole["reward"] == 1),
-        "kl_wrong": mean(whole["reward"] == 0),
-        "kl_from_position": {a: mean((whole["position"] >= a) & (whole["position"] < b)) for a, b in zip(edges, edges[1:])},
+        "entropy": whole["entropy"].mean().item(),
+        "kl_right": mean_kl(whole["reward"] == 1),
+        "kl_wrong": mean_kl(whole["reward"] == 0),
+        "kl_from_position": by_position,
         "loss_tokens": divisor,
     }
 
 
-def parse_arguments(argv=None):
-    parser = Parser("Stage 2 of SD-Zero, on-policy self-distillation: sample, verify, score with the reviser, learn. "
-                    "Defaults are the paper's where it has one.")  # fmt: skip
-    add = parser.add_argument
-    add_arguments(parser, max_new_tokens=8192, temperature=1.0, problems="all that stage 1 and the evaluation left", batch_size=128,
-                  lr_schedule="constant", warmup=20, weight_decay=0.01, betas=(0.9, 0.999), output="runs/sdzero")  # fmt: skip
-    add("--epochs", type=int, default=1, help="passes over the problems, each with fresh responses")
-    add("--objective", choices=["full_logits", "topk_logits", "sampled_token", "mixed_kl"], default="full_logits",
-        help="D of (4); mixed_kl is the authors' code's")  # fmt: skip
-    add("--alpha", type=float, help="full_logits, topk_logits: 1 reverse KL, 0 forward KL, between them the generalised Jensen-Shannon "
-        "divergence, which goes to 0 at both ends: 0.999 is not almost 1 (default: 1); mixed_kl: weight of the forward KL (default: 0.5)")  # fmt: skip
-    add("--topk", type=int, help="tokens of topk_logits (the student's) and of mixed_kl (the teacher's) (default: 64; mixed_kl: all)")
-    add("--no-tail", action="store_true", help="topk_logits: renormalise on the k tokens instead of keeping the rest as one bucket")
-    add("--skip-first", type=int, default=0, help="leave the first n tokens of every response out of the loss")
-    add("--drop-truncated", action="store_true", help="leave responses that hit the length limit out of the loss")
-    add("--passes", type=int, default=1, help="optimizer steps on each batch of responses")
-    add("--importance-cap", type=float, help="weight each token by min(pi / pi_old, this), METHOD.md (6) (default: no weight)")
-    add("--teacher", choices=["base", "live", "ema"], default="base",
-        help="frozen stage-1 weights; the student's own; or their moving average")  # fmt: skip
-    add("--teacher-rate", type=float, help="ema: teacher <- (1 - rate) teacher + rate student; 1 copies (default: 0.05)")
-    add("--teacher-interval", type=int, help="ema: optimizer steps between updates (default: 1)")
+def parse_arguments(argv: list[str] | None = None) -> Namespace:
+    parser = make_parser(
+        "Stage 2 of SD-Zero: sample, verify, score with the reviser, learn.",
+        FLAGS,
+        problems="all that stage 1 and the evaluation left",
+        output=Path("runs/sdzero"),
+    )
     args = parser.parse_args(argv)
-    check_arguments(args)
-    if min(args.epochs, args.passes) < 1 or args.skip_first < 0 or (args.topk or 1) < 1 or (args.importance_cap or 1) <= 0:
-        raise BadInput("--epochs, --passes, --topk and --importance-cap must be positive, --skip-first not negative")
+    check_flags(args)
     if args.objective == "sampled_token" and (args.alpha is not None or args.topk):
-        raise BadInput("--objective sampled_token has neither --alpha nor --topk")
-    if args.objective != "topk_logits" and args.no_tail or args.objective == "full_logits" and args.topk:
-        raise BadInput("--no-tail belongs to --objective topk_logits, --topk to topk_logits and mixed_kl")
-    if args.teacher != "ema" and (args.teacher_rate is not None or args.teacher_interval is not None):
-        raise BadInput(f"--teacher {args.teacher} has neither --teacher-rate nor --teacher-interval: --teacher ema has")
+        fail("--objective sampled_token has neither --alpha nor --topk")
+    if args.no_tail and args.objective != "topk_logits":
+        fail("--no-tail belongs to --objective topk_logits")
+    if args.topk and args.objective == "full_logits":
+        fail("--topk belongs to --objective topk_logits and mixed_kl")
+    if args.topk == 1 and (args.no_tail or args.objective == "mixed_kl"):
+        fail("--topk 1 without a tail: one token has probability 1 on both sides, the loss is 0")
+    if args.teacher != "ema" and (args.teacher_rate or args.teacher_interval):
+        fail(f"--teacher {args.teacher} has no --teacher-rate or --teacher-interval: ema has")
     if args.alpha is None:
         args.alpha = 0.5 if args.objective == "mixed_kl" else 1.0
+    if args.alpha > 1:
+        fail("--alpha must be at most 1")
     if args.topk is None and args.objective == "topk_logits":
         args.topk = 64
-    args.teacher_rate, args.teacher_interval = args.teacher_rate or 0.05, args.teacher_interval or 1
-    if not 0 <= args.alpha <= 1 or not 0 < args.teacher_rate <= 1 or args.teacher_interval < 1:
-        raise BadInput("--alpha must lie in [0, 1], --teacher-rate in (0, 1], --teacher-interval must be positive")
+    args.teacher_rate = args.teacher_rate or 0.05
+    args.teacher_interval = args.teacher_interval or 1
     return args
 
 
-def main(argv=None):
+def main(argv: list[str] | None = None) -> None:
+    # set-up: the student, its frozen or moving teacher, the optimizer; a checkpoint if there is one
     args = parse_arguments(argv)
-    stage_1 = inherit_prompt(args)
-    verify = load_verifier(args.verifier)
-    lm = load_lm(args)
-    used = stage_1["problems"] if stage_1 else []
-    problems, held_out, counts = split_problems(lm, args, set(used), args.problems or sys.maxsize)
-    if args.eval_only:
-        print(json.dumps(evaluate(lm, args, verify, held_out, 0), indent=1))
-        return
-    srt = {"prompt": {name: getattr(args, name) for name in PROMPT_DEFAULTS}, "problems": used}
-    run = Run(args, srt, {"eos_ids": sorted(lm.eos_ids), "vocab_size": lm.vocab_size, "context": lm.context, "counts": counts})
-    if (args.output / "config.json").exists():
-        print(f"{args.output} is complete")
-        return
-    print(f"problems: {json.dumps(counts)}")
-    report_memory(lm, args, problems, args.teacher)
-    if not stage_1:
-        print(
-            f"warning: {args.model} has no srt.json, so stage 1 did not make it: without a reviser stage 2 gains almost nothing",
-            file=sys.stderr,
-        )
+    task = setup(args)
+    lm, student = task.lm, task.lm.model
+    if not task.saved["problems"]:
+        warn(f"{args.model} does not come from stage 1: without a reviser little is gained")
     if args.top_p < 1 or args.temperature == 0:
-        print(
-            "warning: the loss is an expectation over the model's own distribution: --top-p 1 and a --temperature above 0 sample it",
-            file=sys.stderr,
-        )
-
-    # load: the student, its frozen or moving teacher, the optimizer; a checkpoint if there is one
-    student, teacher = lm.model, Teacher(lm.model, args.teacher, args.teacher_rate, args.teacher_interval)
-    optimizer, state = Optimizer(student, args), run.restore(lm)
-    if state:
-        optimizer.load_state_dict(state["optimizer"])
-        teacher.load_state_dict(state["teacher"])
-    else:
-        run.rewind(0)
+        warn("the loss is an expectation over the model's own distribution: --top-p 1 samples it")
+    task.trained_on([p.key for p in task.problems])
+    run = Run(args, task)
+    if run.complete:
+        return
+    teacher = Teacher(student, args.teacher, args.teacher_rate, args.teacher_interval)
+    optimizer = Optimizer(student, BETAS, WEIGHT_DECAY)
+    done = run.restore(optimizer=optimizer, teacher=teacher)
     if args.gradient_checkpointing:
         checkpoint_layers(student)
-    student_layer, teacher_layer = OutputLayer(student, lm.vocab_size), OutputLayer(teacher.module, lm.vocab_size)
-    phrases = [lm.phrase_ids(args.phrase_wrong), lm.phrase_ids(args.phrase_right)]
-    batches = []
+    layers = OutputLayer(student, lm.vocab_size), OutputLayer(teacher.module, lm.vocab_size)
+    phrases, batches, order = lm.phrases(args), [], task.problems
     for epoch in range(args.epochs):
-        random.Random(seed_of(args.seed, "order", epoch)).shuffle(problems)
-        batches += [problems[i : i + args.batch_size] for i in range(0, len(problems), args.batch_size)]
+        random.Random(seed_of(args.seed, "order", epoch)).shuffle(order)
+        batches += [order[i : i + args.batch_size] for i in range(0, len(order), args.batch_size)]
     total = len(batches) * args.passes
+    run.evaluate(0)
     student.train()
-    if held_out and not state:
-        run.log("eval", 0, evaluate(lm, args, verify, held_out, 0))
 
-    for step in range(state["step"] + 1 if state else 1, total + 1, args.passes):  # checkpoints lie between batches
-        started, batch = time.time(), batches[(step - 1) // args.passes]
-        torch.manual_seed(seed_of(args.seed, "dropout", step))
+    for batch_index in range(done // args.passes, len(batches)):
+        started, batch = time.time(), batches[batch_index]
+        first_step = batch_index * args.passes + 1
+        torch.manual_seed(seed_of(args.seed, "dropout", first_step))
 
-        # sample y ~ pi(. | x), verify: r
-        responses = sample(lm, args, [p.prompt_ids for p in batch], ("responses", step), args.temperature, args.top_p, "responses")
-        rewards = verify([lm.text(y.ids) for y in responses], [p.answer for p in batch])
+        # the student answers, the verifier gives its bit
+        responses, rewards = sample_and_verify(task, args, batch, ("responses", first_step))
 
         # what the teacher reads, x + y + P_r + y, must fit the context whole
-        examples = [Example(p.prompt_ids, y, r, phrases[r]) for p, y, r in zip(batch, responses, rewards)]
-        fitting = [e for e in examples if len(e.teacher_ids) <= lm.context]
-        scored = [e for e in fitting if e.response.finished or not args.drop_truncated]
+        examples = []
+        for problem, y, r in zip(batch, responses, rewards):
+            example = Example(problem.prompt_ids, y, r, phrases[r])
+            kept = y.finished or not args.drop_truncated
+            if kept and len(example.teacher_ids) <= lm.context:
+                examples.append(example)
 
-        # score, loss, step
-        for step in range(step, step + args.passes):
-            metrics = distill_step(student, teacher, student_layer, teacher_layer, scored, args)
+        # score, one step towards the teacher (more with --passes), then the teacher's own
+        sampled = {
+            "reward": sum(rewards) / len(batch),
+            "length": sum(len(y.ids) for y in responses) / len(batch),
+            "cut_off": sum(not y.finished for y in responses) / len(batch),
+            "dropped": len(batch) - len(examples),
+        }
+        if batch_index % SHOW_EVERY == 0:
+            sampled["sample"] = shown(lm, batch[0], responses[0], rewards[0])
+        for step in range(first_step, first_step + args.passes):
+            metrics = distill_step(student, teacher, *layers, examples, args)
             lr = learning_rate(args, step, total)
             norm = optimizer.step(lr)
             teacher.update(step)
             seconds = time.time() - started
-            run.log("train", step, {
-                **metrics, "reward": sum(rewards) / len(batch), "length": sum(len(y.ids) for y in responses) / len(batch),
-                "cut_off": sum(not y.finished for y in responses) / len(batch), "dropped": len(batch) - len(scored),
-                "grad_norm": norm, "lr": lr, "tokens_per_s": sum(len(y.ids) for y in responses) / seconds, "seconds": seconds,
-            })  # fmt: skip
+            metrics.update(sampled, grad_norm=norm, lr=lr, seconds=seconds)
+            metrics["tokens_per_s"] = sum(len(y.ids) for y in responses) / seconds
+            run.log("train", step, metrics)
             started = time.time()
-        if held_out and (step // args.eval_every > (step - args.passes) // args.eval_every or step == total):
-            run.log("eval", step, evaluate(lm, args, verify, held_out, step))
-        if step // args.save_every > (step - args.passes) // args.save_every and step < total:
-            run.checkpoint(lm, step, {"optimizer": optimizer.state_dict(), "teacher": teacher.state_dict()})
-    run.finish(lm)
+        run.end_step(step, total, args.passes)
+    run.finish()
 
 
 if __name__ == "__main__":

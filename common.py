@@ -1,0 +1,1166 @@
+"""What srt.py and sdzero.py share: all that is not the method.
+
+In the order of a run: flags, model, problems, verifier, sampling, evaluation, memory, optimizer,
+and the run's folder with its log and checkpoints. The two scripts import this file and never each
+other; `setup` and `Run` are where they enter it.
+
+What a user can mend ends in `fail`: one line on stderr and exit code 2.
+"""
+
+import argparse
+import hashlib
+import importlib
+import json
+import math
+import os
+import random
+import re
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+import numpy as np
+import torch
+import transformers
+from tqdm import tqdm
+
+import verifier
+from losses import CHUNK, OutputLayer
+from rollout import Rollout, cache_bytes_per_token, check_supported, generate
+
+try:
+    import fcntl  # the lock of a run's folder; Windows has none, and runs there go unlocked
+except ImportError:
+    fcntl = None
+
+# P_r by r, the paper's own. A stage-1 model is saved with its phrases, and stage 2 must use them.
+PHRASES = (
+    "Wait, this response is not correct, let me start over.",
+    "Let me rephrase the above solution.",
+)
+# What a prompt is made of: saved with the model, so that a later stage asks as this one did.
+PROMPT_DEFAULTS = {
+    "prompt_suffix": "",
+    "prompt_template": "",
+    "template_kwargs": {},
+    "phrase_wrong": PHRASES[0],
+    "phrase_right": PHRASES[1],
+}
+# What --resume may change: none of it changes what the run computes, except the two that are noted
+# in the log. Model and data may have been moved: they are compared by content.
+PLACES = {"model", "dataset", "eval_dataset", "traces", "output", "device", "resume"}
+FREE = {"micro_tokens", "gradient_checkpointing", "save_every", "eval_every"} | PLACES
+NOTED = {"slots", "lr"}
+DATA_FILES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+MAX_SLOTS = 64  # more sequences at once hardly decode faster
+SHOW_EVERY = 10  # optimizer steps between two responses shown in the log
+
+
+def fail(message: str, code: int = 2) -> NoReturn:
+    """End the program with one line on stderr. Code 2: the user's to mend; 1: the run broke."""
+    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+    raise SystemExit(code)
+
+
+def warn(message: str) -> None:
+    print(f"warning: {message}", file=sys.stderr, flush=True)
+
+
+def last_cause(error: BaseException) -> str:
+    """The first line of the innermost exception: libraries wrap the one that says what is wrong."""
+    while error.__cause__ or error.__context__:
+        error = error.__cause__ or error.__context__
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def progress(items: Iterable, label: str, **settings) -> tqdm:
+    """A bar on a terminal, once it takes more than two seconds; nothing in a log file."""
+    return tqdm(items, desc=label, delay=2, leave=False, disable=None, **settings)
+
+
+def entry(main: Callable) -> None:
+    """Call main(); turn what a user can mend into one line on stderr and an exit code."""
+    if not sys.stderr.isatty():
+        transformers.utils.logging.disable_progress_bar()
+    try:
+        main()
+    except FloatingPointError as error:
+        fail(f"{error}; the last checkpoint is kept: --resume with a lower --lr goes on from it", 1)
+    except torch.OutOfMemoryError:
+        fail(
+            "out of memory: --resume with lower --slots (sampling) or --micro-tokens (training)", 1
+        )
+    except KeyboardInterrupt:
+        if "--eval-only" in sys.argv:
+            fail("interrupted", 130)
+        fail("interrupted; the same command with --resume goes on from the last checkpoint", 130)
+
+
+# ------------------------------------------------------------------------------------------ flags
+
+
+def number(kind: type, low: float, high: float = math.inf, above: bool = False) -> Callable:
+    """An argparse type: a finite number from `low` (or `above` it) to `high`."""
+
+    def parse(text: str):
+        value = kind(text)
+        if not (low < value if above else low <= value) or not value <= high or value == math.inf:
+            least = f"{'above' if above else 'at least'} {low}"
+            most = "" if high == math.inf else f" and at most {high}"
+            raise argparse.ArgumentTypeError(f"must be {least}{most}, not {text}")
+        return value
+
+    parse.__name__ = kind.__name__  # argparse names it in "invalid int value"
+    return parse
+
+
+def json_object(text: str) -> dict:
+    value = json.loads(text)
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError("must be a JSON object")
+    return value
+
+
+count, natural = number(int, 1), number(int, 0)
+positive, at_least_0 = number(float, 0, above=True), number(float, 0)
+share = number(float, 0, 1, above=True)
+
+
+# name, kind (a list: a choice; bool: a switch), default, help, in the order of a run. A script may
+# have other defaults: see `make_parser`.
+REQUIRED = object()
+INHERITED = "(default: what the model was trained with, else"
+FLAGS = [
+    ("model", str, REQUIRED, "hub name, or a transformers folder"),
+    ("dataset", str, REQUIRED, "FILE (.jsonl .json .csv .parquet), or NAME[:CONFIG][@SPLIT]"),
+    ("problem-column", str, None, "(default: problem, question or prompt, whichever is there)"),
+    ("answer-column", str, None, "gold answers, or tests (default: answer, solution or tests)"),
+    ("problems", count, None, "how many to train on (default: {problems})"),
+    ("prompt-suffix", str, None, f"text after every problem {INHERITED} none)"),
+    ("prompt-template", str, None, f"text with {{problem}}, no chat template {INHERITED} none)"),
+    ("template-kwargs", json_object, None, "of the chat template: '{\"enable_thinking\": false}'"),
+    ("phrase-wrong", str, None, f"P_0, after a wrong response {INHERITED} {PHRASES[0]!r})"),
+    ("phrase-right", str, None, f"P_1, after a right response {INHERITED} {PHRASES[1]!r})"),
+    ("stop-tokens", str.split, "", "tokens that end responses, besides the model's own EOS"),
+    ("force", bool, False, "allow another prompt or phrase than the model was trained with"),
+    ("verifier", str, "math", "math, code, or MODULE:FUNCTION(response, answer)"),
+    ("max-new-tokens", count, 8192, "limit of one response"),
+    ("temperature", at_least_0, 1.0, "of training samples"),
+    ("top-p", share, 1.0, "nucleus of training samples; 1 is off"),
+    ("slots", count, None, f"sequences decoded at once (default: what fits, at most {MAX_SLOTS})"),
+    ("batch-size", count, 128, "problems (stage 1: traces) per optimizer step"),
+    ("lr", positive, 5e-6, "peak learning rate"),
+    ("lr-schedule", ["cosine", "constant"], "constant", "after the warm-up; cosine ends at 0"),
+    ("warmup", at_least_0, 20.0, "linear: steps, or below 1 a share of all steps"),
+    ("micro-tokens", count, 16384, "tokens per forward pass: changes memory, not results"),
+    ("gradient-checkpointing", bool, False, "store only layers' inputs, recompute the rest"),
+    ("eval-dataset", str, None, "held-out problems (default: some of --dataset, always the same)"),
+    ("eval-problems", natural, 128, "how many are held out; 0 is off"),
+    ("eval-samples", count, 8, "k: attempts per problem, and one revision of each"),
+    ("eval-temperature", at_least_0, 0.7, "of the evaluation's samples"),
+    ("eval-every", count, 100, "steps between evaluations"),
+    ("eval-only", bool, False, "evaluate --model, print JSON, write nothing"),
+    ("seed", int, 0, "of sampling and of the order of the data"),
+    ("device", str, "cuda" if torch.cuda.is_available() else "cpu", "a torch device"),
+    ("dtype", ["auto", "float32", "bfloat16"], "auto", "of the weights; auto: what the GPU has"),
+    ("output", Path, Path("runs/out"), "an empty folder, for the model and the run"),
+    ("save-every", count, 100, "steps between checkpoints; the last one is kept"),
+    ("resume", bool, False, "go on with the run in --output; repeat its flags"),
+]
+
+
+def make_parser(description: str, own: list[tuple], **defaults) -> argparse.ArgumentParser:
+    """A parser of FLAGS and a script's own flags. defaults: those that differ from FLAGS'."""
+    parser = argparse.ArgumentParser(
+        description=description,
+        usage="%(prog)s --model MODEL --dataset DATASET [flags]",
+        allow_abbrev=False,
+    )
+    parser.error = fail
+    problems = defaults.pop("problems", "all")
+    for name, kind, default, text in FLAGS + own:
+        default = defaults.get(name.replace("-", "_"), default)
+        if default not in (None, False, REQUIRED, ""):
+            text += f" (default: {default})"
+        help = text.replace("{problems}", problems).replace("%", "%%")
+        if kind is bool:
+            parser.add_argument(f"--{name}", action="store_true", help=help)
+        elif isinstance(kind, list):
+            parser.add_argument(f"--{name}", choices=kind, default=default, help=help)
+        elif default is REQUIRED:
+            parser.add_argument(f"--{name}", type=kind, required=True, help=help)
+        else:
+            parser.add_argument(f"--{name}", type=kind, default=default, help=help)
+    return parser
+
+
+def check_flags(args: argparse.Namespace) -> None:
+    """Flags that contradict each other, and a place that is not free: seen before anything runs."""
+    if args.prompt_template and "{problem}" not in args.prompt_template:
+        fail("--prompt-template has no {problem} in it")
+    if args.prompt_template and args.template_kwargs:
+        fail("--prompt-template replaces the chat template: it has no --template-kwargs")
+    if args.eval_only and (args.resume or not args.eval_problems):
+        fail("--eval-only contradicts --resume and --eval-problems 0")
+    if args.eval_only:
+        return
+    begun = (args.output / "settings.json").exists()
+    if args.resume and not begun:
+        fail(f"{args.output} holds no run to resume")
+    if args.output.exists() and not args.output.is_dir():
+        fail(f"{args.output} is a file: name another --output")
+    # a run that was killed before it had settings leaves only these
+    ours = {".lock", "settings.json.tmp"}
+    if not args.resume and args.output.exists() and {p.name for p in args.output.iterdir()} - ours:
+        how = "go on with its run with --resume" if begun else "empty it"
+        fail(f"{args.output} already holds something: name another --output, or {how}")
+
+
+# ------------------------------------------------------------------------------------------ model
+
+
+@dataclass
+class LM:
+    """A model with what its text needs."""
+
+    model: torch.nn.Module
+    tokenizer: transformers.PreTrainedTokenizerBase
+    eos_ids: set[int]  # each of them ends a response
+    vocab_size: int  # ids from here on are not the tokenizer's: never sampled, never scored
+    context: int  # tokens of the longest sequence
+
+    def text(self, ids: list[int]) -> str:
+        """What the verifier reads. The library would tidy up "1 != 2" to "1!= 2" if it were let."""
+        return self.tokenizer.decode(
+            ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+
+    def phrase_ids(self, phrase: str) -> list[int]:
+        """P_r as its own token ids, with a blank line before and after it."""
+        return self.tokenizer(f"\n\n{phrase}\n\n", add_special_tokens=False)["input_ids"]
+
+    def phrases(self, args: argparse.Namespace) -> list[list[int]]:
+        """The ids of P_0 and P_1: index them with the verdict r."""
+        return [self.phrase_ids(args.phrase_wrong), self.phrase_ids(args.phrase_right)]
+
+
+def choose_dtype(args: argparse.Namespace) -> torch.dtype:
+    """bfloat16 where the GPU computes in it (T4 and V100 do not), fp32 elsewhere."""
+    if args.dtype != "auto":
+        return getattr(torch, args.dtype)
+    on_gpu = args.device.startswith("cuda")
+    native = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
+    if on_gpu and not native:
+        warn("this GPU has no bfloat16: the weights are float32, which takes twice the memory")
+    return torch.bfloat16 if native else torch.float32
+
+
+def load_lm(args: argparse.Namespace) -> LM:
+    """The model in --dtype on --device. Fails where it cannot be loaded, sampled from, told when
+    to stop, or saved again."""
+    looks_like_a_folder = args.model.startswith((".", "/", "~")) or args.model.count("/") != 1
+    near = Path(args.model).parent.is_dir() and "/" in args.model  # runs/typo beside runs/srt
+    if "/" in args.model and not Path(args.model).is_dir() and (looks_like_a_folder or near):
+        fail(f"no such model folder: {args.model}")
+    try:
+        torch.empty(0, device=args.device)
+        # cuDNN's attention plans anew for every shape, and ours change at every step
+        torch.backends.cuda.enable_cudnn_sdp(False)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(args.model)
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            args.model, dtype=choose_dtype(args)
+        ).to(args.device)
+        check_supported(model)
+        OutputLayer(model)
+    except (OSError, ValueError, RuntimeError, KeyError, ImportError, AssertionError) as error:
+        fail(f"cannot use the model {args.model} on {args.device}: {last_cause(error)}")
+    if not args.prompt_template and not tokenizer.chat_template:
+        fail(
+            f"{args.model} has no chat template: give --prompt-template, in bash for example "
+            "$'Question: {problem}\\nAnswer: '"
+        )
+    stops = [tokenizer.convert_tokens_to_ids(token) for token in args.stop_tokens]
+    for token, i in zip(args.stop_tokens, stops):
+        if i is None or i == tokenizer.unk_token_id:
+            fail(f"{token!r} of --stop-tokens is no token of {args.model}")
+    eos = model.generation_config.eos_token_id
+    configured = eos if isinstance(eos, list) else [eos]
+    eos_ids = {i for i in (tokenizer.eos_token_id, *configured, *stops) if i is not None}
+    if not eos_ids:
+        fail(f"{args.model} has no EOS token, so responses could not end: give --stop-tokens")
+    context = getattr(model.config, "max_position_embeddings", None)
+    if context is None:
+        fail(f"{args.model} does not say how long its context is (max_position_embeddings)")
+    keep_savable(model)
+    vocab_size = min(len(tokenizer), model.get_output_embeddings().weight.shape[0])
+    return LM(model, tokenizer, eos_ids, vocab_size, context)
+
+
+def keep_savable(model: torch.nn.Module) -> None:
+    """Replace a generation config that transformers loads but refuses to save (top_k without
+    do_sample, pad_token_id -1): found now instead of after the last step."""
+    config = model.generation_config
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            config.save_pretrained(folder)
+        except ValueError as error:
+            warn(
+                f"the generation config cannot be saved, only its EOS is kept: {last_cause(error)}"
+            )
+            model.generation_config = transformers.GenerationConfig(
+                eos_token_id=config.eos_token_id, bos_token_id=config.bos_token_id
+            )
+
+
+def inherit_prompt(args: argparse.Namespace) -> dict:
+    """Fill the prompt's flags that were not given from the srt.json beside the model.
+
+    Returns srt.json's content: "prompt" (the flags, and the date that chat templates show),
+    "problems" (keys of those that stage 1 used and stage 2 leaves out) and "trained" (keys of all
+    that this model or an ancestor was trained on). Of a model without one all are empty. Fails when
+    a flag contradicts it, unless --force is given.
+    """
+    try:
+        path = transformers.utils.cached_file(
+            args.model,
+            "srt.json",
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+    except OSError:  # no such model: load_lm says so
+        path = None
+    saved = json.loads(Path(path).read_text()) if path else {}
+    prompt = saved.get("prompt", {})
+    for name, default in PROMPT_DEFAULTS.items():
+        given = getattr(args, name)
+        if given is None:
+            setattr(args, name, prompt.get(name, default))
+        elif prompt and given != prompt[name] and not args.force:
+            fail(
+                f"--{name.replace('_', '-')} is {given!r}, but {args.model} was trained with "
+                f"{prompt[name]!r}: drop the flag, or add --force"
+            )
+    # a template that shows today's date would ask otherwise tomorrow: the first stage's date stays
+    args.date = prompt.get("date", time.strftime("%Y-%m-%d"))
+    if args.resume:
+        args.date = json.loads((args.output / "settings.json").read_text())["flags"]["date"]
+    return {"prompt": prompt, "problems": [], "trained": [], **saved}
+
+
+# --------------------------------------------------------------------------------------- problems
+
+
+@dataclass
+class Problem:
+    """One problem; `answer` is the gold answer, or a list of tests for code."""
+
+    text: str
+    answer: object
+    prompt_ids: list[int]  # x, up to where the assistant begins to write
+
+    @property
+    def key(self) -> str:
+        return key_of(self.text)
+
+
+def key_of(text: str) -> str:
+    """A problem's identity: a hash of its words. Blanks do not make another problem."""
+    return hashlib.sha256(" ".join(text.split()).encode()).hexdigest()[:16]
+
+
+def render(lm: LM, problem: str, args: argparse.Namespace) -> list[int]:
+    """prompt_ids of a problem: only the user's side, up to where the assistant begins to write.
+
+    What the assistant writes is appended as ids and never rendered: some templates would insert an
+    empty think block, or strip the blank lines at its end.
+    """
+    text = problem + args.prompt_suffix
+    if args.prompt_template:
+        text = args.prompt_template.replace("{problem}", text)
+        ids = lm.tokenizer(text, add_special_tokens=False)["input_ids"]
+        # the tokenizer may want a BOS; an EOS, which some add as well, would end the prompt
+        bos = lm.tokenizer.bos_token_id
+        wanted = bos is not None and bos in lm.tokenizer("")["input_ids"]
+        return [bos] + ids if wanted and ids[:1] != [bos] else ids
+    day = time.strptime(args.date, "%Y-%m-%d")
+    try:
+        return lm.tokenizer.apply_chat_template(
+            [{"role": "user", "content": text}],
+            add_generation_prompt=True,
+            return_dict=True,
+            strftime_now=lambda style: time.strftime(style, day),
+            **args.template_kwargs,
+        )["input_ids"]
+    except Exception as error:  # a template may raise what it likes
+        fail(f"the chat template does not take this prompt: {last_cause(error)}")
+
+
+def load_rows(name: str, default_split: str):
+    """The rows of a data set: a file, or NAME[:CONFIG][@SPLIT] of a folder or the hub."""
+    import datasets  # here, so that all the rest runs where it is not installed
+
+    datasets.utils.logging.set_verbosity(50)  # what it logs as an error it also raises
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+    path = Path(name)
+    if path.is_file() or path.suffix in DATA_FILES:
+        if not path.is_file():
+            fail(f"no such data file: {name}")
+        if path.suffix not in DATA_FILES:
+            fail(f"{name} is no data file of a known form: {', '.join(DATA_FILES)}")
+        if not path.stat().st_size:
+            fail(f"the data set {name} is empty")
+        source = {"path": DATA_FILES[path.suffix], "data_files": str(path), "split": "train"}
+    else:
+        rest, _, split = name.partition("@")
+        rest, _, config = rest.partition(":") if not Path(rest).exists() else (rest, "", "")
+        if rest.startswith((".", "/")) and not Path(rest).exists():
+            fail(f"no such data set folder: {rest}")
+        source = {"path": rest, "name": config or None, "split": split or default_split}
+    try:
+        rows = datasets.load_dataset(**source)
+    except Exception as error:  # each builder has its own exceptions
+        fail(f"cannot load the data set {name}: {last_cause(error)}")
+    if not len(rows):
+        fail(f"the data set {name} is empty")
+    return rows
+
+
+def checked_answer(answer: object, verifier_name: str) -> object:
+    """A gold answer in the form that its verifier takes; ValueError or TypeError for another."""
+    if verifier_name == "math":
+        if isinstance(answer, bool) or not isinstance(answer, str | int | float):
+            raise TypeError(f"a gold answer is text or a number, not {answer!r}")
+        return str(answer)
+    if verifier_name == "code":
+        tests = json.loads(answer) if isinstance(answer, str) else answer
+        verifier.check_tests(tests)
+        return tests
+    json.dumps(answer)  # traces are saved as JSON
+    return answer
+
+
+def load_problems(
+    args: argparse.Namespace, name: str, default_split: str = "train"
+) -> tuple[list[tuple[str, object]], dict]:
+    """(text, answer) of the distinct problems of a data set, and counts of what was left out."""
+    rows = load_rows(name, default_split)
+
+    def column(given: str | None, usual: tuple[str, ...], flag: str):
+        for candidate in [given] if given else usual:
+            if candidate in rows.column_names:
+                return rows[candidate]
+        wanted, there = given or " or ".join(usual), ", ".join(rows.column_names)
+        fail(f"{name} has no column {wanted}; it has {there}: give {flag}")
+
+    texts = column(args.problem_column, ("problem", "question", "prompt"), "--problem-column")
+    answers = column(args.answer_column, ("answer", "solution", "tests"), "--answer-column")
+    problems, counts = {}, {"rows": len(rows), "incomplete": 0, "duplicates": 0}
+    for i, (text, answer) in enumerate(zip(texts, answers), 1):
+        if not isinstance(text, str) or not text.strip() or answer in (None, "", []):
+            counts["incomplete"] += 1
+        elif key_of(text) in problems:
+            counts["duplicates"] += 1
+        else:
+            try:
+                problems[key_of(text)] = text, checked_answer(answer, args.verifier)
+            except (TypeError, ValueError, SyntaxError) as error:
+                fail(f"row {i} of {name}, for --verifier {args.verifier}: {last_cause(error)}")
+    if not problems:
+        fail(f"all {len(rows)} rows of {name} are incomplete: no problem, or no answer")
+    return list(problems.values()), counts
+
+
+def split_problems(
+    lm: LM, args: argparse.Namespace, saved: dict, half: bool
+) -> tuple[list[Problem], list[Problem], dict]:
+    """(training problems, held-out problems, counts).
+
+    Held out are the first --eval-problems by a hash of the text, before anything is dropped: the
+    same ones in every run, whatever its seed and lengths. None of them is ever trained on, and one
+    that the model has been trained on is not evaluated. half: train on half of the rest, at most
+    10,000, where --problems does not say how many (the paper's split).
+    """
+    rest, counts = load_problems(args, args.dataset)
+    candidates = rest
+    if args.eval_dataset:
+        candidates, more = load_problems(args, args.eval_dataset, "test")
+        counts.update({f"eval_{name}": n for name, n in more.items() if n})
+
+    def by_key(rows):
+        return sorted(rows, key=lambda row: key_of(row[0]))
+
+    def fitting(rows, name):
+        """Never cut: a problem without its beginning is another problem."""
+        problems = []
+        for text, answer in progress(rows, "tokenizing"):
+            problem = Problem(text, answer, render(lm, text, args))
+            if len(problem.prompt_ids) + args.max_new_tokens <= lm.context:
+                problems.append(problem)
+        counts[name] = len(rows) - len(problems)
+        return problems
+
+    candidates = by_key(candidates)[: args.eval_problems]
+    kept_apart = {key_of(text) for text, _ in candidates}
+    trained = set(saved["trained"])
+    unseen = [row for row in candidates if key_of(row[0]) not in trained]
+    if len(unseen) < len(candidates):
+        seen = len(candidates) - len(unseen)
+        counts["eval_trained_on"] = seen
+        warn(
+            f"{seen} of {len(candidates)} held-out problems are left out: {args.model} was "
+            "trained on them"
+        )
+    held_out = fitting(unseen, "eval_too_long")
+    used = kept_apart | set(saved["problems"])
+    problems = fitting([row for row in by_key(rest) if key_of(row[0]) not in used], "too_long")
+    random.Random(seed_of(args.seed, "problems")).shuffle(problems)
+    if args.problems:
+        problems = problems[: args.problems]
+    elif half:
+        problems = problems[: min((len(problems) + 1) // 2, 10_000)]
+    counts.update(held_out=len(held_out), training=len(problems))
+    wanted, kind = (held_out, "evaluate") if args.eval_only else (problems, "train on")
+    if not wanted:
+        fail(
+            f"no problem is left to {kind}: {len(kept_apart)} are held out (--eval-problems), "
+            f"{len(saved['problems'])} were used by stage 1, of {json.dumps(counts)}; a prompt "
+            f"and --max-new-tokens {args.max_new_tokens} must fit {lm.context} tokens"
+        )
+    return problems, held_out, counts
+
+
+def load_verifier(name: str) -> Callable[[list[str], list], list[int]]:
+    """verify_all(responses, answers) -> r in {0, 1} for each."""
+    if name == "math":
+        verify = verifier.verify
+    elif name == "code":
+        verify = verifier.verify_code
+    else:
+        try:
+            sys.path.insert(0, os.getcwd())
+            module, function = name.split(":")
+            verify = getattr(importlib.import_module(module), function)
+        except (ValueError, ImportError, AttributeError) as error:
+            fail(
+                f"--verifier {name} is neither math nor code nor a module:function that can be "
+                f"imported: {last_cause(error)}"
+            )
+
+    def verify_all(responses: list[str], answers: list) -> list[int]:
+        if name != "code":
+            return [int(bool(verify(y, a))) for y, a in zip(responses, answers)]
+        # code runs in other processes: as many at once as there are cores
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            verdicts = pool.map(verify, responses, answers)
+            return [int(v) for v in progress(verdicts, "verifying", total=len(responses))]
+
+    return verify_all
+
+
+# ----------------------------------------------------------------------------- sampling, evaluation
+
+
+def seed_of(*parts) -> int:
+    """Every random number of a run comes from (seed, purpose, step): there is no random state that
+    a checkpoint could miss."""
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 1
+
+
+def sample_all(
+    lm: LM,
+    args: argparse.Namespace,
+    prompts: list[list[int]],
+    purpose: tuple,
+    temperature: float,
+    top_p: float = 1.0,
+    slots: int | None = None,
+) -> list[Rollout]:
+    """One response for each prompt. purpose: what they are for, and the step, for the seed."""
+    generator = torch.Generator(lm.model.device).manual_seed(seed_of(args.seed, *purpose))
+    with progress(None, f"sampling {purpose[0]}", total=len(prompts), unit="response") as bar:
+        return generate(
+            lm.model,
+            prompts,
+            max_new_tokens=args.max_new_tokens,
+            eos_token_ids=lm.eos_ids,
+            temperature=temperature,
+            top_p=top_p,
+            slots=slots or args.slots,
+            generator=generator,
+            vocab_size=lm.vocab_size,
+            progress=bar.update,
+        )
+
+
+def evaluate(
+    lm: LM, args: argparse.Namespace, verify_all: Callable, problems: list[Problem], step: int
+) -> dict:
+    """Generate-then-revise on held-out problems: k attempts each, and one revision of every
+    attempt, which is told only right or wrong.
+
+    All shares lie in [0, 1], lengths are tokens with EOS. accuracy is avg@k and accuracy_se its
+    standard error over problems; pass_at_k counts a problem that any attempt solves.
+    correction_rate = (revised - first) / (1 - first), net of right answers that the revision breaks
+    (the paper's table 3; None at accuracy 1). wrong_to_right and right_to_wrong are shares of the
+    wrong and of the right attempts. Attempts whose revision does not fit the context are not
+    revised: revision_too_long counts them, and the figures of revisions leave them out.
+    """
+    k, phrases = args.eval_samples, lm.phrases(args)
+    asked = [p for p in problems for _ in range(k)]
+    answers = [p.answer for p in asked]
+    temperature = args.eval_temperature
+    attempts = sample_all(lm, args, [p.prompt_ids for p in asked], ("eval", step), temperature)
+    rewards = np.array(verify_all([lm.text(y.ids) for y in attempts], answers))
+
+    contexts = []
+    for problem, attempt, r in zip(asked, attempts, rewards):
+        contexts.append(problem.prompt_ids + attempt.without_eos + phrases[r])
+    fits = [i for i, ids in enumerate(contexts) if len(ids) + args.max_new_tokens <= lm.context]
+    again = [contexts[i] for i in fits]
+    revisions = sample_all(lm, args, again, ("eval revisions", step), temperature)
+    texts = [lm.text(y.ids) for y in revisions]
+    revised = np.array(verify_all(texts, [answers[i] for i in fits]))
+    by_problem, first = rewards.reshape(len(problems), k), rewards[fits]
+
+    def mean(values):
+        return float(np.mean(values)) if len(values) else None
+
+    figures = {
+        "problems": len(problems),
+        "samples": k,
+        "accuracy": mean(rewards),
+        "accuracy_se": None,
+        "pass_at_k": mean(by_problem.max(1)),
+        "finished": mean([y.finished for y in attempts]),
+        "length": mean([len(y.ids) for y in attempts]),
+        "revised_accuracy": mean(revised),
+        "correction_rate": None,
+        "wrong_to_right": mean(revised[first == 0]),
+        "right_to_wrong": mean(1 - revised[first == 1]),
+        "revised_finished": mean([y.finished for y in revisions]),
+        "revised_length": mean([len(y.ids) for y in revisions]),
+        "revision_too_long": len(asked) - len(fits),
+        "sample": shown(lm, asked[0], attempts[0], rewards[0]),
+    }
+    if len(problems) > 1:
+        figures["accuracy_se"] = float(by_problem.mean(1).std(ddof=1) / math.sqrt(len(problems)))
+    if len(first) and first.mean() < 1:
+        figures["correction_rate"] = (mean(revised) - mean(first)) / (1 - mean(first))
+    if fits[:1] == [0]:
+        figures["sample"] += f"\n  revised [{verdict(revised[0])}]: {texts[0]!r}"
+    return figures
+
+
+def verdict(reward: int) -> str:
+    return "right" if reward else "wrong"
+
+
+def shown(lm: LM, problem: Problem, response: Rollout, reward: int) -> str:
+    """A problem, a response and its verdict, as text for the log."""
+    return (
+        f"  problem: {problem.text!r}\n"
+        f"  response [{verdict(reward)}; gold {problem.answer!r}]: {lm.text(response.ids)!r}"
+    )
+
+
+# ----------------------------------------------------------------------------------------- memory
+
+
+def estimate_memory(
+    lm: LM, args: argparse.Namespace, longest_prompt: int, teacher: str | None = None
+) -> dict[str, int]:
+    """Where a run's memory goes at most, in bytes by part (README, "Memory").
+
+    Every response is taken to be as long as --max-new-tokens allows. teacher: of stage 2, "base",
+    "live" or "ema"; None: stage 1. The activations are those of a Llama-like layer. "slot" is the
+    cache of one slot while sampling, "slots" that of all. Stepping a bf16 weight takes 18 more
+    bytes per parameter of that weight only; the largest comes last, when the other gradients are
+    gone, so that this never adds to the peak.
+    """
+    config, size = lm.model.config, lm.model.dtype.itemsize
+    parameters = sum(p.numel() for p in lm.model.parameters())
+    generate_length = longest_prompt + args.max_new_tokens  # x + y
+    phrase = len(lm.phrase_ids(args.phrase_wrong))
+    revise_length = min(generate_length + phrase + args.max_new_tokens, lm.context)
+    # tokens of one forward and backward pass, in the sequence that gets the gradient
+    tokens = min(args.batch_size * revise_length, max(args.micro_tokens, revise_length))
+    if teacher:  # the student reads only x + y of what the micro-batch was cut for
+        tokens = tokens * generate_length // revise_length
+    layers, width = config.num_hidden_layers, config.hidden_size
+    heads = config.num_attention_heads
+    head_size = getattr(config, "head_dim", None) or width // heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    inner = getattr(config, "moe_intermediate_size", None)
+    inner = inner or getattr(config, "intermediate_size", None) or 4 * width
+    inner *= getattr(config, "num_experts_per_tok", None) or 1
+    layer = (8 * width + 5 * (heads + kv_heads) * head_size + 4 * inner) * size
+    per_token = layers * width * size + layer if args.gradient_checkpointing else layers * layer
+    chunk, chunks = CHUNK.get(lm.model.device.type, CHUNK["cuda"])
+    slot = cache_bytes_per_token(lm.model) * (generate_length if teacher else revise_length)
+    return {
+        "weights": parameters * size,
+        "optimizer": parameters * (8 if size == 4 else 10),
+        "gradients": parameters * 4,
+        "teacher": parameters * {"base": size, "ema": 4 if size == 4 else 6}.get(teacher, 0),
+        "activations": tokens * per_token,
+        "logits": (12 * 4 + 2 * chunks * size) * chunk,
+        "slot": slot,
+        "slots": slot * (args.slots or MAX_SLOTS),
+    }
+
+
+def fit_memory(lm: LM, args: argparse.Namespace, problems: list[Problem]) -> None:
+    """Choose --slots where it is not given, print what the run needs, and what to lower.
+
+    On a GPU a cache gets what weights, optimizer and teacher leave free, less a tenth. Stage 1
+    collects before there is an optimizer: `collect_slots` may be more. It is arithmetic, hence the
+    same number after --resume on the same card.
+    """
+    longest = max(len(p.prompt_ids) for p in problems)
+    teacher = getattr(args, "teacher", None)
+    parts = estimate_memory(lm, args, longest, teacher)
+    standing = parts["weights"] + parts["optimizer"] + parts["teacher"]
+    training = standing + parts["gradients"] + parts["activations"] + parts["logits"]
+    on_gpu = lm.model.device.type == "cuda"
+    device = torch.cuda.mem_get_info(lm.model.device)[1] if on_gpu else math.inf
+
+    def fitting(occupied: int) -> int:
+        if args.slots or not on_gpu:
+            return args.slots or MAX_SLOTS
+        return max(1, min(MAX_SLOTS, int(0.9 * device - occupied) // parts["slot"]))
+
+    args.collect_slots, args.slots = fitting(parts["weights"]), fitting(standing)
+    sampling = standing + args.slots * parts["slot"]
+    figures = ", ".join(f"{name} {n / 1e9:.3g}" for name, n in parts.items() if name != "slots")
+    print(
+        f"memory at most, GB: training {training / 1e9:.3g}, sampling {sampling / 1e9:.3g} at "
+        f"{args.slots} slots (while collecting traces {args.collect_slots}); {figures}"
+    )
+    if training > device:
+        warn("training may not fit: lower --micro-tokens, or add --gradient-checkpointing")
+    if sampling > device:
+        warn("sampling may not fit: lower --slots or --max-new-tokens")
+
+
+# -------------------------------------------------------------------------------------- optimizer
+
+
+class Optimizer:
+    """AdamW over fp32 weights, whatever the model's dtype. It takes any module.
+
+    At a learning rate of 5e-6 the update of a bf16 weight is below half of its last bit and would
+    be rounded away: it needs an fp32 master. A bf16 weight is the rounded upper half of its master,
+    so we store only the lower half, 2 bytes per weight instead of 4, and rebuild each master,
+    exactly, just before it is updated. fp32 weights are their own masters. Gradients of
+    micro-batches are summed in fp32.
+
+    betas, weight_decay (of matrices; biases and norms have none): AdamW's. clip: the largest norm
+    of the gradient.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        betas: tuple[float, float] = (0.9, 0.999),
+        weight_decay: float = 0.0,
+        clip: float = 1.0,
+    ):
+        self.weights = [p for p in model.parameters() if p.requires_grad]
+        self.clip = clip
+        self.narrow = []  # (bf16 weight, lower half, master): its storage is empty between steps
+        decayed, others = [], []
+        for weight in self.weights:
+            master = weight
+            if weight.dtype == torch.bfloat16:
+                weight.grad_dtype = torch.float32
+                master = torch.nn.Parameter(torch.empty(0, device=weight.device))
+                self.narrow.append((weight, torch.zeros_like(weight, dtype=torch.int16), master))
+            (decayed if weight.dim() > 1 else others).append(master)
+        # the embedding is the largest: its temporary copies come when other gradients are gone
+        self.narrow.sort(key=lambda entry: entry[0].numel())
+        groups = [
+            {"params": decayed, "weight_decay": weight_decay},
+            {"params": others, "weight_decay": 0.0},
+        ]
+        # fused: no temporary copy of all weights
+        self.adamw = torch.optim.AdamW(groups, lr=0.0, betas=tuple(betas), fused=True)
+
+    @torch.no_grad()
+    def step(self, lr: float) -> float:
+        """One clipped step with learning rate lr; returns the gradient's norm before clipping.
+
+        Raises FloatingPointError, weights untouched, when that norm is not finite. Without any
+        gradient (a step without a token) nothing moves.
+        """
+        norm = torch.nn.utils.clip_grad_norm_(self.weights, self.clip).item()
+        if not math.isfinite(norm):
+            raise FloatingPointError(f"the norm of the gradient is {norm}")
+        if not norm:
+            return norm
+        for group in self.adamw.param_groups:
+            group["lr"] = lr
+        self.adamw.step()  # moves the fp32 weights: no bf16 weight's master has a gradient yet
+        # on a CPU the memory is kept: re-allocating it costs 10% of a step (page faults)
+        self.adamw.zero_grad(set_to_none=self.weights[0].device.type != "cpu")
+        for weight, low, master in self.narrow:
+            master.data, master.grad, weight.grad = join(weight, low), weight.grad, None
+            self.adamw.step()  # moves this one only: no other has a gradient now
+            upper, lower = split(master)
+            weight.copy_(upper)
+            low.copy_(lower)
+            master.data, master.grad = master.new_empty(0), None
+        return norm
+
+    def state_dict(self) -> dict:
+        return {"adamw": self.adamw.state_dict(), "low": [low for _, low, _ in self.narrow]}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Put a `state_dict` back. The bf16 weights, the upper halves, are saved with the model."""
+        self.adamw.load_state_dict(state["adamw"])
+        for (_, low, _), saved in zip(self.narrow, state["low"], strict=True):
+            low.copy_(saved)
+
+
+def split(master: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """fp32 -> (the nearest bf16, the remainder in units of fp32's last bit, int16).
+
+    Halves are rounded away from zero, so that the remainder always fits in 16 bits.
+    """
+    bits = master.view(torch.int32)
+    upper = (bits + 0x8000) >> 16
+    return upper.to(torch.int16).view(torch.bfloat16), (bits - (upper << 16)).to(torch.int16)
+
+
+def join(weight: torch.Tensor, low: torch.Tensor) -> torch.Tensor:
+    """The inverse of `split`, exactly."""
+    return ((weight.view(torch.int16).int() << 16) + low).view(torch.float32)
+
+
+def learning_rate(args: argparse.Namespace, step: int, total: int) -> float:
+    """For optimizer step `step` of 1 ... total: linear warm-up, then cosine to 0 or constant."""
+    warmup = math.ceil(args.warmup if args.warmup >= 1 else args.warmup * total)
+    if step <= warmup:
+        return args.lr * step / warmup
+    if args.lr_schedule == "constant":
+        return args.lr
+    return args.lr * (0.5 + 0.5 * math.cos(math.pi * (step - 1 - warmup) / (total - warmup)))
+
+
+def checkpoint_layers(model: torch.nn.Module) -> None:
+    """Gradient checkpointing: store each layer's input; the backward pass computes the rest again.
+    The method was renamed in transformers 5.2x."""
+    enable = getattr(model, "activation_checkpointing_enable", None)
+    (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
+
+
+# ------------------------------------------------------------------------------------------ a run
+
+
+@dataclass
+class Task:
+    """What a run works on."""
+
+    lm: LM
+    verify_all: Callable
+    problems: list[Problem]  # to train on
+    held_out: list[Problem]  # never trained on
+    saved: dict  # what the model's srt.json will say, see `inherit_prompt`
+    counts: dict  # of problems
+
+    def trained_on(self, keys: list[str], stage_1: bool = False) -> None:
+        """Let srt.json remember these problems. stage_1: stage 2 leaves them out."""
+        self.saved["trained"] = sorted({*self.saved["trained"], *keys})
+        if stage_1:
+            self.saved["problems"] = sorted({*self.saved["problems"], *keys})
+
+
+def setup(args: argparse.Namespace, half: bool = False) -> Task:
+    """Load model, verifier and problems; with --eval-only, evaluate and end the program.
+
+    All that can be known to fail later fails here, before the first sample. half: see
+    `split_problems`.
+    """
+    saved = inherit_prompt(args)
+    verify_all = load_verifier(args.verifier)
+    lm = load_lm(args)
+    problems, held_out, counts = split_problems(lm, args, saved, half)
+    if args.eval_only:
+        figures = evaluate(lm, args, verify_all, held_out, 0)
+        print(figures.pop("sample"), file=sys.stderr)
+        print(json.dumps(figures, indent=1))
+        raise SystemExit(0)
+    saved["prompt"] = {name: getattr(args, name) for name in (*PROMPT_DEFAULTS, "date")}
+    print(f"problems: {json.dumps(counts)}")
+    fit_memory(lm, args, problems)
+    return Task(lm, verify_all, problems, held_out, saved, counts)
+
+
+def sample_and_verify(
+    task: Task, args: argparse.Namespace, problems: list[Problem], purpose: tuple
+) -> tuple[list[Rollout], list[int]]:
+    """One training response for each problem (list it n times for n), and their verdicts."""
+    prompts = [p.prompt_ids for p in problems]
+    responses = sample_all(task.lm, args, prompts, purpose, args.temperature, args.top_p)
+    texts = [task.lm.text(y.ids) for y in responses]
+    return responses, task.verify_all(texts, [p.answer for p in problems])
+
+
+def fingerprint(task: Task) -> dict[str, str]:
+    """What --resume compares instead of names and places: a hash of some weights, one of the
+    problems."""
+    weights = hashlib.sha256()
+    for p in task.lm.model.parameters():
+        weights.update(p.detach().flatten()[:64].float().cpu().numpy().tobytes())
+    texts = repr([(p.key, p.answer) for p in task.problems + task.held_out])
+    return {
+        "model": weights.hexdigest()[:16],
+        "problems": hashlib.sha256(texts.encode()).hexdigest()[:16],
+    }
+
+
+class Run:
+    """The output folder: settings.json, metrics.jsonl, checkpoint-STEP/ while it runs, best/ (the
+    model of the best evaluation, where that is not the last), and in the end the model itself.
+
+    A run that was killed at any moment goes on from its last checkpoint and ends as if nothing had
+    happened: files appear whole or not at all, and what the log has of later steps is dropped.
+    """
+
+    def __init__(self, args: argparse.Namespace, task: Task):
+        self.args, self.task, self.folder = args, task, args.output
+        self.lines: list[dict] = []  # of metrics.jsonl
+        self.told: set[str] = set()  # warnings are given once
+        self.parts: dict = {}  # what has a state_dict besides the model
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.lock = open(self.folder / ".lock", "w")
+        except OSError as error:
+            fail(f"cannot write to {self.folder}: {error.strerror}")
+        try:
+            if fcntl:
+                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            fail(f"another process is at work in {self.folder}")
+        flags = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
+        settings = {
+            "flags": flags,
+            "fingerprint": fingerprint(task),
+            "eos_ids": sorted(task.lm.eos_ids),
+            "vocab_size": task.lm.vocab_size,
+            "context": task.lm.context,
+            "counts": task.counts,
+            "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+            "started": time.strftime("%Y-%m-%d %H:%M:%S"),
+        }
+        notes = self.check_resume(settings) if args.resume else []
+        self.write("settings.json", settings)
+        self.rewind()
+        for note in notes:
+            self.log("note", self.last_checkpoint(), {"changed": note})
+
+    def check_resume(self, settings: dict) -> list[str]:
+        """Fail where a flag would change the run; return what may change but is worth a note."""
+        before = json.loads((self.folder / "settings.json").read_text())
+        settings["started"] = before["started"]
+        for what, value in settings["fingerprint"].items():
+            if before["fingerprint"][what] != value:
+                fail(f"--resume needs the {what} that the run began with: these are other ones")
+        changed = {
+            name: f"--{name.replace('_', '-')} was {old!r}"
+            for name, old in before["flags"].items()
+            if settings["flags"].get(name, old) != old and name not in FREE
+        }
+        fixed = [text for name, text in changed.items() if name not in NOTED | {"collect_slots"}]
+        if fixed:
+            fail(f"--resume needs the flags that the run began with: {', '.join(fixed)}")
+        return list(changed.values())
+
+    @property
+    def complete(self) -> bool:
+        """Whether the final model is there. What a kill left behind its saving is removed."""
+        if not (self.folder / "config.json").exists():
+            return False
+        self.clean_up()
+        print(f"{self.folder} is complete")
+        return True
+
+    def write(self, name: str, content) -> None:
+        """Write a small JSON file atomically."""
+        self.write_text(name, json.dumps(content, indent=1))
+
+    def write_text(self, name: str, text: str) -> None:
+        (self.folder / f"{name}.tmp").write_text(text)
+        os.replace(self.folder / f"{name}.tmp", self.folder / name)
+
+    # the log
+
+    def rewind(self) -> None:
+        """Forget what was logged after the last checkpoint: the resumed run logs it again. A line
+        that was half written when the run was killed is such a line."""
+        path, last = self.folder / "metrics.jsonl", self.last_checkpoint()
+        collected = (self.folder / "traces.jsonl").exists()
+        for line in path.read_text().splitlines() if path.exists() else []:
+            try:
+                line = json.loads(line)
+            except ValueError:
+                break
+            if collected if line["kind"] == "collect" else line["step"] <= last:
+                self.lines.append(line)
+        self.write_text("metrics.jsonl", "".join(json.dumps(line) + "\n" for line in self.lines))
+        self.metrics = open(path, "a")
+
+    def log(self, kind: str, step: int, values: dict) -> None:
+        """One line for machines, one for people; warnings where the run goes wrong."""
+        self.lines.append({"kind": kind, "step": step, **values})
+        self.metrics.write(json.dumps(self.lines[-1]) + "\n")
+        self.metrics.flush()
+        figures = []
+        for name, value in values.items():
+            if name != "sample" and not isinstance(value, dict):
+                figures.append(
+                    f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
+                )
+        print(f"{kind} {step}  " + "  ".join(figures))
+        if "sample" in values:
+            print(values["sample"])
+        for name, sentence in signs_of_collapse(self.lines).items():
+            if name not in self.told:
+                self.told.add(name)
+                print(f"warning: {sentence}")
+        sys.stdout.flush()
+
+    def evaluate(self, step: int, last: bool = False) -> None:
+        """Evaluate and log, unless the log has it; keep the best model that is not the last."""
+        done = [line for line in self.lines if line["kind"] == "eval"]
+        if not self.task.held_out or any(line["step"] == step for line in done):
+            return
+        task = self.task
+        figures = evaluate(task.lm, self.args, task.verify_all, task.held_out, step)
+        self.log("eval", step, figures)
+        best = max((line["accuracy"] for line in done if line["step"]), default=-1.0)
+        if step and figures["accuracy"] > best:
+            if last:
+                shutil.rmtree(self.folder / "best", ignore_errors=True)
+            else:
+                self.save("best")
+
+    # checkpoints and the output
+
+    def save(self, name: str, state: dict | None = None) -> None:
+        """The model as an ordinary transformers folder, with the training state if there is one,
+        written elsewhere and then renamed."""
+        temporary = self.folder / "saving"
+        shutil.rmtree(temporary, ignore_errors=True)
+        self.task.lm.model.save_pretrained(temporary)
+        self.task.lm.tokenizer.save_pretrained(temporary)
+        (temporary / "srt.json").write_text(json.dumps(self.task.saved))
+        if state is not None:
+            torch.save(state, temporary / "training_state.pt")
+        shutil.rmtree(self.folder / name, ignore_errors=True)
+        os.replace(temporary, self.folder / name)
+
+    def checkpoints(self) -> dict[int, Path]:
+        """Our checkpoints by step; a user's own checkpoint-3-mine is none."""
+        found = {}
+        for path in self.folder.glob("checkpoint-*"):
+            if match := re.fullmatch(r"checkpoint-(\d+)", path.name):
+                found[int(match[1])] = path
+        return found
+
+    def last_checkpoint(self) -> int:
+        return max(self.checkpoints(), default=0)
+
+    def restore(self, **parts) -> int:
+        """Put the last checkpoint back into the model and `parts` (optimizer, teacher), whose
+        states later checkpoints will hold. Returns the number of steps done, 0 without one."""
+        self.parts = parts
+        step = self.last_checkpoint()
+        if not step:
+            return 0
+        path, model = self.checkpoints()[step], self.task.lm.model
+        saved = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=model.dtype)
+        model.load_state_dict(saved.state_dict())
+        # on the CPU: each part copies what it needs, so that no second state stays on the GPU
+        state = torch.load(path / "training_state.pt", map_location="cpu")
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+        return step
+
+    def end_step(self, step: int, total: int, passes: int = 1) -> None:
+        """Evaluate, and write a checkpoint, where one is due after `passes` more steps."""
+
+        def due(every: int) -> bool:
+            return step // every > (step - passes) // every
+
+        if due(self.args.eval_every) or step == total:
+            self.evaluate(step, last=step == total)
+        if due(self.args.save_every) and step < total:
+            self.save(
+                f"checkpoint-{step}",
+                {name: part.state_dict() for name, part in self.parts.items()},
+            )
+            for old, path in self.checkpoints().items():
+                if old != step:
+                    shutil.rmtree(path)
+
+    def finish(self) -> None:
+        """The final model into the folder itself, config.json last: where that is, the run is
+        complete."""
+        self.save("final")
+        final = self.folder / "final"
+        for path in sorted(final.iterdir(), key=lambda p: p.name == "config.json"):
+            target = self.folder / path.name
+            if target.is_dir():
+                shutil.rmtree(target)
+            os.replace(path, target)
+        self.clean_up()
+        print(f"saved {self.folder}")
+
+    def clean_up(self) -> None:
+        for path in (*self.checkpoints().values(), self.folder / "final", self.folder / "saving"):
+            shutil.rmtree(path, ignore_errors=True)
+        (self.folder / ".lock").unlink(missing_ok=True)
+        self.lock.close()
+        self.metrics.close()
+
+
+def signs_of_collapse(lines: list[dict]) -> dict[str, str]:
+    """What goes wrong in the lines of a log: {name: sentence}, empty while all is well.
+
+    The ways in which self-distillation is known to fail: held-out accuracy falls, responses run
+    away or are cut off, or the student's entropy is gone. The last ten steps are compared with the
+    first ten.
+    """
+    signs, window = {}, 10
+    evals = [e for e in lines if e["kind"] == "eval" and e["accuracy_se"] is not None]
+    if len(evals) > 1:
+        last, best = evals[-1], max(evals[:-1], key=lambda e: e["accuracy"])
+        error = max(last["accuracy_se"], best["accuracy_se"])
+        if best["accuracy"] - last["accuracy"] > 3 * error:
+            signs["accuracy"] = (
+                f"held-out accuracy fell from {best['accuracy']:.3f} at step {best['step']} to "
+                f"{last['accuracy']:.3f} at step {last['step']}, more than three standard errors"
+            )
+    steps = [e for e in lines if e["kind"] == "train" and e.get("entropy") is not None]
+    if len(steps) < 2 * window:
+        return signs
+
+    def mean(part: list[dict], name: str) -> float:
+        return sum(e[name] for e in part) / window
+
+    for name, wrong, what in (
+        ("cut_off", lambda old, new: new > old + 0.2, "the share of responses cut off"),
+        ("length", lambda old, new: new > 2 * old or new < old / 4, "the length of responses"),
+        ("entropy", lambda old, new: new < old / 5 or new > 3 * old, "the student's entropy"),
+    ):
+        old, new = mean(steps[:window], name), mean(steps[-window:], name)
+        if wrong(old, new):
+            signs[name] = f"{what} went from {old:.3g} to {new:.3g} ({window} steps' means)"
+    return signs
