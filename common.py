@@ -56,7 +56,7 @@ PROMPT_DEFAULTS = {
 # in the log. Model and data may have been moved: they are compared by content.
 PLACES = {"model", "dataset", "eval_dataset", "traces", "output", "device", "resume"}
 FREE = {"micro_tokens", "gradient_checkpointing", "save_every", "eval_every"} | PLACES
-NOTED = {"slots", "lr"}
+NOTED = {"slots", "lr", "cache_bytes", "collect_bytes"}
 DATA_FILES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 MAX_SLOTS = 64  # more sequences at once hardly decode faster
 SHOW_EVERY = 10  # optimizer steps between two responses shown in the log
@@ -580,9 +580,12 @@ def sample_all(
     purpose: tuple,
     temperature: float,
     top_p: float = 1.0,
-    slots: int | None = None,
+    cache_bytes: int | None = None,
 ) -> list[Rollout]:
     """One response for each prompt. purpose: what they are for, and the step, for the seed."""
+    longest = max(map(len, prompts), default=0) + args.max_new_tokens
+    cache_bytes = cache_bytes or getattr(args, "cache_bytes", None)
+    slots = fit_slots(args, cache_bytes_per_token(lm.model) * longest, cache_bytes)
     generator = torch.Generator(lm.model.device).manual_seed(seed_of(args.seed, *purpose))
     with progress(None, f"sampling {purpose[0]}", total=len(prompts), unit="response") as bar:
         return generate(
@@ -592,7 +595,7 @@ def sample_all(
             eos_token_ids=lm.eos_ids,
             temperature=temperature,
             top_p=top_p,
-            slots=slots or args.slots,
+            slots=slots,
             generator=generator,
             vocab_size=lm.vocab_size,
             progress=bar.update,
@@ -680,9 +683,9 @@ def estimate_memory(
 
     Every response is taken to be as long as --max-new-tokens allows. teacher: of stage 2, "base",
     "live" or "ema"; None: stage 1. The activations are those of a Llama-like layer. "slot" is the
-    cache of one slot while sampling, "slots" that of all. Stepping a bf16 weight takes 18 more
-    bytes per parameter of that weight only; the largest comes last, when the other gradients are
-    gone, so that this never adds to the peak.
+    cache of one sequence, the longest: a revision. Stepping a bf16 weight takes 18 more bytes per
+    parameter, of that weight only; the largest comes last, when the other gradients are gone, so
+    that this never adds to the peak.
     """
     config, size = lm.model.config, lm.model.dtype.itemsize
     parameters = sum(p.numel() for p in lm.model.parameters())
@@ -703,7 +706,6 @@ def estimate_memory(
     layer = (8 * width + 5 * (heads + kv_heads) * head_size + 4 * inner) * size
     per_token = layers * width * size + layer if args.gradient_checkpointing else layers * layer
     chunk, chunks = CHUNK.get(lm.model.device.type, CHUNK["cuda"])
-    slot = cache_bytes_per_token(lm.model) * (generate_length if teacher else revise_length)
     return {
         "weights": parameters * size,
         "optimizer": parameters * (8 if size == 4 else 10),
@@ -711,42 +713,45 @@ def estimate_memory(
         "teacher": parameters * {"base": size, "ema": 4 if size == 4 else 6}.get(teacher, 0),
         "activations": tokens * per_token,
         "logits": (12 * 4 + 2 * chunks * size) * chunk,
-        "slot": slot,
-        "slots": slot * (args.slots or MAX_SLOTS),
+        "slot": cache_bytes_per_token(lm.model) * revise_length,
     }
 
 
 def fit_memory(lm: LM, args: argparse.Namespace, problems: list[Problem]) -> None:
-    """Choose --slots where it is not given, print what the run needs, and what to lower.
+    """Say what the run needs and what to lower, and share out a GPU's memory.
 
-    On a GPU a cache gets what weights, optimizer and teacher leave free, less a tenth. Stage 1
-    collects before there is an optimizer: `collect_slots` may be more. It is arithmetic, hence the
-    same number after --resume on the same card.
+    A cache gets `cache_bytes`: what weights, optimizer and teacher leave free, less a tenth. Stage
+    1 collects before there is an optimizer: `collect_bytes` is more. This is arithmetic, hence the
+    same after --resume on the same card. On a CPU both are None: no limit.
     """
     longest = max(len(p.prompt_ids) for p in problems)
-    teacher = getattr(args, "teacher", None)
-    parts = estimate_memory(lm, args, longest, teacher)
+    parts = estimate_memory(lm, args, longest, getattr(args, "teacher", None))
     standing = parts["weights"] + parts["optimizer"] + parts["teacher"]
     training = standing + parts["gradients"] + parts["activations"] + parts["logits"]
-    on_gpu = lm.model.device.type == "cuda"
-    device = torch.cuda.mem_get_info(lm.model.device)[1] if on_gpu else math.inf
-
-    def fitting(occupied: int) -> int:
-        if args.slots or not on_gpu:
-            return args.slots or MAX_SLOTS
-        return max(1, min(MAX_SLOTS, int(0.9 * device - occupied) // parts["slot"]))
-
-    args.collect_slots, args.slots = fitting(parts["weights"]), fitting(standing)
-    sampling = standing + args.slots * parts["slot"]
-    figures = ", ".join(f"{name} {n / 1e9:.3g}" for name, n in parts.items() if name != "slots")
+    args.cache_bytes = args.collect_bytes = None
+    device = math.inf
+    if lm.model.device.type == "cuda":
+        device = torch.cuda.mem_get_info(lm.model.device)[1]
+        args.cache_bytes = int(0.9 * device) - standing
+        args.collect_bytes = int(0.9 * device) - parts["weights"]
+    slots = fit_slots(args, parts["slot"], args.cache_bytes)
+    sampling = standing + slots * parts["slot"]
+    figures = ", ".join(f"{name} {n / 1e9:.3g}" for name, n in parts.items())
     print(
         f"memory at most, GB: training {training / 1e9:.3g}, sampling {sampling / 1e9:.3g} at "
-        f"{args.slots} slots (while collecting traces {args.collect_slots}); {figures}"
+        f"{slots} slots of full length; {figures}"
     )
     if training > device:
         warn("training may not fit: lower --micro-tokens, or add --gradient-checkpointing")
     if sampling > device:
         warn("sampling may not fit: lower --slots or --max-new-tokens")
+
+
+def fit_slots(args: argparse.Namespace, slot: int, cache_bytes: int | None) -> int:
+    """How many sequences are decoded at once: --slots, or as many as fit, `slot` bytes each."""
+    if args.slots or cache_bytes is None:
+        return args.slots or MAX_SLOTS
+    return max(1, min(MAX_SLOTS, cache_bytes // slot))
 
 
 # -------------------------------------------------------------------------------------- optimizer
@@ -977,7 +982,7 @@ class Run:
             for name, old in before["flags"].items()
             if settings["flags"].get(name, old) != old and name not in FREE
         }
-        fixed = [text for name, text in changed.items() if name not in NOTED | {"collect_slots"}]
+        fixed = [text for name, text in changed.items() if name not in NOTED]
         if fixed:
             fail(f"--resume needs the flags that the run began with: {', '.join(fixed)}")
         return list(changed.values())

@@ -114,8 +114,8 @@ def collect(task: Task, args: Namespace, problems: list[Problem], chunk: int):
     lm, phrases = task.lm, task.lm.phrases(args)
     asked = [p for p in problems for _ in range(args.attempts)]
     prompts = [p.prompt_ids for p in asked]
-    slots, limits = args.collect_slots, (args.temperature, args.top_p)
-    attempts = sample_all(lm, args, prompts, ("attempts", chunk), *limits, slots)
+    settings = args.temperature, args.top_p, args.collect_bytes
+    attempts = sample_all(lm, args, prompts, ("attempts", chunk), *settings)
     rewards = task.verify_all([lm.text(y.ids) for y in attempts], [p.answer for p in asked])
 
     again, contexts = [], []  # which attempt is revised; what the reviser reads
@@ -124,7 +124,7 @@ def collect(task: Task, args: Namespace, problems: list[Problem], chunk: int):
         if len(context) + args.max_new_tokens <= lm.context:
             again += [i] * args.revisions
             contexts += [context] * args.revisions
-    revisions = sample_all(lm, args, contexts, ("revisions", chunk), *limits, slots)
+    revisions = sample_all(lm, args, contexts, ("revisions", chunk), *settings)
     texts = [lm.text(y.ids) for y in revisions]
     verdicts = task.verify_all(texts, [asked[i].answer for i in again])
 
