@@ -702,6 +702,7 @@ def estimate_memory(
     inner *= getattr(config, "num_experts_per_tok", None) or 1
     layer = (8 * width + 5 * (heads + kv_heads) * head_size + 4 * inner) * size
     per_token = layers * width * size + layer if args.gradient_checkpointing else layers * layer
+    per_token += (3 * inner + 2 * width) * size  # the gradients inside the layer that is at work
     chunk, chunks = CHUNK.get(lm.model.device.type, CHUNK["cuda"])
     slot = cache_bytes_per_token(lm.model) * (generate_length if teacher else revise_length)
     return {
