@@ -970,9 +970,6 @@ class Run:
         """Fail where a flag would change the run; return what may change but is worth a note."""
         before = json.loads((self.folder / "settings.json").read_text())
         settings["started"] = before["started"]
-        for what, value in settings["fingerprint"].items():
-            if before["fingerprint"][what] != value:
-                fail(f"--resume needs the {what} that the run began with: these are other ones")
         changed = {
             name: f"--{name.replace('_', '-')} was {old!r}"
             for name, old in before["flags"].items()
@@ -981,6 +978,9 @@ class Run:
         fixed = [text for name, text in changed.items() if name not in NOTED | {"collect_slots"}]
         if fixed:
             fail(f"--resume needs the flags that the run began with: {', '.join(fixed)}")
+        for what, value in settings["fingerprint"].items():
+            if before["fingerprint"][what] != value:
+                fail(f"--resume needs the {what} that the run began with: these are other ones")
         return list(changed.values())
 
     @property
