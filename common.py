@@ -705,6 +705,7 @@ def estimate_memory(
     inner *= getattr(config, "num_experts_per_tok", None) or 1
     layer = (8 * width + 5 * (heads + kv_heads) * head_size + 4 * inner) * size
     per_token = layers * width * size + layer if args.gradient_checkpointing else layers * layer
+    per_token += (3 * inner + 2 * width) * size  # the gradients inside the layer that is at work
     chunk, chunks = CHUNK.get(lm.model.device.type, CHUNK["cuda"])
     return {
         "weights": parameters * size,
@@ -974,9 +975,6 @@ class Run:
         """Fail where a flag would change the run; return what may change but is worth a note."""
         before = json.loads((self.folder / "settings.json").read_text())
         settings["started"] = before["started"]
-        for what, value in settings["fingerprint"].items():
-            if before["fingerprint"][what] != value:
-                fail(f"--resume needs the {what} that the run began with: these are other ones")
         changed = {
             name: f"--{name.replace('_', '-')} was {old!r}"
             for name, old in before["flags"].items()
@@ -985,6 +983,9 @@ class Run:
         fixed = [text for name, text in changed.items() if name not in NOTED]
         if fixed:
             fail(f"--resume needs the flags that the run began with: {', '.join(fixed)}")
+        for what, value in settings["fingerprint"].items():
+            if before["fingerprint"][what] != value:
+                fail(f"--resume needs the {what} that the run began with: these are other ones")
         return list(changed.values())
 
     @property
