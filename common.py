@@ -39,6 +39,11 @@ try:
 except ImportError:
     fcntl = None
 
+if sys.platform == "linux" and torch.version.cuda:
+    # Sampling and training take turns with tens of GB in pieces of other sizes: without this, what
+    # one of them gave back is too fragmented for the other. Torch reads it at its first allocation.
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+
 # P_r by r, the paper's own. A stage-1 model is saved with its phrases, and stage 2 must use them.
 PHRASES = (
     "Wait, this response is not correct, let me start over.",
