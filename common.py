@@ -278,8 +278,11 @@ def load_lm(args: argparse.Namespace) -> LM:
         # cuDNN's attention plans anew for every shape, and ours change at every step
         torch.backends.cuda.enable_cudnn_sdp(False)
         tokenizer = transformers.AutoTokenizer.from_pretrained(args.model)
+        # scaled_dot_product_attention of Apple's GPUs is silently wrong for strided keys and for
+        # masks that several heads share (pytorch#181133, #184180, #195910)
+        attention = "eager" if args.device.startswith("mps") else None
         model = transformers.AutoModelForCausalLM.from_pretrained(
-            args.model, dtype=choose_dtype(args)
+            args.model, dtype=choose_dtype(args), attn_implementation=attention
         ).to(args.device)
         check_supported(model)
         OutputLayer(model)
