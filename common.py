@@ -93,6 +93,8 @@ def entry(main: Callable) -> None:
     """Call main(); turn what a user can mend into one line on stderr and an exit code."""
     if not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()
+    for stream in (sys.stdout, sys.stderr):  # a log on Windows takes only some characters
+        stream.reconfigure(errors="backslashreplace")
     try:
         main()
     except FloatingPointError as error:
@@ -1139,9 +1141,9 @@ class Run:
     def clean_up(self) -> None:
         for path in (*self.checkpoints().values(), self.folder / "final", self.folder / "saving"):
             shutil.rmtree(path, ignore_errors=True)
-        (self.folder / ".lock").unlink(missing_ok=True)
-        self.lock.close()
+        self.lock.close()  # before its file goes: Windows removes no open file
         self.metrics.close()
+        (self.folder / ".lock").unlink(missing_ok=True)
 
 
 def signs_of_collapse(lines: list[dict]) -> dict[str, str]:
