@@ -161,6 +161,7 @@ FLAGS = [
     ("temperature", at_least_0, 1.0, "of training samples"),
     ("top-p", share, 1.0, "nucleus of training samples; 1 is off"),
     ("slots", count, None, f"sequences decoded at once (default: what fits, at most {MAX_SLOTS})"),
+    ("cuda-graphs", ["on", "off"], "off", "sample by replaying CUDA graphs: not run on a GPU yet"),
     ("batch-size", count, 128, "problems (stage 1: traces) per optimizer step"),
     ("lr", positive, 5e-6, "peak learning rate"),
     ("lr-schedule", ["cosine", "constant"], "constant", "after the warm-up; cosine ends at 0"),
@@ -609,6 +610,7 @@ def sample_all(
             generator=generator,
             vocab_size=lm.vocab_size,
             progress=bar.update,
+            cuda_graph=args.cuda_graphs == "on" and lm.model.device.type == "cuda",
         )
 
 
