@@ -39,6 +39,11 @@ try:
 except ImportError:
     fcntl = None
 
+if sys.platform == "linux" and torch.version.cuda:
+    # Sampling and training take turns with tens of GB in pieces of other sizes: without this, what
+    # one of them gave back is too fragmented for the other. Torch reads it at its first allocation.
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+
 # P_r by r, the paper's own. A stage-1 model is saved with its phrases, and stage 2 must use them.
 PHRASES = (
     "Wait, this response is not correct, let me start over.",
@@ -88,6 +93,8 @@ def entry(main: Callable) -> None:
     """Call main(); turn what a user can mend into one line on stderr and an exit code."""
     if not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()
+    for stream in (sys.stdout, sys.stderr):  # a log on Windows takes only some characters
+        stream.reconfigure(errors="backslashreplace")
     try:
         main()
     except FloatingPointError as error:
@@ -154,6 +161,7 @@ FLAGS = [
     ("temperature", at_least_0, 1.0, "of training samples"),
     ("top-p", share, 1.0, "nucleus of training samples; 1 is off"),
     ("slots", count, None, f"sequences decoded at once (default: what fits, at most {MAX_SLOTS})"),
+    ("cuda-graphs", ["on", "off"], "off", "sample by replaying CUDA graphs: not run on a GPU yet"),
     ("batch-size", count, 128, "problems (stage 1: traces) per optimizer step"),
     ("lr", positive, 5e-6, "peak learning rate"),
     ("lr-schedule", ["cosine", "constant"], "constant", "after the warm-up; cosine ends at 0"),
@@ -273,8 +281,11 @@ def load_lm(args: argparse.Namespace) -> LM:
         # cuDNN's attention plans anew for every shape, and ours change at every step
         torch.backends.cuda.enable_cudnn_sdp(False)
         tokenizer = transformers.AutoTokenizer.from_pretrained(args.model)
+        # scaled_dot_product_attention of Apple's GPUs is silently wrong for strided keys and for
+        # masks that several heads share (pytorch#181133, #184180, #195910)
+        attention = "eager" if args.device.startswith("mps") else None
         model = transformers.AutoModelForCausalLM.from_pretrained(
-            args.model, dtype=choose_dtype(args)
+            args.model, dtype=choose_dtype(args), attn_implementation=attention
         ).to(args.device)
         check_supported(model)
         OutputLayer(model)
@@ -599,6 +610,7 @@ def sample_all(
             generator=generator,
             vocab_size=lm.vocab_size,
             progress=bar.update,
+            cuda_graph=args.cuda_graphs == "on" and lm.model.device.type == "cuda",
         )
 
 
@@ -1132,9 +1144,9 @@ class Run:
     def clean_up(self) -> None:
         for path in (*self.checkpoints().values(), self.folder / "final", self.folder / "saving"):
             shutil.rmtree(path, ignore_errors=True)
-        (self.folder / ".lock").unlink(missing_ok=True)
-        self.lock.close()
+        self.lock.close()  # before its file goes: Windows removes no open file
         self.metrics.close()
+        (self.folder / ".lock").unlink(missing_ok=True)
 
 
 def signs_of_collapse(lines: list[dict]) -> dict[str, str]:
