@@ -1,14 +1,27 @@
-"""The distillation objectives of SD-Zero (METHOD.md, equations (4) to (6)) as pure functions, and how to run them without ever
-holding tokens x vocabulary.
+"""The distillation objectives of SD-Zero, and how to run them without [tokens, vocabulary] tensors.
 
-Shapes: N tokens (rows), V vocabulary entries, K of them, D hidden size. Every objective takes the logits of the student and
-of the teacher for the SAME N tokens, [N, V] each, and returns one number a token, [N], in nats: the caller masks, sums and divides.
-Half-precision logits are computed in fp32, float64 stays float64. The gradient flows into `student` alone if `teacher` has none.
+The objectives come first: pure functions on logits, equations (4) to (6) of the README. The rest
+feeds them: `predicting_last` (which hidden states predict which tokens), `micro_batches` (which
+sequences share a forward pass) and `backward_by_chunks` (hidden states -> logits, loss, gradients,
+a few rows at a time). To start reading: `full_logits`, then `predicting_last`.
 
-Ids that can never be sampled must be cut off both sides (`logits[:, :n]`), not set to -inf: 0 x inf has no gradient.
+    student_h = predicting_last(student, student_ids, counts)                  # [N, D]
+    with teacher.scoring() as module:
+        teacher_h = predicting_last(module, teacher_ids, counts)               # [N, D]
+    against = (OutputLayer(module), teacher_h)
+    kl = backward_by_chunks(                                                   # [N], in nats
+        full_logits, OutputLayer(student), student_h, divisor=sum(counts), teacher=against
+    )
 
-Which one? `full_logits(alpha=1)` is the paper's equation (4). `topk_logits` is the same with less to store, `sampled_token` needs
-one log-probability a side. To start reading: `full_logits`; `backward_by_chunks` is how they are called in training.
+Shapes: B sequences, T positions, N scored tokens (rows), V vocabulary size, K of its entries, D
+hidden size. Every objective takes the logits of the student and of the teacher for the SAME N
+tokens and returns one number per token, in nats: the caller masks, sums and divides.
+
+- Log-probabilities are valid logits too: log_softmax leaves them as they are, up to rounding.
+- Half-precision logits are computed in fp32; float64 stays float64.
+- The gradient flows into the student only if the teacher's logits have none: detach them.
+- Ids that can never be sampled must be cut off both sides (`logits[:, :n]`), not set to -inf, since
+  0 x inf has no gradient.
 """
 
 import math
@@ -17,108 +30,257 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-# What `backward_by_chunks` works on at a time, by device: logits of a chunk, chunks that share a matrix product.
-CHUNK = {"cpu": (2**17, 96), "cuda": (2**24, 8)}  # in fp32 a chunk is 0.5 MB, which a core's cache holds, and 64 MB
+# What `backward_by_chunks` works on at a time, by device: (logits of a chunk, chunks of a block).
+# In fp32 a chunk is 0.5 MB, which fits into the cache of a CPU core; on a GPU it is 64 MB.
+CHUNK = {"cpu": (2**17, 96), "cuda": (2**24, 32)}
 
 
-def _log_softmax(logits: torch.Tensor) -> torch.Tensor:
+# --------------------------------------------------------------------------------------- objectives
+
+
+def log_softmax(logits: torch.Tensor) -> torch.Tensor:
+    """Log-probabilities over the last dimension, of the same shape, in fp32 (float64 stays)."""
     return F.log_softmax(logits if logits.dtype == torch.float64 else logits.float(), dim=-1)
 
 
+def token_logprobs(logits: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
+    """log softmax(logits) at the given tokens. logits: [N, V], token_ids: [N] -> [N]."""
+    return log_softmax(logits).gather(-1, token_ids[:, None])[:, 0]
+
+
+def entropy(logprobs: torch.Tensor) -> torch.Tensor:
+    """Entropy in nats of log-probabilities: [N, V] -> [N], between 0 and log V."""
+    return -(logprobs.exp() * logprobs).sum(-1)
+
+
 def _kl(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
-    """D_KL(p || q) of log-probabilities [N, K] -> [N]. Never clamped: rounding may give -1e-9, and a clamp would kill its gradient."""
+    """D_KL(p || q) of log-probabilities: [N, K], [N, K] -> [N].
+
+    It is never clamped at 0: rounding may give -1e-9, and a clamp would kill the gradient there.
+    """
     return (p.exp() * (p - q)).sum(-1)
 
 
-def _divergence(student: torch.Tensor, teacher: torch.Tensor, alpha: float) -> torch.Tensor:
-    """The family of equation (5) on log-probabilities [N, K] -> [N]."""
+def divergence(
+    student_logprobs: torch.Tensor, teacher_logprobs: torch.Tensor, alpha: float = 1.0
+) -> torch.Tensor:
+    """README (5), the family behind `full_logits`, on log-probabilities: [N, K], [N, K] -> [N].
+
+    For callers that need the log-probabilities for something else as well, since each log-softmax
+    is a pass over all logits. alpha: see `full_logits`. Raises ValueError for alpha outside [0, 1].
+    """
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha must lie in [0, 1], not {alpha}")
     if alpha == 1:
-        return _kl(student, teacher)
+        return _kl(student_logprobs, teacher_logprobs)
     if alpha == 0:
-        return _kl(teacher, student)
-    mixture = torch.logaddexp(student + math.log(1 - alpha), teacher + math.log(alpha))
-    return alpha * _kl(teacher, mixture) + (1 - alpha) * _kl(student, mixture)
+        return _kl(teacher_logprobs, student_logprobs)
+    mixture = torch.logaddexp(
+        student_logprobs + math.log(1 - alpha), teacher_logprobs + math.log(alpha)
+    )
+    to_teacher, to_student = _kl(teacher_logprobs, mixture), _kl(student_logprobs, mixture)
+    return alpha * to_teacher + (1 - alpha) * to_student
 
 
 def full_logits(student: torch.Tensor, teacher: torch.Tensor, alpha: float = 1.0) -> torch.Tensor:
-    """Divergence over the whole vocabulary, METHOD.md (4) and (5). student, teacher: [N, V] -> [N].
+    """Divergence over the whole vocabulary, README (4) and (5): the paper's section 2.2.
 
-    alpha = 1: reverse KL D_KL(student || teacher), the paper's. alpha = 0: forward KL D_KL(teacher || student). Between: the generalised
-    Jensen-Shannon divergence alpha D_KL(teacher || M) + (1 - alpha) D_KL(student || M), M = (1 - alpha) student + alpha teacher.
-    The family JUMPS at its ends: (5) goes to 0 as alpha goes to 0 or 1, where the full KLs take over; alpha = 0.999 is not almost
-    reverse KL but almost no loss at all. Raises ValueError for alpha outside [0, 1].
+    student, teacher: logits [N, V] -> [N].
+
+    alpha = 1: the reverse KL, D_KL(student || teacher), which is the paper's.
+    alpha = 0: the forward KL, D_KL(teacher || student).
+    Between:   the generalised Jensen-Shannon divergence,
+               alpha D_KL(teacher || M) + (1 - alpha) D_KL(student || M)
+               with the mixture M = (1 - alpha) student + alpha teacher.
+
+    The family JUMPS at its ends: (5) goes to 0 as alpha goes to 0 or 1, where the full KLs take
+    over. alpha = 0.999 is therefore not almost the reverse KL but almost no loss at all.
+    Raises ValueError for alpha outside [0, 1].
     """
-    return _divergence(_log_softmax(student), _log_softmax(teacher), alpha)
+    return divergence(log_softmax(student), log_softmax(teacher), alpha)
 
 
-def topk_logits(student: torch.Tensor, teacher: torch.Tensor, k: int, alpha: float = 1.0, tail: bool = True) -> torch.Tensor:
-    """The same divergence on the student's k most likely tokens (METHOD.md, topk_logits). student, teacher: [N, V] -> [N].
+def topk_logits(
+    student: torch.Tensor, teacher: torch.Tensor, k: int, alpha: float = 1.0, tail: bool = True
+) -> torch.Tensor:
+    """The same divergence on the student's k most likely tokens. The paper's recipe has k = 64.
 
-    tail=True: all other tokens are one more bucket, so the value is at most the full one's, and equal to it at k = V.
-    tail=False: both sides are renormalised on the k tokens; what the student puts elsewhere is then invisible.
+    student, teacher: logits [N, V] -> [N].
+
+    tail = True:  all other tokens are one more bucket, so that the value is at most that of
+                  `full_logits`, and equal to it at k = V.
+    tail = False: both sides are renormalised on the k tokens. What the student puts elsewhere is
+                  then invisible.
+    Raises ValueError for k < 1, and for k = 1 without tail: one token that has all the
+    probability on both sides gives the loss 0 whatever the models say.
     """
-    indices = student.detach().topk(min(k, student.shape[-1]), dim=-1).indices  # [N, K]
+    if k < 1 or (k == 1 and not tail):
+        raise ValueError(f"topk_logits needs k >= 1, and without tail k >= 2, not {k}")
+    top_ids = student.detach().topk(min(k, student.shape[-1]), dim=-1).indices  # [N, K]
 
-    def on_support(logits: torch.Tensor) -> torch.Tensor:
+    def on_top_ids(logits: torch.Tensor) -> torch.Tensor:
         logits = logits if logits.dtype == torch.float64 else logits.float()
-        top = logits.gather(-1, indices)
+        top = logits.gather(-1, top_ids)
         if tail and k < logits.shape[-1]:
-            # the bucket from the rest's own logsumexp: 1 - sum(top) has no digits left when the top k hold nearly everything
-            rest = logits.scatter(-1, indices, float("-inf")).logsumexp(-1, keepdim=True)
+            # The bucket comes from the other logits themselves: 1 - sum(top) would have no digits
+            # left where the top k hold nearly everything.
+            rest = logits.scatter(-1, top_ids, float("-inf")).logsumexp(-1, keepdim=True)
             top = torch.cat([top, rest], dim=-1)  # [N, K + 1]
         return F.log_softmax(top, dim=-1)
 
-    return _divergence(on_support(student), on_support(teacher), alpha)
+    return divergence(on_top_ids(student), on_top_ids(teacher), alpha)
 
 
-def sampled_token(student: torch.Tensor, teacher: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
-    """Score-function estimate of (4): stop_gradient(log pi - log pi_bar) * log pi at the sampled tokens.
+def sampled_token(
+    student: torch.Tensor, teacher: torch.Tensor, token_ids: torch.Tensor
+) -> torch.Tensor:
+    """Score-function estimate of (4): stop_gradient(log pi - log pi_bar) * log pi at y_t.
 
-    student, teacher: [N, V], token_ids: [N] -> [N]. Averaged over tokens drawn from the student, its GRADIENT is that of the reverse KL;
-    its VALUE is not a KL. That holds for a teacher that does not know y_t. SD-Zero's has read y: where it copies, the estimate favours the
-    sampled tokens, and its mean over y is another gradient than that of (4); `full_logits` has neither flaw.
+    student, teacher: logits [N, V], token_ids: the sampled tokens [N] -> [N].
+
+    Averaged over tokens drawn from the student, its GRADIENT is that of the reverse KL; its VALUE
+    is not a KL. Both hold for a teacher that does not know y_t. SD-Zero's has read y. Where it
+    copies y the estimate favours the sampled tokens, and the mean of its gradient over y is not
+    the gradient of (4). `full_logits` has neither flaw.
     """
     log_pi, log_pi_bar = token_logprobs(student, token_ids), token_logprobs(teacher, token_ids)
     return (log_pi - log_pi_bar).detach() * log_pi
 
 
-def mixed_kl(student: torch.Tensor, teacher: torch.Tensor, w: float = 0.5, k: int | None = None) -> torch.Tensor:
-    """The authors' code: w D_KL(teacher || student) + (1 - w) D_KL(student || teacher). student, teacher: [N, V] -> [N].
+def mixed_kl(
+    student: torch.Tensor, teacher: torch.Tensor, w: float = 0.5, k: int | None = None
+) -> torch.Tensor:
+    """The authors' code: w D_KL(teacher || student) + (1 - w) D_KL(student || teacher).
 
-    k: on the teacher's k most likely tokens, both sides renormalised there (theirs: 64); None: on the whole vocabulary. With k it is blind
-    to what the student puts outside the support: nearly all mass on one such token gives loss 0 and gradient 0.
+    student, teacher: logits [N, V] -> [N].
+
+    k: on the teacher's k most likely tokens, both sides renormalised there (theirs: 64);
+    None: on the whole vocabulary. With k it is blind to what the student puts outside the support:
+    nearly all mass on one such token gives the loss 0 and the gradient 0.
+    Raises ValueError for w outside [0, 1], and for k < 2: on one token the loss is always 0.
     """
+    if not 0 <= w <= 1:
+        raise ValueError(f"w must lie in [0, 1], not {w}")
     if k is not None:
-        indices = teacher.topk(min(k, teacher.shape[-1]), dim=-1).indices
-        student, teacher = student.gather(-1, indices), teacher.gather(-1, indices)
-    student, teacher = _log_softmax(student), _log_softmax(teacher)
+        if k < 2:
+            raise ValueError(f"mixed_kl needs k >= 2, not {k}")
+        top_ids = teacher.topk(min(k, teacher.shape[-1]), dim=-1).indices
+        student, teacher = student.gather(-1, top_ids), teacher.gather(-1, top_ids)
+    student, teacher = log_softmax(student), log_softmax(teacher)
     return w * _kl(teacher, student) + (1 - w) * _kl(student, teacher)
 
 
-def importance_weight(logprobs: torch.Tensor, old_logprobs: torch.Tensor, cap: float) -> torch.Tensor:
-    """METHOD.md (6): min(pi(y_t) / pi_old(y_t), cap), without gradient. Log-probabilities of the sampled tokens, [N] each -> [N]."""
+def importance_weight(
+    logprobs: torch.Tensor, old_logprobs: torch.Tensor, cap: float
+) -> torch.Tensor:
+    """README (6): min(pi(y_t) / pi_old(y_t), cap), without gradient.
+
+    logprobs, old_logprobs: of the sampled tokens, [N] each -> [N].
+    """
     return (logprobs - old_logprobs).detach().exp().clamp(max=cap)
 
 
-def token_logprobs(logits: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
-    """log softmax(logits) at the given tokens: [N, V], [N] -> [N]."""
-    return _log_softmax(logits).gather(-1, token_ids[:, None])[:, 0]
+# ------------------------------------------------------------------ from token ids to hidden states
+
+
+def hidden_states(model, sequences: list[list[int]]) -> torch.Tensor:
+    """Last hidden states [B, T, D] of a Hugging Face causal LM, one forward pass for all sequences.
+
+    Sequences are padded on the RIGHT, which causal attention cannot see: no mask is needed, and
+    positions count from 0 in every row. Outputs at padded positions must be ignored.
+    """
+    longest = max(map(len, sequences))
+    padded = [ids + [0] * (longest - len(ids)) for ids in sequences]
+    input_ids = torch.tensor(padded, device=model.device)
+    return model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
+
+
+def predicting_last(model, sequences: list[list[int]], counts: list[int]) -> torch.Tensor:
+    """The hidden states that predict the LAST counts[i] ids of each sequence i: [N, D].
+
+    This is where student and teacher are aligned. They read different sequences, x + y and
+    x + y + P_r + y, but both end with y: with the same counts, row n of the one and row n of the
+    other are predictions of the same token. The teacher's rows come from its SECOND copy of y.
+
+    The output at position t-1 predicts token t, so the rows lie one place to the left of the ids:
+
+        position    0    1    2    3    4
+        ids         x0   x1   y0   y1   y2        counts[i] = 3: the last three are scored
+        output      h0   h1   h2   h3   h4
+                         |    |    |
+        predicts         y0   y1   y2             so h1, h2, h3 are returned; h4 predicts what
+                                                  would come next, and is not
+
+    A count of 0 adds no row. Raises ValueError for a negative count, and for one that leaves no id
+    in front of the scored ones: the first id of a sequence is predicted by nothing.
+    """
+    for ids, count in zip(sequences, counts, strict=True):
+        if not 0 <= count < len(ids):
+            raise ValueError(f"a sequence of {len(ids)} ids has no last {count} that are predicted")
+    rows = []
+    for hidden, ids, count in zip(hidden_states(model, sequences), sequences, counts):
+        end = len(ids)  # what follows in `hidden` is padding
+        rows.append(hidden[end - count - 1 : end - 1])
+    return torch.cat(rows)
+
+
+def micro_batches(lengths: list[int], budget: int) -> list[list[int]]:
+    """Indices of sequences in groups of similar length, each for one forward and backward pass.
+
+    budget: rows x longest of a group, in positions; a longer sequence gets a group of its own.
+    At least 90% of all positions are real. It is the cheapest cut of the sorted lengths where a
+    group costs `price` positions and a position of padding costs one; `price` falls until padding
+    is at most 10%.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    room = price = sum(lengths) / 9  # a tenth of all positions is a ninth of the real ones
+    while True:
+        best = [(0.0, 0, 0)]  # of the j longest: (cost, padding, where their last group begins)
+        for end in range(1, len(order) + 1):
+            real, options = 0, []
+            for start in range(end - 1, -1, -1):
+                longest, rows = lengths[order[start]], end - start
+                real += longest
+                if rows > 1 and (rows * longest > budget or rows * longest - real > room):
+                    break
+                cost, padding, _ = best[start]
+                padded = rows * longest - real
+                options.append((cost + padded + price, padding + padded, start))
+            best.append(min(options))
+        if best[-1][1] <= room:
+            break
+        price *= 0.8
+    groups, end = [], len(order)
+    while end:
+        groups.insert(0, order[best[end][2] : end])
+        end = best[end][2]
+    return groups
+
+
+# ---------------------------------------------------- from hidden states to logits, loss, gradients
 
 
 class OutputLayer:
-    """From last hidden states [N, D] to logits [N, V] of a Hugging Face causal LM, cut to the first vocab_size ids.
+    """From last hidden states [N, D] to logits [N, V] of a Hugging Face causal LM.
 
-    It does what the model does behind its last hidden state: scaling (Cohere, Granite) and soft capping (Gemma 2) included. Families with
-    another step there are found by comparison with the model's own logits on a few tokens, and refused: ValueError, by name.
+    model: the model; vocab_size: V, logits of later ids are cut off (default: none are).
+
+    It applies the model's own steps after the last hidden state, scaling (Cohere, Granite) and soft
+    capping (Gemma 2) included. A family that has another step there is found by comparison with the
+    model's own logits on a few tokens: ValueError with its name. The weights are the model's own,
+    not a copy.
     """
 
     def __init__(self, model, vocab_size: int | None = None):
         head, config = model.get_output_embeddings(), model.config
         self.weight, self.bias = head.weight, head.bias  # [at least V, D], [at least V] or None
         self.vocab_size = min(vocab_size or len(head.weight), len(head.weight))
-        self.scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
+        # R, the rows of the weight that `linear` multiplies with. On a GPU all of them, and the cut
+        # to V comes later: Qwen's V is 151,669 of 151,936, and rows of logits that are not a
+        # multiple of 16 bytes long keep a GPU from its fast kernels.
+        self.rows = len(head.weight) if head.weight.is_cuda else self.vocab_size
+        divided_by = getattr(config, "logits_scaling", None) or 1
+        self.scale = getattr(config, "logit_scale", None) or 1 / divided_by
         self.cap = getattr(config, "final_logit_softcapping", None)
 
         modes = [(module, module.training) for module in model.modules()]
@@ -126,44 +288,60 @@ class OutputLayer:
         try:
             with torch.no_grad():
                 ids = torch.arange(8, device=head.weight.device)[None] % len(head.weight)
-                ours, theirs = self(model.base_model(input_ids=ids).last_hidden_state), model(input_ids=ids).logits[..., : self.vocab_size]
+                ours = self(model.base_model(input_ids=ids).last_hidden_state)
+                theirs = model(input_ids=ids).logits[..., : self.vocab_size]
         finally:
             for module, mode in modes:
                 module.training = mode
-        if not torch.allclose(
-            ours.float(), theirs.float(), rtol=1e-2 if ours.dtype in (torch.bfloat16, torch.float16) else 1e-4, atol=1e-4
-        ):
-            raise ValueError(f"losses.py does not know how the family {config.model_type!r} gets from its last hidden state to its logits")
+        rtol = 1e-2 if ours.dtype in (torch.bfloat16, torch.float16) else 1e-4
+        if not torch.allclose(ours.float(), theirs.float(), rtol=rtol, atol=1e-4):
+            raise ValueError(
+                f"losses.py does not know how the family {config.model_type!r} gets from its last "
+                "hidden state to its logits"
+            )
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
-        return self.finish(self.linear(hidden))
-
-    def linear(self, hidden: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-        weight, bias = self.weight[: self.vocab_size], None if self.bias is None else self.bias[: self.vocab_size]
-        if out is None:
-            return F.linear(hidden, weight, bias)
-        return torch.mm(hidden, weight.T, out=out) if bias is None else torch.addmm(bias, hidden, weight.T, out=out)
+        """Logits of hidden states, by autograd: what everything below must agree with."""
+        return self.finish(F.linear(hidden, self.weight, self.bias)[..., : self.vocab_size])
 
     def finish(self, logits: torch.Tensor) -> torch.Tensor:
+        """The model's scale and cap, of the same shape."""
         logits = logits * self.scale if self.scale != 1 else logits
         return logits if self.cap is None else torch.tanh(logits / self.cap) * self.cap
 
     @torch.no_grad()
+    def linear(self, hidden: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        """The matrix product by hand, without scale and cap: hidden [N, D], out [N, R] -> out."""
+        weight = self.weight[: self.rows].to(hidden.dtype)  # under autocast the two may differ
+        if self.bias is None:
+            return torch.mm(hidden, weight.T, out=out)
+        return torch.addmm(self.bias[: self.rows].to(hidden.dtype), hidden, weight.T, out=out)
+
+    @torch.no_grad()
     def linear_backward(self, hidden: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
-        """`linear`'s backward by hand: [N, D], [N, V] -> gradient of hidden [N, D]; that of the weights is added where it lies."""
-        for parameter, product in ((self.weight, (grad.T, hidden)), (self.bias, None)):
-            if parameter is None or not parameter.requires_grad:
-                continue
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter, dtype=parameter.grad_dtype)
-            total = parameter.grad[: self.vocab_size]
-            if product is None:
-                total += grad.sum(0)
-            elif total.dtype == grad.dtype:
-                total.addmm_(*product)  # no second [V, D] tensor
+        """The backward pass of `linear`: hidden [N, D], grad [N, R] -> hidden's gradient [N, D].
+
+        grad: the gradient of the product. Those of weight and bias are added to their `.grad`.
+        """
+        if self.weight.requires_grad:
+            total = _grad_of(self.weight)[: self.rows]
+            if total.dtype == grad.dtype:
+                total.addmm_(grad.T, hidden)  # needs no second [R, D] tensor
+            elif grad.is_cuda and total.dtype == torch.float32:
+                # The same for half-precision products with an fp32 sum, which only CUDA has.
+                torch.addmm(total, grad.T, hidden, out_dtype=torch.float32, out=total)
             else:
-                total += product[0] @ product[1]
-        return grad @ self.weight[: self.vocab_size]
+                total += grad.T @ hidden
+        if self.bias is not None and self.bias.requires_grad:
+            _grad_of(self.bias)[: self.rows] += grad.sum(0)
+        return grad @ self.weight[: self.rows].to(grad.dtype)
+
+
+def _grad_of(parameter: torch.nn.Parameter) -> torch.Tensor:
+    """The parameter's gradient: zeros, in the precision that it asks for, where there is none."""
+    if parameter.grad is None:
+        parameter.grad = torch.zeros_like(parameter, dtype=parameter.grad_dtype)
+    return parameter.grad
 
 
 def backward_by_chunks(
@@ -175,36 +353,85 @@ def backward_by_chunks(
     teacher: tuple[OutputLayer, torch.Tensor] | None = None,
     size: int | None = None,
 ) -> torch.Tensor:
-    """Forward AND backward of sum(loss) / divisor through the output layer, `size` rows (tokens) at a time.
+    """Forward AND backward pass of a loss through the output layer, a few rows at a time. It equals
 
-    hidden: [N, D], with a graph behind it; teacher: another output layer with its hidden states [N, any], which get no gradient; tensors:
-    [N, ...] each. loss(logits [n, V], teacher's logits [n, V] if there is one, *tensors [n, ...]) -> [n, C]: column 0 is the loss, the
-    others are figures to log. Gradients are added to the layer's weights and to all that `hidden` depends on. Returns all columns, [N, C],
-    detached. It equals
+        columns = loss(layer(hidden), teacher_layer(teacher_hidden), *tensors)
+        (columns[:, 0].sum() / divisor).backward()
 
-        columns = loss(layer(hidden), other_layer(other_hidden), *tensors);  (columns[:, 0].sum() / divisor).backward()
+    but never holds [N, V] tensors, and computes nothing twice.
 
-    but what the loss computes of a chunk is dropped once the gradient is known, before the next chunk's turn. A block of chunks shares the
-    large matrix products, which few rows make slow. So a dozen tensors of a chunk's logits and two of a block's are the most there is, and
-    nothing is computed twice. With N = 0 the gradients are zeros. Default size: `CHUNK`.
+    loss(logits [n, V], the teacher's logits [n, V] if there is a teacher, *tensors [n, ...]) for
+        any n rows -> [n], or [n, C]: column 0 is the loss, the others are figures to log. On a GPU
+        hand over torch.compile(loss, dynamic=True): the passes over the logits, which cost as much
+        as the matrix products, become a few.
+    layer: the student's; hidden: [N, D], the student's hidden states with their graph.
+    tensors: [N, ...] each, cut in the same way. What the loss needs for each token, such as token
+        ids, must come through here: a closure would see all N of them.
+    divisor: of the sum over rows: the number of tokens in the whole optimizer step, usually.
+    teacher: its output layer and its hidden states [N, any], which get no gradient.
+    size: rows of a chunk (default: by `CHUNK`).
+
+    Returns the columns of all rows, [N] or [N, C], detached. Gradients are added to the layer's
+    weights and to everything that `hidden` depends on, except what is frozen; with N = 0 they are
+    zeros. Raises ValueError for shapes that do not fit, before any gradient is touched.
+
+    What the loss computes from a chunk is dropped as soon as its gradient is known. The chunks of a
+    block share the large matrix products, which are slow with few rows. Peak memory: about 12
+    chunk-sized and 2 block-sized tensors of logits.
+
+    The gradients of the output layer are written by hand, so that hooks on its weights never fire.
+    DDP and FSDP add up gradients over devices by such hooks: there, sum `.grad` yourself.
     """
-    logits_of_chunk, chunks = CHUNK.get(hidden.device.type, CHUNK["cuda"])
-    size = size or max(1, logits_of_chunk // layer.vocab_size)
-    height = max(1, min(chunks * size, len(hidden)))  # rows of a block
-    columns, grad = None, torch.empty_like(hidden)
-    sides = [(layer, hidden.detach())] + ([teacher] if teacher else [])
-    buffers = [h.new_empty(height, side.vocab_size) for side, h in sides]
-    for start in range(0, max(len(hidden), 1), height):
-        block = slice(start, min(start + height, len(hidden)))
-        with torch.no_grad():
-            logits, *others = [side.linear(h[block], out=buffer[: len(h[block])]) for (side, h), buffer in zip(sides, buffers)]
-        for i in range(0, max(len(logits), 1), size):
-            rows, chunk = slice(start + i, min(start + i + size, block.stop)), logits[i : i + size].detach().requires_grad_()
-            part = loss(layer.finish(chunk), *(teacher[0].finish(x[i : i + size]) for x in others), *(x[rows] for x in tensors))
-            (part[:, 0].sum() / divisor).backward()
-            logits[i : i + size] = chunk.grad  # they are not needed any more: the gradient takes their place
-            columns = part.new_empty(len(hidden), part.shape[1]) if columns is None else columns  # outside the chunks' memory
-            columns[rows] = part.detach()
-        grad[block] = layer.linear_backward(sides[0][1][block], logits)
-    hidden.backward(grad)
+    if hidden.dim() != 2:
+        raise ValueError(
+            f"hidden must be [N, D], a row for each token of the loss, not {list(hidden.shape)}: "
+            "take those rows from [B, T, D] as predicting_last does, or all by hidden.flatten(0, 1)"
+        )
+    teacher_hidden = [] if teacher is None else [teacher[1]]
+    for tensor in (*teacher_hidden, *tensors):
+        if len(tensor) != len(hidden):
+            raise ValueError(f"hidden has {len(hidden)} rows, but a tensor has {len(tensor)}")
+
+    logits_per_chunk, chunks_per_block = CHUNK.get(hidden.device.type, CHUNK["cuda"])
+    chunk_rows = size or max(1, logits_per_chunk // layer.vocab_size)
+    block_rows = max(1, min(chunks_per_block * chunk_rows, len(hidden)))
+
+    student_h = hidden.detach()
+    student_h_grad = torch.empty_like(student_h)
+    # Two tensors for the logits of a block, used again for each block. The student's is used twice
+    # even within one: when the loss of a chunk is done, nobody needs its logits any more, and the
+    # gradient of the loss with respect to them takes their place.
+    logits_then_grad = student_h.new_empty(block_rows, layer.rows)  # [rows, R]
+    teacher_logits = [h.new_empty(block_rows, teacher[0].rows) for h in teacher_hidden]
+
+    columns, done = None, 0
+    for start in range(
+        0, max(len(hidden), 1), block_rows
+    ):  # N = 0: one empty block, one empty chunk
+        block = slice(start, start + block_rows)
+        rows = len(student_h[block])  # the last block may be shorter
+        layer.linear(student_h[block], out=logits_then_grad[:rows])
+        inputs = [logits_then_grad[:rows, : layer.vocab_size]]
+        for h, out in zip(teacher_hidden, teacher_logits):
+            inputs.append(teacher[0].linear(h[block], out=out[:rows])[:, : teacher[0].vocab_size])
+        inputs += [tensor[block] for tensor in tensors]
+
+        for chunk, *others in zip(*[x.split(chunk_rows) for x in inputs]):
+            logits = chunk.detach().requires_grad_()
+            if teacher is not None:
+                others[0] = teacher[0].finish(others[0])
+            part = loss(layer.finish(logits), *others)
+            if part.shape[:1] != chunk.shape[:1]:
+                raise ValueError(f"loss of {len(chunk)} rows must be [n] or [n, C]: {part.shape}")
+            ((part if part.dim() == 1 else part[:, 0]).sum() / divisor).backward()
+            chunk.copy_(logits.grad)
+            if columns is None:  # allocated late, not to split the allocator's chunk-sized pieces
+                columns = part.new_empty(len(hidden), *part.shape[1:])
+            columns[done : done + len(part)] = part.detach()
+            done += len(part)
+
+        logits_then_grad[:rows, layer.vocab_size :] = 0
+        student_h_grad[block] = layer.linear_backward(student_h[block], logits_then_grad[:rows])
+    if hidden.requires_grad:  # else only the output layer learns
+        hidden.backward(student_h_grad)
     return columns

@@ -1,4 +1,4 @@
-"""The teacher of stage 2, pi_bar in METHOD.md (4): the reviser that scores the student's own tokens. One file, torch alone.
+"""The teacher of stage 2, pi_bar in README (4): the model that scores the student's own tokens.
 
     teacher = Teacher(student, "ema", rate=0.05, interval=10)
     with teacher.scoring() as model:      # eval mode, no gradient
@@ -6,10 +6,13 @@
     ...optimizer.step()...
     teacher.update(step)                  # after every optimizer step, counted from 1
 
-- base: the weights that the student started from, for ever (the paper's, and the default of sdzero.py).
+- base: the weights that the student started from, never updated (the paper's default, and ours).
 - live: the student itself, as it is now.
-- ema:  teacher <- (1 - rate) teacher + rate student, every `interval` optimizer steps. rate 1 is a hard copy, the paper's
-        teacher synchronisation (section 3.4).
+- ema:  teacher <- (1 - rate) teacher + rate student, every `interval` optimizer steps. rate = 1 is
+        a hard copy, the paper's teacher synchronisation (section 3.4).
+
+Whichever it is, before the first optimizer step the teacher equals the student, weight by weight:
+the first targets are the student's own predictions in the teacher's context.
 """
 
 import copy
@@ -21,27 +24,38 @@ import torch
 class Teacher:
     """A scoring model that never gets a gradient and never runs in train mode.
 
-    student: any torch module; `base` and `ema` copy it, weights and buffers, so that the first targets are the student's own.
-    kind: "base", "live" or "ema". rate in (0, 1] and interval >= 1 (optimizer steps): `ema` alone. Raises ValueError otherwise.
+    student: any torch module; `base` and `ema` copy it, weights and buffers.
+    kind: "base", "live" or "ema". Only `ema` uses rate, in (0, 1], and interval, >= 1 optimizer
+    steps. Raises ValueError for other values.
 
-    Buffers stay as they were. The average is kept in fp32: a bf16 one would stand still, since rate x difference is below half of its
-    last bit. `module`, which scores, is in the student's dtype.
+    `module` is what scores, in the student's dtype. The average of `ema` is kept in fp32: in bf16
+    it would not move, since rate x difference is less than half of its last bit. Buffers are copied
+    once and never updated.
     """
 
-    def __init__(self, student: torch.nn.Module, kind: str = "base", rate: float = 1.0, interval: int = 1):
+    def __init__(
+        self, student: torch.nn.Module, kind: str = "base", rate: float = 0.05, interval: int = 1
+    ):
         if kind not in ("base", "live", "ema"):
             raise ValueError(f"teacher must be base, live or ema, not {kind!r}")
         if not 0 < rate <= 1 or interval < 1:
-            raise ValueError(f"teacher needs 0 < rate <= 1 and interval >= 1, not {rate} and {interval}")
+            raise ValueError(f"teacher needs 0 < rate <= 1, interval >= 1, not {rate}, {interval}")
         self.student, self.kind, self.rate, self.interval = student, kind, rate, interval
-        self.module = student if kind == "live" else copy.deepcopy(student).requires_grad_(False).eval()
-        # fp32 and float64 weights are not copied once more: the average and the weights that score are then the same tensors
-        moving = self.module.named_parameters() if kind == "ema" else ()
-        self.average = {n: p.detach().to(torch.promote_types(p.dtype, torch.float32)) for n, p in moving}
+        self.module = student
+        if kind != "live":
+            self.module = copy.deepcopy(student).requires_grad_(False).eval()
+        # fp32 and float64 weights share storage with the average, so no second copy is needed.
+        self.average = {}
+        for name, weight in self.module.named_parameters() if kind == "ema" else ():
+            precision = torch.promote_types(weight.dtype, torch.float32)
+            self.average[name] = weight.detach().to(precision)
 
     @contextmanager
     def scoring(self):
-        """The teacher's module in eval mode, without gradient. For `live` each of the student's modules gets its own mode back."""
+        """The teacher's module in eval mode, without gradient, inside a `with` block.
+
+        Afterwards each of its modules is back in its own mode: the `live` teacher is the student.
+        """
         modes = [(m, m.training) for m in self.module.modules()]
         self.module.eval()
         try:
@@ -53,21 +67,29 @@ class Teacher:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Call after optimizer step `step` (counted from 1). Moves the `ema` teacher when `interval` divides it; else nothing."""
+        """Call after optimizer step `step`, from 1: moves `ema` when `interval` divides it."""
         if self.kind != "ema" or step % self.interval:
             return
         student = dict(self.student.named_parameters())
         for name, weight in self.module.named_parameters():  # matched by name
-            self.average[name].lerp_(student[name].to(self.average[name].dtype), self.rate)
-            weight.copy_(self.average[name])
+            average = self.average[name]
+            average.lerp_(student[name].to(average.dtype), self.rate)
+            weight.copy_(average)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """What a checkpoint needs: the fp32 average of `ema`. `base` is the model the run started from, `live` is the student."""
+        """What a checkpoint needs: the average of `ema`, not copied.
+
+        It is empty for the others: `base` is the model that the run started from, `live` is the
+        student.
+        """
         return self.average
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        """Put a `state_dict` back. Raises KeyError where a weight is missing."""
+        """Put a `state_dict` back, by value. Raises ValueError for another model's or kind's."""
+        different = sorted(state.keys() ^ self.average.keys())
+        if different:
+            raise ValueError(f"not this {self.kind} teacher's state: {different[0]!r} is amiss")
         for name, weight in self.module.named_parameters() if self.kind == "ema" else ():
             self.average[name].copy_(state[name])
             weight.copy_(self.average[name])

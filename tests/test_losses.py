@@ -82,8 +82,8 @@ def assert_equals_reference(function, reference):
 def test_divergences_equal_the_formulas(alpha):
     """Catches swapped sides, swapped weights, a wrong mixture, the teacher's support instead of the student's, a tail that is lost."""
     assert_equals_reference(lambda s, t: full_logits(s, t, alpha), lambda p, q: family(p, q, alpha))
-    for k in (1, 3, 6):
-        for tail in (True, False):
+    for k, tail in ((1, True), (2, False), (3, True), (3, False), (6, True), (6, False)):
+        if True:
 
             def reference(p, q):
                 return family(on(p, largest(p, k), tail), on(q, largest(p, k), tail), alpha)
