@@ -5,13 +5,11 @@ feeds them: `predicting_last` (which hidden states predict which tokens), `micro
 sequences share a forward pass) and `backward_by_chunks` (hidden states -> logits, loss, gradients,
 a few rows at a time). To start reading: `full_logits`, then `predicting_last`.
 
-    student_h = predicting_last(student, student_ids, counts)                  # [N, D]
-    with teacher.scoring() as module:
-        teacher_h = predicting_last(module, teacher_ids, counts)               # [N, D]
-    against = (OutputLayer(module), teacher_h)
-    kl = backward_by_chunks(                                                   # [N], in nats
-        full_logits, OutputLayer(student), student_h, divisor=sum(counts), teacher=against
-    )
+    student_h = predicting_last(student, student_ids, counts)  # [N, D]
+    with torch.no_grad():
+        teacher_h = predicting_last(teacher, teacher_ids, counts)  # [N, D]
+    layer, against = OutputLayer(student), (OutputLayer(teacher), teacher_h)
+    kl = backward_by_chunks(full_logits, layer, student_h, divisor=sum(counts), teacher=against)
 
 Shapes: B sequences, T positions, N scored tokens (rows), V vocabulary size, K of its entries, D
 hidden size. Every objective takes the logits of the student and of the teacher for the SAME N
