@@ -203,11 +203,10 @@ def predicting_last(model, sequences: list[list[int]], counts: list[int]) -> tor
     The output at position t-1 predicts token t, so the rows lie one place to the left of the ids:
 
         position    0    1    2    3    4
-        ids         x0   x1   y0   y1   y2        counts[i] = 3: the last three are scored
-        output      h0   h1   h2   h3   h4
-                         |    |    |
-        predicts         y0   y1   y2             so h1, h2, h3 are returned; h4 predicts what
-                                                  would come next, and is not
+        ids         x0   x1   y0   y1   y2       counts[i] = 3: the last three are scored
+        output      h0   h1   h2   h3   h4       h1, h2, h3 are returned
+                         |    |    |    |
+        predicts         y0   y1   y2   what would come next
 
     A count of 0 adds no row. Raises ValueError for a negative count, and for one that leaves no id
     in front of the scored ones: the first id of a sequence is predicted by nothing.
@@ -299,7 +298,7 @@ class OutputLayer:
             )
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Logits of hidden states, by autograd: what everything below must agree with."""
+        """Logits of hidden states, by autograd."""
         return self.finish(F.linear(hidden, self.weight, self.bias)[..., : self.vocab_size])
 
     def finish(self, logits: torch.Tensor) -> torch.Tensor:
@@ -385,8 +384,8 @@ def backward_by_chunks(
             f"hidden must be [N, D], a row for each token of the loss, not {list(hidden.shape)}: "
             "take those rows from [B, T, D] as predicting_last does, or all by hidden.flatten(0, 1)"
         )
-    teacher_hidden = [] if teacher is None else [teacher[1]]
-    for tensor in (*teacher_hidden, *tensors):
+    sides = [(layer, hidden.detach())] + ([] if teacher is None else [teacher])
+    for tensor in (sides[-1][1], *tensors):
         if len(tensor) != len(hidden):
             raise ValueError(f"hidden has {len(hidden)} rows, but a tensor has {len(tensor)}")
 
@@ -394,24 +393,19 @@ def backward_by_chunks(
     chunk_rows = size or max(1, logits_per_chunk // layer.vocab_size)
     block_rows = max(1, min(chunks_per_block * chunk_rows, len(hidden)))
 
-    student_h = hidden.detach()
-    student_h_grad = torch.empty_like(student_h)
-    # Two tensors for the logits of a block, used again for each block. The student's is used twice
-    # even within one: when the loss of a chunk is done, nobody needs its logits any more, and the
-    # gradient of the loss with respect to them takes their place.
-    logits_then_grad = student_h.new_empty(block_rows, layer.rows)  # [rows, R]
-    teacher_logits = [h.new_empty(block_rows, teacher[0].rows) for h in teacher_hidden]
-
+    # A tensor [block_rows, R] for each side, used again for each block. The student's is used twice
+    # even within a block: when the loss of a chunk is done, nobody needs its logits any more, and
+    # the gradient of the loss with respect to them takes their place.
+    buffers = [h.new_empty(block_rows, side.rows) for side, h in sides]
+    hidden_grad = torch.empty_like(hidden)
     columns, done = None, 0
-    for start in range(
-        0, max(len(hidden), 1), block_rows
-    ):  # N = 0: one empty block, one empty chunk
+    # With N = 0 there is one empty block of one empty chunk.
+    for start in range(0, max(len(hidden), 1), block_rows):
         block = slice(start, start + block_rows)
-        rows = len(student_h[block])  # the last block may be shorter
-        layer.linear(student_h[block], out=logits_then_grad[:rows])
-        inputs = [logits_then_grad[:rows, : layer.vocab_size]]
-        for h, out in zip(teacher_hidden, teacher_logits):
-            inputs.append(teacher[0].linear(h[block], out=out[:rows])[:, : teacher[0].vocab_size])
+        inputs = []
+        for (side, h), buffer in zip(sides, buffers):
+            products = side.linear(h[block], out=buffer[: len(h[block])])
+            inputs.append(products[:, : side.vocab_size])
         inputs += [tensor[block] for tensor in tensors]
 
         for chunk, *others in zip(*[x.split(chunk_rows) for x in inputs]):
@@ -422,14 +416,16 @@ def backward_by_chunks(
             if part.shape[:1] != chunk.shape[:1]:
                 raise ValueError(f"loss of {len(chunk)} rows must be [n] or [n, C]: {part.shape}")
             ((part if part.dim() == 1 else part[:, 0]).sum() / divisor).backward()
-            chunk.copy_(logits.grad)
+            chunk.copy_(logits.grad)  # in the student's buffer
             if columns is None:  # allocated late, not to split the allocator's chunk-sized pieces
                 columns = part.new_empty(len(hidden), *part.shape[1:])
             columns[done : done + len(part)] = part.detach()
             done += len(part)
 
-        logits_then_grad[:rows, layer.vocab_size :] = 0
-        student_h_grad[block] = layer.linear_backward(student_h[block], logits_then_grad[:rows])
+        student_h = sides[0][1][block]
+        logits_grad = buffers[0][: len(student_h)]  # by now
+        logits_grad[:, layer.vocab_size :] = 0
+        hidden_grad[block] = layer.linear_backward(student_h, logits_grad)
     if hidden.requires_grad:  # else only the output layer learns
-        hidden.backward(student_h_grad)
+        hidden.backward(hidden_grad)
     return columns
