@@ -5,6 +5,7 @@ feeds them: `predicting_last` (which hidden states predict which tokens), `micro
 sequences share a forward pass) and `backward_by_chunks` (hidden states -> logits, loss, gradients,
 a few rows at a time). To start reading: `full_logits`, then `predicting_last`.
 
+<<<<<<< HEAD
     student_h = predicting_last(student, student_ids, counts)                  # [N, D]
     with teacher.scoring() as module:
         teacher_h = predicting_last(module, teacher_ids, counts)               # [N, D]
@@ -12,6 +13,13 @@ a few rows at a time). To start reading: `full_logits`, then `predicting_last`.
     kl = backward_by_chunks(                                                   # [N], in nats
         full_logits, OutputLayer(student), student_h, divisor=sum(counts), teacher=against
     )
+=======
+    student_h = predicting_last(student, student_ids, counts)  # [N, D]
+    with torch.no_grad():
+        teacher_h = predicting_last(teacher, teacher_ids, counts)  # [N, D]
+    layer, against = OutputLayer(student), (OutputLayer(teacher), teacher_h)
+    kl = backward_by_chunks(full_logits, layer, student_h, divisor=sum(counts), teacher=against)
+>>>>>>> losses
 
 Shapes: B sequences, T positions, N scored tokens (rows), V vocabulary size, K of its entries, D
 hidden size. Every objective takes the logits of the student and of the teacher for the SAME N
@@ -205,11 +213,18 @@ def predicting_last(model, sequences: list[list[int]], counts: list[int]) -> tor
     The output at position t-1 predicts token t, so the rows lie one place to the left of the ids:
 
         position    0    1    2    3    4
+<<<<<<< HEAD
         ids         x0   x1   y0   y1   y2        counts[i] = 3: the last three are scored
         output      h0   h1   h2   h3   h4
                          |    |    |
         predicts         y0   y1   y2             so h1, h2, h3 are returned; h4 predicts what
                                                   would come next, and is not
+=======
+        ids         x0   x1   y0   y1   y2       counts[i] = 3: the last three are scored
+        output      h0   h1   h2   h3   h4       h1, h2, h3 are returned
+                         |    |    |    |
+        predicts         y0   y1   y2   what would come next
+>>>>>>> losses
 
     A count of 0 adds no row. Raises ValueError for a negative count, and for one that leaves no id
     in front of the scored ones: the first id of a sequence is predicted by nothing.
@@ -301,7 +316,11 @@ class OutputLayer:
             )
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
+<<<<<<< HEAD
         """Logits of hidden states, by autograd: what everything below must agree with."""
+=======
+        """Logits of hidden states, by autograd."""
+>>>>>>> losses
         return self.finish(F.linear(hidden, self.weight, self.bias)[..., : self.vocab_size])
 
     def finish(self, logits: torch.Tensor) -> torch.Tensor:
@@ -387,8 +406,13 @@ def backward_by_chunks(
             f"hidden must be [N, D], a row for each token of the loss, not {list(hidden.shape)}: "
             "take those rows from [B, T, D] as predicting_last does, or all by hidden.flatten(0, 1)"
         )
+<<<<<<< HEAD
     teacher_hidden = [] if teacher is None else [teacher[1]]
     for tensor in (*teacher_hidden, *tensors):
+=======
+    sides = [(layer, hidden.detach())] + ([] if teacher is None else [teacher])
+    for tensor in (sides[-1][1], *tensors):
+>>>>>>> losses
         if len(tensor) != len(hidden):
             raise ValueError(f"hidden has {len(hidden)} rows, but a tensor has {len(tensor)}")
 
@@ -396,6 +420,7 @@ def backward_by_chunks(
     chunk_rows = size or max(1, logits_per_chunk // layer.vocab_size)
     block_rows = max(1, min(chunks_per_block * chunk_rows, len(hidden)))
 
+<<<<<<< HEAD
     student_h = hidden.detach()
     student_h_grad = torch.empty_like(student_h)
     # Two tensors for the logits of a block, used again for each block. The student's is used twice
@@ -414,6 +439,21 @@ def backward_by_chunks(
         inputs = [logits_then_grad[:rows, : layer.vocab_size]]
         for h, out in zip(teacher_hidden, teacher_logits):
             inputs.append(teacher[0].linear(h[block], out=out[:rows])[:, : teacher[0].vocab_size])
+=======
+    # A tensor [block_rows, R] for each side, used again for each block. The student's is used twice
+    # even within a block: when the loss of a chunk is done, nobody needs its logits any more, and
+    # the gradient of the loss with respect to them takes their place.
+    buffers = [h.new_empty(block_rows, side.rows) for side, h in sides]
+    hidden_grad = torch.empty_like(hidden)
+    columns, done = None, 0
+    # With N = 0 there is one empty block of one empty chunk.
+    for start in range(0, max(len(hidden), 1), block_rows):
+        block = slice(start, start + block_rows)
+        inputs = []
+        for (side, h), buffer in zip(sides, buffers):
+            products = side.linear(h[block], out=buffer[: len(h[block])])
+            inputs.append(products[:, : side.vocab_size])
+>>>>>>> losses
         inputs += [tensor[block] for tensor in tensors]
 
         for chunk, *others in zip(*[x.split(chunk_rows) for x in inputs]):
@@ -424,14 +464,27 @@ def backward_by_chunks(
             if part.shape[:1] != chunk.shape[:1]:
                 raise ValueError(f"loss of {len(chunk)} rows must be [n] or [n, C]: {part.shape}")
             ((part if part.dim() == 1 else part[:, 0]).sum() / divisor).backward()
+<<<<<<< HEAD
             chunk.copy_(logits.grad)
+=======
+            chunk.copy_(logits.grad)  # in the student's buffer
+>>>>>>> losses
             if columns is None:  # allocated late, not to split the allocator's chunk-sized pieces
                 columns = part.new_empty(len(hidden), *part.shape[1:])
             columns[done : done + len(part)] = part.detach()
             done += len(part)
 
+<<<<<<< HEAD
         logits_then_grad[:rows, layer.vocab_size :] = 0
         student_h_grad[block] = layer.linear_backward(student_h[block], logits_then_grad[:rows])
     if hidden.requires_grad:  # else only the output layer learns
         hidden.backward(student_h_grad)
+=======
+        student_h = sides[0][1][block]
+        logits_grad = buffers[0][: len(student_h)]  # by now
+        logits_grad[:, layer.vocab_size :] = 0
+        hidden_grad[block] = layer.linear_backward(student_h, logits_grad)
+    if hidden.requires_grad:  # else only the output layer learns
+        hidden.backward(hidden_grad)
+>>>>>>> losses
     return columns

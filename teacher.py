@@ -3,10 +3,14 @@
     teacher = Teacher(student, "ema", rate=0.05, interval=10)
     with teacher.scoring() as model:      # eval mode, no gradient
         logits = model(input_ids).logits
-    ...optimizer.step()...
+    optimizer.step()
     teacher.update(step)                  # after every optimizer step, counted from 1
 
+<<<<<<< HEAD
 - base: the weights that the student started from, never updated (the paper's default, and ours).
+=======
+- base: the weights that the student started from, never updated (the paper's; the default).
+>>>>>>> losses
 - live: the student itself, as it is now.
 - ema:  teacher <- (1 - rate) teacher + rate student, every `interval` optimizer steps. rate = 1 is
         a hard copy, the paper's teacher synchronisation (section 3.4).

@@ -1,14 +1,63 @@
-"""The training half, measured by hand: each alternative in a process of its own, interleaved, medians.
+"""Speed and memory of training, measured: each alternative in a process of its own, interleaved.
 
-    python tests/bench_training.py loss       full_logits, topk_logits, sampled_token: by chunks against whole logits; seconds and peak memory
-    python tests/bench_training.py step       one stage-2 step against model.generate + padded batches + whole logits
-    python tests/bench_training.py srt        one L_SRT step against the version with two records a tuple
-    python tests/bench_training.py memory     what the scripts say about memory before they start, against what a step takes; the estimate
-                                              is of tensors: MALLOC_MMAP_THRESHOLD_=65536 keeps glibc's fragmentation out of the measure
+    python tests/bench_training.py loss      full_logits, topk_logits, sampled_token: by chunks
+                                             against whole logits
+    python tests/bench_training.py step      one stage-2 step, sampling included, against
+                                             model.generate + padded batches + whole logits
+    python tests/bench_training.py srt       one L_SRT step against two records per trace
+    python tests/bench_training.py memory    what the scripts say about memory before they start,
+                                             against what a step takes (CPU only)
 
-Peak memory is the resident set above what it was with weights, inputs and code loaded, sampled every millisecond. With OMP_NUM_THREADS=1
-seconds are that thread's CPU time, which other work on the machine disturbs less; else wall time. `loss` has the gradients' tensors
-allocated before, as in every micro-batch but the first. Random weights in SmolLM2-135M's shape; 2,048 tokens, vocabulary 49,152, width 576.
+--device cuda runs `loss`, `step` and `srt` on a GPU, in bf16. Printed are medians over --runs.
+
+How it is measured. Random weights in SmolLM2-135M's shape; `loss` has 2,048 tokens, a vocabulary of
+49,152 and a width of 576, on a GPU Qwen3-4B's numbers: 8,192 tokens, 151,669 of 151,936 ids, 2,560.
+The tensors of its gradients exist before, as in every micro-batch but the first. On a CPU, peak
+memory is the resident set above what it was with weights, inputs and code loaded, sampled every
+millisecond; on a GPU it is the allocator's. With OMP_NUM_THREADS=1 seconds are that thread's CPU
+time, which other work on the machine disturbs less; else wall time. For `memory`, whose estimate is
+of tensors, MALLOC_MMAP_THRESHOLD_=65536 keeps glibc's fragmentation out of the measure.
+
+Figures: 2-core machine of this project, torch 2.13.0 (CPU), transformers 5.24, fp32,
+`OMP_NUM_THREADS=1 python tests/bench_training.py loss|step|srt --runs 3`, CPU seconds and peak
+memory. The steps: 8 problems of at most 128 new tokens; 4 traces.
+
+    what                           the usual way         ours                 date
+    full_logits                    10.28 s, 2,836 MB     6.29 s,   143 MB     2026-11-25
+    topk_logits, k = 64, tail       9.60 s, 2,445 MB     6.83 s,   143 MB     2026-11-25
+    sampled_token                   6.50 s, 1,632 MB     6.03 s,   140 MB     2026-11-25
+    stage-2 step (2 runs)          42.6 s,  4,761 MB    20.2 s,  2,237 MB     2026-11-26
+    the same, both cores (1 run)   23.5 s,  4,812 MB    13.0 s,  2,228 MB     2026-11-26
+    L_SRT step (usual way: 1 run)  29.7 s,  4,483 MB    12.1 s,  1,785 MB     2026-11-25
+
+Nearly half of our stage-2 step is sampling (torch profiler), which the longest response keeps busy
+for 89 steps. Large matrix products run at some 140 GFLOP/s per core. The rest of a pass is mostly
+the allocator's fresh pages, so we use few micro-batches, with at most 10% padding.
+
+Memory in bytes, bf16 (fp32 in brackets), for P parameters, L layers, width D, heads x head size Q,
+key/value heads x head size K, feed-forward width I. The examples are Qwen3's, in GB, except where
+it says MB; "with checkpointing" is with --gradient-checkpointing:
+
+    part                        formula                       0.6B   1.7B   4B
+    weights                     2 P [4 P]                     1.2    3.4    8.0
+    AdamW's moments             8 P                           4.8    13.8   32.2
+    lost 16 bits of the masters 2 P [0]                       1.2    3.4    8.0
+    gradients, fp32             4 P                           2.4    6.9    16.1
+    teacher: base; ema; live    2 P; 6 P; 0 [4 P; 4 P; 0]     1.2    3.4    8.0
+    activations per token, MB   L (16 D + 10 (Q + K) + 8 I)   2.0    3.2    6.2
+      with checkpointing, MB    2 L D and one layer's         0.13   0.23   0.36
+    logits of a block           176 x 2^24 [816 x 2^17]       3.0    3.0    3.0
+    cache per token, MB         4 L K                         0.11   0.11   0.15
+
+Logits are 12 tensors of a chunk and 2 of a block of 32 chunks in bf16 on a GPU, of 96 in fp32 on a
+CPU (`losses.CHUNK`). Activations are those of one pass, the cache that of one slot.
+
+Training holds all but the cache; sampling holds weights, optimizer, teacher and cache (on a CPU,
+where their memory is kept, fp32 gradients too). The estimate that the scripts print, with
+activations measured on a few tokens, was checked on the CPU with SmolLM2's shape on 2026-11-25
+(`OMP_NUM_THREADS=1 python tests/bench_training.py memory --runs 1`): stage 1 estimated 5.61 GB,
+measured 5.55; stage 2 4.71 and 4.68, with MALLOC_MMAP_THRESHOLD_=65536. glibc's own settings add
+its fragmentation (6.69 and 5.30).
 """
 
 import argparse
@@ -25,11 +74,35 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-N, V, D = 2048, 49152, 576
-SMOLLM2 = dict(vocab_size=V, hidden_size=D, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3,
-               max_position_embeddings=8192, tie_word_embeddings=True, rope_theta=100000.0, bos_token_id=None, eos_token_id=0)  # fmt: skip
-FLAGS = argparse.Namespace(objective="full_logits", alpha=1.0, topk=None, no_tail=False, temperature=1.0, skip_first=0, importance_cap=None,
-                           micro_tokens=16384, lr=1e-5, betas=(0.9, 0.999), weight_decay=0.01, clip=1.0)  # fmt: skip
+TOKENS, VOCABULARY, ROWS, WIDTH = 2048, 49152, 49152, 576  # of `loss`; on a GPU: see main
+DEVICE, DTYPE = "cpu", torch.float32  # --device
+SMOLLM2 = dict(
+    vocab_size=49152,
+    hidden_size=576,
+    intermediate_size=1536,
+    num_hidden_layers=30,
+    num_attention_heads=9,
+    num_key_value_heads=3,
+    max_position_embeddings=8192,
+    tie_word_embeddings=True,
+    rope_theta=100000.0,
+    bos_token_id=None,
+    eos_token_id=0,
+)
+FLAGS = argparse.Namespace(
+    objective="full_logits",
+    alpha=1.0,
+    topk=None,
+    no_tail=False,
+    temperature=1.0,
+    skip_first=0,
+    importance_cap=None,
+    micro_tokens=16384,
+    lr=1e-5,
+    betas=(0.9, 0.999),
+    weight_decay=0.01,
+    clip=1.0,
+)
 
 
 def resident() -> int:
@@ -38,6 +111,8 @@ def resident() -> int:
 
 def measured(function, repeats=2, start=None):
     """(seconds of the last of some calls, peak MB above the start); the first one warms up."""
+    if DEVICE == "cuda":
+        return measured_on_gpu(function, repeats)
     peak, running = 0, True
     clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
 
@@ -59,41 +134,70 @@ def measured(function, repeats=2, start=None):
     return seconds, (peak - start) / 1e6
 
 
+def measured_on_gpu(function, repeats):
+    start = torch.cuda.memory_allocated()
+    for _ in range(repeats):  # the first call may compile: its memory does not count either
+        torch.cuda.reset_peak_memory_stats()
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        function()
+        torch.cuda.synchronize()
+        seconds = time.perf_counter() - began
+    return seconds, (torch.cuda.max_memory_allocated() - start) / 1e6
+
+
+def output_layer(losses):
+    """An output layer without a model around it."""
+    layer = losses.OutputLayer.__new__(losses.OutputLayer)
+    weight = torch.randn(ROWS, WIDTH, device=DEVICE) * 0.02
+    layer.weight, layer.bias = torch.nn.Parameter(weight.to(DTYPE)), None
+    layer.vocab_size, layer.scale, layer.cap = VOCABULARY, 1, None
+    layer.rows = ROWS if DEVICE == "cuda" else VOCABULARY
+    return layer
+
+
 def bench_loss(objective: str, ours: bool):
     import losses
 
     torch.manual_seed(0)
-    layer, other = losses.OutputLayer.__new__(losses.OutputLayer), losses.OutputLayer.__new__(losses.OutputLayer)
-    for x in (layer, other):
-        x.weight, x.bias, x.vocab_size, x.scale, x.cap = torch.nn.Parameter(torch.randn(V, D) * 0.02), None, V, 1, None
+    layer, other = output_layer(losses), output_layer(losses)
     other.weight.requires_grad_(False)
-    student_h, teacher_h, token_ids = torch.randn(N, D, requires_grad=True), torch.randn(N, D), torch.randint(V, (N,))
+    student_h, teacher_h = torch.randn(2, TOKENS, WIDTH, device=DEVICE).to(DTYPE)
+    student_h.requires_grad_()
+    token_ids = torch.randint(VOCABULARY, (TOKENS,), device=DEVICE)
 
     def loss(student_l, teacher_l, token_ids):
         if objective == "full_logits":
-            return losses.full_logits(student_l, teacher_l)[:, None]
+            return losses.full_logits(student_l, teacher_l)
         if objective == "topk_logits":
-            return losses.topk_logits(student_l, teacher_l, 64)[:, None]
-        return losses.sampled_token(student_l, teacher_l, token_ids)[:, None]
+            return losses.topk_logits(student_l, teacher_l, 64)
+        return losses.sampled_token(student_l, teacher_l, token_ids)
 
-    layer.weight.grad, student_h.grad = torch.zeros_like(layer.weight), torch.zeros_like(student_h)
+    if DEVICE == "cuda":
+        layer.weight.grad_dtype = torch.float32
+        loss = torch.compile(loss, dynamic=True)
+    layer.weight.grad = torch.zeros_like(layer.weight, dtype=layer.weight.grad_dtype)
+    student_h.grad = torch.zeros_like(student_h)
 
-    def run():
-        if ours:
-            losses.backward_by_chunks(loss, layer, student_h * 1, token_ids, divisor=N, teacher=(other, teacher_h))
-        else:
-            with torch.no_grad():
-                teacher_l = other(teacher_h)
-            (loss(layer(student_h * 1), teacher_l, token_ids).sum() / N).backward()
+    def by_chunks():
+        against = (other, teacher_h)
+        losses.backward_by_chunks(
+            loss, layer, student_h * 1, token_ids, divisor=TOKENS, teacher=against
+        )
 
-    return measured(run)
+    def whole():
+        with torch.no_grad():
+            teacher_l = other(teacher_h)
+        (loss(layer(student_h * 1), teacher_l, token_ids).sum() / TOKENS).backward()
+
+    return measured(by_chunks if ours else whole)
 
 
 def smollm2():
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(**SMOLLM2))
+    return LlamaForCausalLM(LlamaConfig(**SMOLLM2)).to(DEVICE, DTYPE)
 
 
 def bench_srt(ours: bool):
@@ -103,36 +207,59 @@ def bench_srt(ours: bool):
     model, generator = smollm2().train(), torch.Generator().manual_seed(0)
 
     def ids(low, high):
-        return torch.randint(1, V, (int(torch.randint(low, high, (), generator=generator)),), generator=generator).tolist()
+        length = int(torch.randint(low, high, (), generator=generator))
+        return torch.randint(1, VOCABULARY, (length,), generator=generator).tolist()
 
-    traces = [dict(prompt_ids=ids(40, 80), init_ids=ids(20, 200), phrase_ids=ids(12, 13), revision_ids=ids(20, 200), reward=0, finished=True)
-              for _ in range(4)]  # fmt: skip
+    traces = []
+    for _ in range(4):
+        trace = dict(prompt_ids=ids(40, 80), init_ids=ids(20, 200), phrase_ids=ids(12, 13))
+        traces.append(dict(**trace, revision_ids=ids(20, 200), reward=0, finished=True))
     layer = OutputLayer(model)
 
     def run():
         model.zero_grad()
         if ours:
             return srt_step(model, layer, traces, (1, 2), 16384)
-        # two records a tuple, as the framework's version has them: a batch of each kind, padded, whole logits, cross entropy with labels
-        divisor = sum(len(t["init_ids"]) + len(t["phrase_ids"]) + 2 * len(t["revision_ids"]) for t in traces)
-        for revision_alone in (True, False):
+        # Two records per trace, as the framework's version has them: a batch of each kind, padded,
+        # whole logits, cross entropy with labels.
+        divisor = 0
+        for t in traces:
+            first = len(t["init_ids"]) + len(t["phrase_ids"])
+            divisor += first + 2 * len(t["revision_ids"])
+        for only_revision in (True, False):
             rows = []
             for t in traces:
-                given = t["prompt_ids"] + (t["init_ids"] + t["phrase_ids"] if revision_alone else [])
-                rows.append((given, ([] if revision_alone else t["init_ids"] + t["phrase_ids"]) + t["revision_ids"]))
-            width = max(len(a) + len(b) for a, b in rows)
-            input_ids = torch.tensor([a + b + [0] * (width - len(a) - len(b)) for a, b in rows])
-            labels = torch.tensor([[-100] * len(a) + b + [-100] * (width - len(a) - len(b)) for a, b in rows])
-            mask = torch.tensor([[1] * (len(a) + len(b)) + [0] * (width - len(a) - len(b)) for a, b in rows])
-            logits = model(input_ids=input_ids, attention_mask=mask).logits
-            (F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum") / divisor).backward()
+                first = t["init_ids"] + t["phrase_ids"]
+                if only_revision:
+                    rows.append((t["prompt_ids"] + first, t["revision_ids"]))
+                else:
+                    rows.append((t["prompt_ids"], first + t["revision_ids"]))
+            labels = [[-100] * len(given) + scored for given, scored in rows]
+            width = max(map(len, labels))
+            labels = torch.tensor([x + [-100] * (width - len(x)) for x in labels], device=DEVICE)
+            logits = model(**padded([given + scored for given, scored in rows])).logits
+            flat = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+            (F.cross_entropy(*flat, reduction="sum") / divisor).backward()
 
     return measured(run)
 
 
+def padded(rows, left=False):
+    """input_ids and attention_mask of lists of ids."""
+    width = max(map(len, rows))
+    ids, mask = [], []
+    for row in rows:
+        pad, real = [0] * (width - len(row)), [1] * len(row)
+        ids.append(pad + row if left else row + pad)
+        mask.append(pad + real if left else real + pad)
+    return dict(
+        input_ids=torch.tensor(ids, device=DEVICE), attention_mask=torch.tensor(mask, device=DEVICE)
+    )
+
+
 def bench_step(ours: bool):
-    """8 problems, at most 128 new tokens: lengths are a geometric distribution's (mean 32) at 1/16, 3/16, ... 15/16, no lucky draw. Both sides
-    end each response at its own length."""
+    """8 problems, at most 128 new tokens. The lengths are the quantiles of a geometric distribution
+    (mean 32) at 1/16, 3/16, ..., 15/16: no lucky draw. Both sides end each response at its own."""
     from transformers import GenerationConfig, StoppingCriteria
 
     import rollout
@@ -143,43 +270,58 @@ def bench_step(ours: bool):
 
     model, generator = smollm2(), torch.Generator().manual_seed(0)
     lengths = (-32 * torch.log1p(-(torch.arange(8) + 0.5) / 8)).ceil().int().tolist()  # 3 to 89
-    prompts = [torch.randint(1, V, (int(n),), generator=generator).tolist() for n in torch.randint(40, 80, (8,), generator=generator)]
+    prompts = []
+    for n in torch.randint(40, 80, (8,), generator=generator).tolist():
+        prompts.append(torch.randint(1, VOCABULARY, (n,), generator=generator).tolist())
     phrase = list(range(5, 17))
     teacher, layer = Teacher(model), OutputLayer(model)
     teacher_layer = OutputLayer(teacher.module)
 
     def ours_step():
         model.train()
-        responses = rollout.generate(model, prompts, max_new_tokens=lengths, eos_token_ids=[V], slots=8)
+        responses = rollout.generate(
+            model, prompts, max_new_tokens=lengths, eos_token_ids=[VOCABULARY], slots=8
+        )
         assert [len(y.ids) for y in responses] == lengths
-        distill_step(model, teacher, layer, teacher_layer, [Example(p, y, 0, phrase) for p, y in zip(prompts, responses)], FLAGS)
+        examples = [Example(p, y, 0, phrase) for p, y in zip(prompts, responses)]
+        distill_step(model, teacher, layer, teacher_layer, examples, FLAGS)
         optimizer.step(1e-5)
 
     class EndAt(StoppingCriteria):
         def __call__(self, input_ids, scores, **kwargs):
-            return input_ids.shape[1] >= torch.tensor(lengths) + max(map(len, prompts))
+            ends = torch.tensor(lengths, device=DEVICE) + max(map(len, prompts))
+            return input_ids.shape[1] >= ends
 
-    def padded(rows, left=False):
-        width = max(map(len, rows))
-        ids = [[0] * (width - len(r)) + r if left else r + [0] * (width - len(r)) for r in rows]
-        mask = [[0] * (width - len(r)) + [1] * len(r) if left else [1] * len(r) + [0] * (width - len(r)) for r in rows]
-        return dict(input_ids=torch.tensor(ids), attention_mask=torch.tensor(mask))
+    def scored(logits, rows):
+        """Log-probabilities [N, V] of the rows that predict the last ids of each sequence."""
+        ends = [len(row) - 1 for row in rows]
+        parts = [x[end - n : end] for x, end, n in zip(logits, ends, lengths)]
+        return torch.cat(parts).log_softmax(-1)
 
     def plain_step():
         width = max(map(len, prompts))
         config = GenerationConfig(
-            max_new_tokens=max(lengths), do_sample=True, top_k=0, top_p=1.0, temperature=1.0, pad_token_id=0, eos_token_id=None
+            max_new_tokens=max(lengths),
+            do_sample=True,
+            top_k=0,
+            top_p=1.0,
+            temperature=1.0,
+            pad_token_id=0,
+            eos_token_id=None,
         )
         model.eval()
-        out = model.generate(**padded(prompts, left=True), generation_config=config, stopping_criteria=[EndAt()])
+        batch = padded(prompts, left=True)
+        out = model.generate(**batch, generation_config=config, stopping_criteria=[EndAt()])
         model.train()
-        responses = [row[width : width + n].tolist() for row, n in zip(out, lengths)]
-        student_rows, teacher_rows = [p + y for p, y in zip(prompts, responses)], [p + y + phrase + y for p, y in zip(prompts, responses)]
+        student_rows, teacher_rows = [], []
+        for prompt, row, n in zip(prompts, out, lengths):
+            response = row[width : width + n].tolist()
+            student_rows.append(prompt + response)
+            teacher_rows.append(prompt + response + phrase + response)
         student_logits = model(**padded(student_rows)).logits
         with torch.no_grad():
             teacher_logits = teacher.module(**padded(teacher_rows)).logits
-        s = torch.cat([x[len(row) - n - 1 : len(row) - 1] for x, row, n in zip(student_logits, student_rows, lengths)]).log_softmax(-1)
-        t = torch.cat([x[len(row) - n - 1 : len(row) - 1] for x, row, n in zip(teacher_logits, teacher_rows, lengths)]).log_softmax(-1)
+        s, t = scored(student_logits, student_rows), scored(teacher_logits, teacher_rows)
         ((s.exp() * (s - t)).sum(-1).mean()).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         adamw.step()
@@ -193,7 +335,8 @@ def bench_step(ours: bool):
 
 
 def bench_memory(stage_2: bool):
-    """(bytes of the estimate, bytes measured) of the training part of a step whose responses are as long as they may be."""
+    """(bytes of the estimate, bytes measured) of the training part of a step whose responses are as
+    long as they may be."""
     from losses import OutputLayer
     from rollout import Rollout
     from sdzero import Example, distill_step
@@ -201,21 +344,29 @@ def bench_memory(stage_2: bool):
     from teacher import Teacher
 
     start = resident()
-    model, prompt, response, phrase = smollm2().train(), list(range(1, 101)), list(range(1, 257)), list(range(5, 17))
-    lm = LM(model, None, {0}, V, 8192)
+    model = smollm2().train()
+    prompt, response, phrase = list(range(1, 101)), list(range(1, 257)), list(range(5, 17))
+    lm = LM(model, None, {0}, VOCABULARY, 8192)
     lm.phrase_ids = lambda text: phrase
     args = argparse.Namespace(
-        **vars(FLAGS), max_new_tokens=len(response), batch_size=4, slots=1, gradient_checkpointing=False, phrase_wrong=""
+        **vars(FLAGS),
+        max_new_tokens=len(response),
+        batch_size=4,
+        slots=1,
+        gradient_checkpointing=False,
+        phrase_wrong="",
     )
     parts = report_memory(lm, args, [Problem("", None, prompt)], "base" if stage_2 else None)
     layer, optimizer = OutputLayer(model), Optimizer(model, FLAGS)
     teacher = Teacher(model) if stage_2 else None
-    trace = dict(prompt_ids=prompt, init_ids=response, phrase_ids=phrase, revision_ids=response, reward=0, finished=True)
+    trace = dict(prompt_ids=prompt, init_ids=response, phrase_ids=phrase, revision_ids=response)
+    trace.update(reward=0, finished=True)
     example = Example(prompt, Rollout(response, [0.0] * len(response), False), 0, phrase)
 
     def step():
         if stage_2:
-            distill_step(model, teacher, layer, OutputLayer(teacher.module), [example] * 4, FLAGS)
+            other = OutputLayer(teacher.module)
+            distill_step(model, teacher, layer, other, [example] * 4, FLAGS)
         else:
             srt_step(model, layer, [trace] * 4, (1, 2), 16384)
         optimizer.step(1e-5)
@@ -224,34 +375,59 @@ def bench_memory(stage_2: bool):
     return sum(parts.values()) - parts["cache"], peak * 1e6
 
 
+def report(name, results, runs):
+    """One line of medians. results: "0" and "1" -> rows of (seconds, MB), of `memory` two sizes."""
+    medians = {
+        k: [statistics.median(column) for column in zip(*rows)] for k, rows in results.items()
+    }
+    if name == "memory":
+        for stage, (said, took) in medians.items():
+            print(
+                f"stage {int(stage) + 1}: estimate {said / 1e9:.2f} GB, measured {took / 1e9:.2f} "
+                f"GB, {said / took - 1:+.0%}  (median of {runs})"
+            )
+        return
+    (plain_s, plain_mb), (our_s, our_mb) = medians["0"], medians["1"]
+    threads = f"{torch.get_num_threads()} threads"
+    print(
+        f"{name}: alternative {plain_s:.2f} s, {plain_mb:.0f} MB; ours {our_s:.2f} s, "
+        f"{our_mb:.0f} MB; time x {plain_s / our_s:.2f}, memory / {plain_mb / our_mb:.1f}  "
+        f"({threads if DEVICE == 'cpu' else torch.cuda.get_device_name()}, median of {runs})"
+    )
+
+
 def main():
+    global DEVICE, DTYPE, TOKENS, VOCABULARY, ROWS, WIDTH
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=["loss", "step", "srt", "memory"])
-    parser.add_argument("--runs", type=int, default=5, help="processes of each alternative, interleaved (default: 5)")
+    parser.add_argument(
+        "--runs", type=int, default=5, help="processes of each alternative, interleaved"
+    )
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.device == "cuda":
+        if args.what == "memory":
+            parser.error("memory is measured on the CPU")
+        DEVICE, DTYPE = "cuda", torch.bfloat16
+        if args.what == "loss":
+            TOKENS, VOCABULARY, ROWS, WIDTH = 8192, 151669, 151936, 2560
     if args.child:
         name, ours = args.child.rsplit(":", 1)
-        bench = {"step": bench_step, "srt": bench_srt, "memory": bench_memory}.get(args.what) or partial(bench_loss, name)
+        functions = {"step": bench_step, "srt": bench_srt, "memory": bench_memory}
+        bench = functions.get(args.what) or partial(bench_loss, name)
         print(json.dumps(bench(ours == "1")))
         return
-    for name in ["full_logits", "topk_logits", "sampled_token"] if args.what == "loss" else [args.what]:
+    objectives = ["full_logits", "topk_logits", "sampled_token"]
+    for name in objectives if args.what == "loss" else [args.what]:
         results = {"0": [], "1": []}
         for _ in range(args.runs):
             for ours, rows in results.items():
-                command = [sys.executable, __file__, args.what, "--child", f"{name}:{ours}"]
+                command = [sys.executable, __file__, args.what, "--device", args.device]
+                command += ["--child", f"{name}:{ours}"]
                 out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
                 rows.append(json.loads(out.splitlines()[-1]))
-        if args.what == "memory":
-            for stage, rows in results.items():
-                said, took = (statistics.median(column) / 1e9 for column in zip(*rows))
-                print(
-                    f"stage {int(stage) + 1}: estimate {said:.2f} GB, measured {took:.2f} GB, {said / took - 1:+.0%}  (median of {args.runs})"
-                )
-            continue
-        (plain_s, plain_mb), (our_s, our_mb) = ([statistics.median(column) for column in zip(*results[k])] for k in ("0", "1"))
-        print(f"{name}: alternative {plain_s:.2f} s, {plain_mb:.0f} MB; ours {our_s:.2f} s, {our_mb:.0f} MB; time x {plain_s / our_s:.2f}, "
-              f"memory / {plain_mb / our_mb:.1f}  ({torch.get_num_threads()} threads, median of {args.runs})")  # fmt: skip
+        report(name, results, args.runs)
 
 
 if __name__ == "__main__":
