@@ -43,6 +43,7 @@ from common import (
     at_least_0,
     check_flags,
     checkpoint_layers,
+    compiled,
     count,
     entry,
     fail,
@@ -199,9 +200,9 @@ def distill(
         old_logprobs += example.response.logprobs[args.skip_first :]
         rewards += [example.reward] * n
         positions += range(args.skip_first, args.skip_first + n)
-    device = student_hidden.device
+    device, loss = student_hidden.device, make_loss(args)
     columns = backward_by_chunks(
-        make_loss(args),
+        compiled(loss) if student_hidden.is_cuda else loss,
         student_layer,
         student_hidden,
         torch.tensor(token_ids, device=device),

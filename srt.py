@@ -41,6 +41,7 @@ from common import (
     Task,
     check_flags,
     checkpoint_layers,
+    compiled,
     count,
     entry,
     fail,
@@ -248,6 +249,7 @@ def srt_loss(
         nll = -token_logprobs(logits, token_ids)
         return torch.stack([weight * nll, nll], dim=-1)
 
+    loss = compiled(loss) if hidden.is_cuda else loss
     columns = backward_by_chunks(loss, layer, hidden, token_ids, weight, divisor=divisor)
     return columns[:, 1], weight
 

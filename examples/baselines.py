@@ -1,16 +1,25 @@
-"""What SD-Zero is compared with, on the same pieces (sampler, losses, evaluation) and any model and data set: RFT, GRPO, SDFT, SDPO.
+"""What SD-Zero is compared with, on the same pieces and any model and data set.
 
-    python examples/baselines.py --method rft --model runs/toy/base --dataset runs/toy/stage1.jsonl --max-new-tokens 64 --output runs/rft
+    python examples/baselines.py --method rft --model runs/toy/base \\
+        --dataset runs/toy/stage1.jsonl --max-new-tokens 64 --batch-size 16 --lr 5e-4 --warmup 5 \\
+        --output runs/my-rft                                           (CPU, after examples/toy.py)
 
-- rft:  rejection fine-tuning. Sample --group responses a problem once, keep the distinct right ones, fine-tune on them.
-- grpo: each response's advantage is its reward, normalised within the --group responses to its problem; policy gradient. On-policy (one
-        step a batch, so that neither ratio nor clipping is there), no KL term, mean over all tokens of the step.
-- sdft: on-policy self-distillation from a teacher that was shown a worked solution: --solution-column. It knows more than a verifier tells.
-- sdpo: the same from a teacher that was shown another, right response of the same group. A response without one is left out.
+- rft:  rejection fine-tuning. Sample --group responses per problem once, keep the distinct right
+        ones, fine-tune on them.
+- grpo: policy gradient. A response's advantage is its reward, normalised within the --group
+        responses to its problem. One step per batch, so that there is neither a ratio nor a clip;
+        no KL term; mean over all tokens of the step.
+- sdft: on-policy self-distillation from a teacher that was shown a worked solution, from
+        --solution-column. It knows more than a verifier tells.
+- sdpo: the same from a teacher that was shown another, right response of the same group. A response
+        for which there is none is left out.
 
-Both teachers read x + shown + P_1 + y, with the method's phrase for right answers between the two (the papers put what is shown into the
-user's turn, in words that a small model need not know), and follow the student as a moving average. --generations is the budget in
-responses: SD-Zero with its defaults samples 4 a problem in stage 1 and 1 in stage 2.
+Both teachers read x + shown + P_1 + y and follow the student as a moving average. (The papers put
+what is shown into the user's turn, in words that a small model need not know; here the method's
+phrase for right answers comes after it.) --generations is the budget in responses: SD-Zero with its
+defaults samples 4 per problem in stage 1 and 1 in stage 2.
+
+--model may be what srt.py saved: the problems that stage 1 used are left out, as in stage 2.
 """
 
 import json
@@ -18,21 +27,64 @@ import random
 import sys
 import time
 from argparse import Namespace
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import srt
-from losses import OutputLayer, backward_by_chunks, token_logprobs
-from sdzero import Example, distill_step
-from srt import (
-    PROMPT_DEFAULTS, BadInput, Optimizer, Parser, Problem, Run, add_arguments, check_arguments, checkpoint_layers, entry, evaluate, finite,
-    hidden_states, inherit_prompt, learning_rate, load_lm, load_problems, load_verifier, micro_batches, predicting, sample, seed_of,
-    split_problems, without_eos,
-)  # fmt: skip
+from common import (
+    LM,
+    SHOW_EVERY,
+    Optimizer,
+    Problem,
+    Run,
+    Task,
+    check_flags,
+    checkpoint_layers,
+    count,
+    entry,
+    fail,
+    key_of,
+    learning_rate,
+    load_problems,
+    make_parser,
+    sample_and_verify,
+    seed_of,
+    setup,
+    share,
+    shown,
+)
+from losses import OutputLayer, backward_by_chunks, micro_batches, predicting_last, token_logprobs
+from rollout import Rollout
+from sdzero import BETAS, WEIGHT_DECAY, Example, distill_step
+from srt import Trace, plan, srt_step
 from teacher import Teacher
+
+GROUP = {"rft": 4, "grpo": 8, "sdft": 1, "sdpo": 8}  # the default of --group
+FLAGS = [
+    ("method", list(GROUP), None, "see the top of the file"),
+    ("group", count, None, "responses per problem (default: rft 4, grpo and sdpo 8, sdft 1)"),
+    (
+        "generations",
+        count,
+        None,
+        "all but rft: responses in all, --batch-size per step, over as many passes as needed "
+        "(default: one pass)",
+    ),
+    ("epochs", count, None, "rft: passes over what was kept (default: 3)"),
+    ("solution-column", str, None, "sdft: what the teacher is shown (default: the gold answers)"),
+    ("teacher", ["base", "live", "ema"], None, "sdft, sdpo: see sdzero.py (default: ema)"),
+    ("teacher-rate", share, None, "sdft, sdpo: of ema, at every step (default: 0.05)"),
+]
+BELONGS_TO = {  # flag: methods; elsewhere it would do nothing
+    "generations": ("grpo", "sdft", "sdpo"),
+    "epochs": ("rft",),
+    "solution_column": ("sdft",),
+    "teacher": ("sdft", "sdpo"),
+    "teacher_rate": ("sdft", "sdpo"),
+}
 
 
 @dataclass
@@ -40,73 +92,133 @@ class Group:
     """Responses to one problem, with their verdicts."""
 
     problem: Problem
-    responses: list  # of Rollout
+    responses: list[Rollout]
     rewards: list[int]
 
 
-def sample_groups(lm, args, verify, problems: list[Problem], purpose: tuple) -> list[Group]:
+def sample_groups(
+    task: Task, args: Namespace, problems: list[Problem], purpose: tuple
+) -> list[Group]:
     n, asked = args.group, [p for p in problems for _ in range(args.group)]
-    responses = sample(lm, args, [p.prompt_ids for p in asked], purpose, args.temperature, args.top_p, "responses")
-    rewards = verify([lm.text(y.ids) for y in responses], [p.answer for p in asked])
-    return [Group(p, responses[i * n : i * n + n], rewards[i * n : i * n + n]) for i, p in enumerate(problems)]
+    responses, rewards = sample_and_verify(task, args, asked, purpose)
+    groups = []
+    for i, problem in enumerate(problems):
+        own = slice(i * n, i * n + n)
+        groups.append(Group(problem, responses[own], rewards[own]))
+    return groups
 
 
-# ------------------------------------------------------------------------------------------------------------------------ RFT
+# --------------------------------------------------------------------------------------------- RFT
 
 
-def right_responses(groups: list[Group]) -> list[dict]:
-    """The distinct right responses, as what srt.py's `train` takes: a trace without a first attempt and without a phrase."""
-    return [
-        {"prompt_ids": g.problem.prompt_ids, "init_ids": [], "phrase_ids": [], "revision_ids": list(ids), "finished": finished, "reward": 1}
-        for g in groups for ids, finished in dict.fromkeys((tuple(y.ids), y.finished) for y, r in zip(g.responses, g.rewards) if r)
-    ]  # fmt: skip
+def right_responses(lm: LM, groups: list[Group]) -> list[Trace]:
+    """The distinct right responses, as stage 1 trains on them: a trace without a first attempt and
+    without a phrase."""
+    traces = {}
+    for g in groups:
+        for y, r in zip(g.responses, g.rewards):
+            if r:
+                traces[g.problem.key, tuple(y.ids), y.finished] = Trace(
+                    problem=g.problem.text,
+                    answer=g.problem.answer,
+                    reward=1,
+                    phrase="",
+                    init_text="",
+                    revision_text=lm.text(y.ids),
+                    finished=y.finished,
+                    prompt_ids=g.problem.prompt_ids,
+                    init_ids=[],
+                    phrase_ids=[],
+                    revision_ids=y.ids,
+                )
+    return list(traces.values())
 
 
-def rft(lm, args, verify, problems, held_out, run) -> None:
-    groups = sample_groups(lm, args, verify, problems, ("responses",))
-    kept = right_responses(groups)
-    if not kept:
-        raise BadInput(f"not one of {args.group * len(problems)} responses verified")
-    if not any(args.output.glob("checkpoint-*")):
-        run.rewind(0)
-        if held_out:
-            run.log("eval", 0, evaluate(lm, args, verify, held_out, 0))
-        counts = {"problems": len(problems), "generations": args.group * len(problems)}
-        run.log("collect", 1, {**counts, "right": sum(sum(g.rewards) for g in groups), "kept": len(kept)})
+def collect(task: Task, args: Namespace, run: Run) -> list[Trace]:
+    """Sample all responses and keep what is right in traces.jsonl, unless that is done."""
+    path = args.output / "traces.jsonl"
+    if not path.exists():
+        groups = sample_groups(task, args, task.problems, ("responses",))
+        traces = right_responses(task.lm, groups)
+        if not traces:
+            fail(f"not one of {args.group * len(groups)} responses verified")
+        counts = {
+            "problems": len(groups),
+            "generations": args.group * len(groups),
+            "right": sum(sum(g.rewards) for g in groups),
+            "kept": len(traces),
+        }
+        run.log("collect", 1, counts)
+        run.write_text(path.name, "".join(json.dumps(asdict(t)) + "\n" for t in traces))
+    return [Trace(**json.loads(line)) for line in open(path)]
+
+
+def rft(task: Task, args: Namespace, run: Run) -> None:
+    run.evaluate(0)
     args.terms = "generation"
-    srt.train(lm, args, verify, kept, held_out, run)
+    model, steps = task.lm.model, plan(args, collect(task, args, run))
+    layer = OutputLayer(model, task.lm.vocab_size)
+
+    def learn(step: int) -> dict:
+        traces, weights = steps[step - 1]
+        return srt_step(model, layer, traces, weights, args.micro_tokens)
+
+    train(task, args, run, learn, len(steps))
 
 
-# ----------------------------------------------------------------------------------------------------------------------- GRPO
+# -------------------------------------------------------------------------------------------- GRPO
 
 
-def grpo_step(model, layer, groups: list[Group], args) -> dict:
-    """Add the gradient of - sum_i A_i sum_t log pi(y_it | x) / (tokens of the step) to the model's; returns its metrics.
+def grpo_step(
+    model: torch.nn.Module, layer: OutputLayer, groups: list[Group], args: Namespace
+) -> dict:
+    """Add the gradient of - sum_i A_i sum_t log pi(y_it | x) / (tokens of the step) to the model's;
+    returns its metrics.
 
-    A_i = (r_i - mean r) / (std r + 1e-6) within the group: zero where all its responses are right, or all wrong. Such responses add nothing
-    to the sum but do count in the divisor, so that one with a signal weighs the same whatever it stands beside.
+    A_i = (r_i - mean r) / (std r + 1e-6) within the group: zero where all its responses are right,
+    or all wrong. Such responses add nothing to the sum but do count in the divisor, so that one
+    with a signal weighs the same whatever is in the rest of the batch.
     """
-    rows = []
+    live, responses, tokens = [], 0, 0  # live: (x, y, A) of the responses with a signal
     for g in groups:
         rewards = torch.tensor(g.rewards, dtype=torch.float)
         advantages = (rewards - rewards.mean()) / (rewards.std(correction=0) + 1e-6)
-        rows += [(g.problem.prompt_ids, y, a) for y, a in zip(g.responses, advantages.tolist())]
-    divisor, total, live = sum(len(y.ids) for _, y, _ in rows), 0.0, [row for row in rows if row[2]]
+        for y, advantage in zip(g.responses, advantages.tolist()):
+            responses, tokens = responses + 1, tokens + len(y.ids)
+            if advantage:
+                live.append((g.problem.prompt_ids, y, advantage))
+
+    def loss(logits, token_ids, advantages):
+        return -advantages * token_logprobs(logits / (args.temperature or 1), token_ids)
+
+    total = 0.0
     for group in micro_batches([len(x) + len(y.ids) for x, y, _ in live], args.micro_tokens):
-        part = [live[i] for i in group]
-        sequences = [x + y.ids for x, y, _ in part]
-        hidden = predicting(hidden_states(model, sequences), [len(x) for x, _, _ in part], [len(s) for s in sequences])  # [N, D]
-        token_ids = torch.tensor([t for _, y, _ in part for t in y.ids], device=hidden.device)
-        advantage = torch.tensor([a for _, y, a in part for _ in y.ids], device=hidden.device)
+        sequences, counts, token_ids, advantages = [], [], [], []
+        for x, y, advantage in [live[i] for i in group]:
+            sequences.append(x + y.ids)
+            counts.append(len(y.ids))
+            token_ids += y.ids
+            advantages += [advantage] * len(y.ids)
+        hidden = predicting_last(model, sequences, counts)  # [N, D]
+        token_ids = torch.tensor(token_ids, device=hidden.device)
+        advantages = torch.tensor(advantages, device=hidden.device)
+        values = backward_by_chunks(loss, layer, hidden, token_ids, advantages, divisor=tokens)
+        total += values.sum().item()
+    return {"loss": total / tokens, "with_signal": len(live) / responses}
 
-        def loss(logits, token_ids, advantage):
-            return (-advantage * token_logprobs(logits / (args.temperature or 1), token_ids))[:, None]
 
-        total += backward_by_chunks(loss, layer, hidden, token_ids, advantage, divisor=divisor).sum().item()
-    return {"loss": finite(total / divisor), "with_signal": len(live) / len(rows)}
+def grpo(task: Task, args: Namespace, run: Run) -> None:
+    model, batches = task.lm.model, plan_batches(task, args)
+    layer = OutputLayer(model, task.lm.vocab_size)
+
+    def learn(step: int) -> dict:
+        groups = sample_groups(task, args, batches[step - 1], ("responses", step))
+        return {**grpo_step(model, layer, groups, args), **describe(task.lm, groups, step)}
+
+    train(task, args, run, learn, len(batches))
 
 
-# --------------------------------------------------------------------------------------------------------------- SDFT and SDPO
+# ----------------------------------------------------------------------------------- SDFT and SDPO
 
 
 @dataclass
@@ -120,8 +232,16 @@ class Shown(Example):
         return self.prompt_ids + self.shown_ids + self.phrase_ids + self.response.ids
 
 
-def sdft_examples(groups: list[Group], solutions: dict[str, list[int]], phrase_ids: list[int]) -> list[Shown]:
-    return [Shown(g.problem.prompt_ids, y, r, phrase_ids, solutions[g.problem.key]) for g in groups for y, r in zip(g.responses, g.rewards)]
+def sdft_examples(
+    groups: list[Group], solutions: dict[str, list[int]], phrase_ids: list[int]
+) -> list[Shown]:
+    """solutions: ids by the problem's key."""
+    examples = []
+    for g in groups:
+        for y, r in zip(g.responses, g.rewards):
+            shown_ids = solutions[g.problem.key]
+            examples.append(Shown(g.problem.prompt_ids, y, r, phrase_ids, shown_ids))
+    return examples
 
 
 def sdpo_examples(groups: list[Group], phrase_ids: list[int]) -> list[Shown]:
@@ -129,110 +249,154 @@ def sdpo_examples(groups: list[Group], phrase_ids: list[int]) -> list[Shown]:
     for g in groups:
         right = [i for i, r in enumerate(g.rewards) if r]
         for i, (y, r) in enumerate(zip(g.responses, g.rewards)):
-            if others := [j for j in right if j != i]:
-                shown = g.responses[others[i % len(others)]]  # each response of the group gets another one, where there are several
-                examples.append(Shown(g.problem.prompt_ids, y, r, phrase_ids, without_eos(shown)))
+            others = [j for j in right if j != i]
+            if others:
+                # each response of the group is paired with another one, where there are several
+                shown_ids = g.responses[others[i % len(others)]].without_eos
+                examples.append(Shown(g.problem.prompt_ids, y, r, phrase_ids, shown_ids))
     return examples
 
 
-# ---------------------------------------------------------------------------------------------------- the loop of all but RFT
+def load_solutions(task: Task, args: Namespace) -> dict[str, list[int]]:
+    """What SDFT's teacher is shown, ids by the problem's key: gold answers, or another column."""
+    texts = {p.key: p.answer for p in task.problems}
+    if args.solution_column:
+        # a worked solution is text, whatever the verifier wants of an answer
+        of_column = {"answer_column": args.solution_column, "verifier": "any"}
+        rows, _ = load_problems(Namespace(**{**vars(args), **of_column}), args.dataset)
+        found = {key_of(problem): solution for problem, solution in rows}
+        missing = sum(key not in found for key in texts)
+        if missing:
+            fail(f"{missing} of {len(texts)} problems have no {args.solution_column}")
+        texts = {key: found[key] for key in texts}
+    tokenizer = task.lm.tokenizer
+    return {
+        key: tokenizer(str(text), add_special_tokens=False)["input_ids"]
+        for key, text in texts.items()
+    }
 
 
-def on_policy(lm, args, verify, problems, held_out, run) -> None:
-    """Sample a group for each problem, verify, one optimizer step; pass after pass over the problems until the budget is spent."""
-    model, layer, optimizer = lm.model, OutputLayer(lm.model, lm.vocab_size), Optimizer(lm.model, args)
-    if args.method != "grpo":
-        teacher = Teacher(model, args.teacher, args.teacher_rate)
-        teacher_layer, phrase_ids = OutputLayer(teacher.module, lm.vocab_size), lm.phrase_ids(args.phrase_right)
-    if args.method == "sdft":
-        with_solutions = Namespace(**{**vars(args), "answer_column": args.solution_column or args.answer_column})
-        rows, _ = load_problems(lm, with_solutions, args.dataset, args.split)
-        solutions = {p.key: lm.tokenizer(str(p.answer), add_special_tokens=False)["input_ids"] for p in rows}
-    state = run.restore(lm)
-    if state:
-        optimizer.load_state_dict(state["optimizer"])
-        if args.method != "grpo":
-            teacher.load_state_dict(state["teacher"])
-    else:
-        run.rewind(0)
-    if args.gradient_checkpointing:
-        checkpoint_layers(model)
-    per_step = args.batch_size // args.group
-    total = max(1, (args.generations or args.group * len(problems)) // args.batch_size)
+def from_a_teacher(task: Task, args: Namespace, run: Run, make_examples: Callable) -> None:
+    """sdft and sdpo. make_examples(groups): what student and teacher read."""
+    lm, model = task.lm, task.lm.model
+    teacher = Teacher(model, args.teacher, args.teacher_rate)
+    layers = OutputLayer(model, lm.vocab_size), OutputLayer(teacher.module, lm.vocab_size)
+    batches = plan_batches(task, args)
+
+    def learn(step: int) -> dict:
+        groups = sample_groups(task, args, batches[step - 1], ("responses", step))
+        examples = [e for e in make_examples(groups) if len(e.teacher_ids) <= lm.context]
+        metrics = distill_step(model, teacher, *layers, examples, args)
+        dropped = {"dropped": args.batch_size - len(examples)}
+        return {**metrics, **dropped, **describe(lm, groups, step)}
+
+    train(task, args, run, learn, len(batches), teacher)
+
+
+# ---------------------------------------------------------------------------------------- the loop
+
+
+def plan_batches(task: Task, args: Namespace) -> list[list[Problem]]:
+    """The problems of every step: pass after pass over all of them until the budget is spent."""
+    problems, per_step = task.problems, args.batch_size // args.group
+    budget = args.generations or args.group * len(problems)
+    total = max(1, budget // args.batch_size)
     order = []
     while len(order) < total * per_step:
-        order += random.Random(seed_of(args.seed, "order", len(order))).sample(problems, len(problems))
+        rng = random.Random(seed_of(args.seed, "order", len(order)))
+        order += rng.sample(problems, len(problems))
+    return [order[i * per_step : (i + 1) * per_step] for i in range(total)]
+
+
+def describe(lm: LM, groups: list[Group], step: int) -> dict:
+    """Metrics of a step's responses."""
+    responses, rewards = [], []
+    for g in groups:
+        responses += g.responses
+        rewards += g.rewards
+    metrics = {
+        "reward": sum(rewards) / len(rewards),
+        "length": sum(len(y.ids) for y in responses) / len(responses),
+        "cut_off": sum(not y.finished for y in responses) / len(responses),
+        "generations": step * len(responses),
+    }
+    if step % SHOW_EVERY == 1:
+        metrics["sample"] = shown(lm, groups[0].problem, responses[0], rewards[0])
+    return metrics
+
+
+def train(
+    task: Task,
+    args: Namespace,
+    run: Run,
+    learn: Callable[[int], dict],
+    total: int,
+    teacher: Teacher | None = None,
+) -> None:
+    """`total` optimizer steps. learn(step): adds its gradient to the model's, returns metrics."""
+    model = task.lm.model
+    optimizer = Optimizer(model, BETAS, WEIGHT_DECAY)
+    parts = {"teacher": teacher} if teacher else {}
+    done = run.restore(optimizer=optimizer, **parts)
+    if args.gradient_checkpointing:
+        checkpoint_layers(model)
+    run.evaluate(0)
     model.train()
-    if held_out and not state:
-        run.log("eval", 0, evaluate(lm, args, verify, held_out, 0))
-    for step in range(state["step"] + 1 if state else 1, total + 1):
+    for step in range(done + 1, total + 1):
         started = time.time()
         torch.manual_seed(seed_of(args.seed, "dropout", step))
-        groups = sample_groups(lm, args, verify, order[(step - 1) * per_step : step * per_step], ("responses", step))
-        if args.method == "grpo":
-            metrics = grpo_step(model, layer, groups, args)
-        else:
-            examples = sdft_examples(groups, solutions, phrase_ids) if args.method == "sdft" else sdpo_examples(groups, phrase_ids)
-            examples = [e for e in examples if len(e.teacher_ids) <= lm.context]
-            metrics = {**distill_step(model, teacher, layer, teacher_layer, examples, args), "dropped": args.batch_size - len(examples)}
+        metrics = learn(step)
         lr = learning_rate(args, step, total)
-        norm = optimizer.step(lr)
-        if args.method != "grpo":
+        metrics.update(grad_norm=optimizer.step(lr), lr=lr, seconds=time.time() - started)
+        if teacher:
             teacher.update(step)
-        responses, rewards = [y for g in groups for y in g.responses], [r for g in groups for r in g.rewards]
-        run.log("train", step, {
-            **metrics, "reward": sum(rewards) / len(rewards), "length": sum(len(y.ids) for y in responses) / len(responses),
-            "generations": step * args.batch_size, "grad_norm": norm, "lr": lr, "seconds": time.time() - started,
-        })  # fmt: skip
-        if held_out and (step % args.eval_every == 0 or step == total):
-            run.log("eval", step, evaluate(lm, args, verify, held_out, step))
-        if step % args.save_every == 0 and step < total:
-            moving = {} if args.method == "grpo" else teacher.state_dict()
-            run.checkpoint(lm, step, {"optimizer": optimizer.state_dict(), "teacher": moving})
+        run.log("train", step, metrics)
+        run.end_step(step, total)
 
 
-def parse_arguments(argv=None):
-    parser = Parser("Baselines: RFT, GRPO, SDFT, SDPO, with the flags of srt.py and sdzero.py.")
-    add = parser.add_argument
-    add("--method", choices=["rft", "grpo", "sdft", "sdpo"], required=True, help="see the top of the file")
-    add_arguments(parser, max_new_tokens=8192, temperature=1.0, problems="all but the held-out ones", batch_size=128,
-                  lr_schedule="constant", warmup=20, weight_decay=0.01, betas=(0.9, 0.999), output="runs/baseline")  # fmt: skip
-    add("--group", type=int, help="responses a problem (default: rft 4, grpo and sdpo 8, sdft 1)")
-    add("--generations", type=int, help="all but rft: responses in all, --batch-size a step, over as many passes as needed (default: 1)")
-    add("--epochs", type=int, default=3, help="rft: passes over what was kept")
-    add("--solution-column", help="sdft: what the teacher is shown (default: the answer column)")
-    add("--teacher", choices=["base", "live", "ema"], default="ema", help="sdft and sdpo: see sdzero.py")
-    add("--teacher-rate", type=float, default=0.05, help="of ema, at every step")
+def parse_arguments(argv: list[str] | None = None) -> Namespace:
+    parser = make_parser(
+        "Baselines: RFT, GRPO, SDFT, SDPO, with the flags of srt.py and sdzero.py.",
+        FLAGS,
+        problems="all that an earlier stage 1 and the evaluation left",
+        output=Path("runs/baseline"),
+    )
     args = parser.parse_args(argv)
-    check_arguments(args)
-    args.group = args.group or {"rft": 4, "grpo": 8, "sdft": 1, "sdpo": 8}[args.method]
-    if args.epochs < 1 or args.group < 1 or not 0 < args.teacher_rate <= 1:
-        raise BadInput("--epochs and --group must be positive, --teacher-rate in (0, 1]")
+    check_flags(args)
+    if not args.method:
+        fail(f"the following arguments are required: --method, one of {', '.join(GROUP)}")
+    for name, methods in BELONGS_TO.items():
+        if getattr(args, name) is not None and args.method not in methods:
+            fail(f"--{name.replace('_', '-')} belongs to --method {' and '.join(methods)}")
+    args.group = args.group or GROUP[args.method]
     if args.method != "rft" and args.batch_size % args.group:
-        raise BadInput(f"--batch-size {args.batch_size} responses a step are not whole groups of {args.group}")
-    if args.method == "rft" and args.generations:
-        raise BadInput("--method rft samples --group responses a problem: give that and --problems instead of --generations")
-    vars(args).update(objective="full_logits", alpha=1.0, skip_first=0, importance_cap=None)  # sdzero.py's defaults
+        fail(f"--batch-size {args.batch_size} responses are not whole groups of {args.group}")
+    args.epochs = args.epochs or 3
+    if args.method in BELONGS_TO["teacher"]:
+        args.teacher, args.teacher_rate = args.teacher or "ema", args.teacher_rate or 0.05
+    # what `distill_step` reads besides: sdzero.py's defaults
+    vars(args).update(objective="full_logits", alpha=1.0, skip_first=0, importance_cap=None)
     return args
 
 
-def main(argv=None):
+def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
-    before = inherit_prompt(args)
-    verify, lm = load_verifier(args.verifier), load_lm(args)
-    used = before["problems"] if before else []
-    problems, held_out, counts = split_problems(lm, args, set(used), args.problems or sys.maxsize)
-    if args.eval_only:
-        print(json.dumps(evaluate(lm, args, verify, held_out, 0), indent=1))
+    task = setup(args)
+    task.trained_on([p.key for p in task.problems])
+    phrase_ids = task.lm.phrase_ids(args.phrase_right)
+    solutions = load_solutions(task, args) if args.method == "sdft" else {}
+    run = Run(args, task)
+    if run.complete:
         return
-    saved = {"prompt": {name: getattr(args, name) for name in PROMPT_DEFAULTS}, "problems": used + [p.key for p in problems]}
-    run = Run(args, saved, {"counts": counts})
-    if (args.output / "config.json").exists():
-        print(f"{args.output} is complete")
-        return
-    print(f"problems: {counts}")
-    (rft if args.method == "rft" else on_policy)(lm, args, verify, problems, held_out, run)
-    run.finish(lm)
+    if args.method == "rft":
+        rft(task, args, run)
+    elif args.method == "grpo":
+        grpo(task, args, run)
+    elif args.method == "sdft":
+        from_a_teacher(task, args, run, lambda g: sdft_examples(g, solutions, phrase_ids))
+    else:
+        from_a_teacher(task, args, run, lambda g: sdpo_examples(g, phrase_ids))
+    run.finish()
 
 
 if __name__ == "__main__":

@@ -45,13 +45,20 @@ def read(folder: Path, x: str) -> tuple[list[dict], float]:
 
 def series(lines: list[dict], kind: str, key: str) -> tuple[list[float], list[float]]:
     """x and values of what the lines of one kind have under `key`; lines without it are left out."""
-    points = [(line["x"], line[key]) for line in lines if line["kind"] == kind and line.get(key) is not None]
+    points = [
+        (line["x"], line[key])
+        for line in lines
+        if line["kind"] == kind and line.get(key) is not None
+    ]
     return tuple(map(list, zip(*points))) if points else ([], [])
 
 
 def smooth(values: list[float], window: int) -> list[float]:
     """Mean of the last `window` values, of fewer at the start."""
-    return [sum(part) / len(part) for part in (values[max(0, i + 1 - window) : i + 1] for i in range(len(values)))]
+    return [
+        sum(part) / len(part)
+        for part in (values[max(0, i + 1 - window) : i + 1] for i in range(len(values)))
+    ]
 
 
 def draw(runs: dict[str, list[dict]], x: str, path: Path) -> None:
@@ -61,13 +68,18 @@ def draw(runs: dict[str, list[dict]], x: str, path: Path) -> None:
                if any("kl_right" in line for line in lines)}  # fmt: skip
     window = max([1, *(len(lines) // 20 for lines in stage_2.values())])
     mean = f", mean of {window} steps" if window > 1 else ""
-    panels = ["accuracy, %", "tokens of a response"] * any(evaluated) + [f"KL, nats a token{mean}", f"loss{mean}"] * bool(stage_2)
+    panels = ["accuracy, %", "tokens of a response"] * any(evaluated) + [
+        f"KL, nats a token{mean}",
+        f"loss{mean}",
+    ] * bool(stage_2)
     if not panels:
         raise ValueError("these runs have neither evaluations nor stage-2 steps")
     plt.rcParams.update({"font.size": 12, "axes.spines.top": False, "axes.spines.right": False, "axes.titlelocation": "left",
                          "axes.titlesize": 13, "axes.grid": True, "axes.grid.axis": "y", "grid.color": "#dddddd",
                          "legend.frameon": False})  # fmt: skip
-    figure, axes = plt.subplots(len(panels) // 2, 2, figsize=(11, 4 * len(panels) // 2), squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(
+        len(panels) // 2, 2, figsize=(11, 4 * len(panels) // 2), squeeze=False, layout="constrained"
+    )
     panel = dict(zip((title.split(",")[0].split()[0] for title in panels), axes.flat))
     for title, axis in zip(panels, axes.flat):
         axis.set_title(title)
@@ -78,12 +90,28 @@ def draw(runs: dict[str, list[dict]], x: str, path: Path) -> None:
         if evaluated[i]:
             at, accuracy = series(lines, "eval", "accuracy")
             errors = [100 * (line["accuracy_se"] or 0) for line in lines if line["kind"] == "eval"]
-            panel["accuracy"].errorbar(at, [100 * a for a in accuracy], errors, marker="o", capsize=3, color=color, label=label)
-            panel["tokens"].plot(*series(lines, "eval", "length"), marker="o", color=color, label=label)
+            panel["accuracy"].errorbar(
+                at,
+                [100 * a for a in accuracy],
+                errors,
+                marker="o",
+                capsize=3,
+                color=color,
+                label=label,
+            )
+            panel["tokens"].plot(
+                *series(lines, "eval", "length"), marker="o", color=color, label=label
+            )
         if label in stage_2:
             for key, style in (("kl_right", "-"), ("kl_wrong", "--")):
                 at, kl = series(lines, "train", key)
-                panel["KL"].plot(at, smooth(kl, window), style, color=color, label=f"{label}, {key[3:]} responses")
+                panel["KL"].plot(
+                    at,
+                    smooth(kl, window),
+                    style,
+                    color=color,
+                    label=f"{label}, {key[3:]} responses",
+                )
             at, loss = series(lines, "train", "loss")
             panel["loss"].plot(at, smooth(loss, window), color=color, label=label)
     for name in ("tokens", "loss"):
@@ -97,13 +125,32 @@ def draw(runs: dict[str, list[dict]], x: str, path: Path) -> None:
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description="Curves of runs, from their metrics.jsonl, as a PNG")
-    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN_FOLDER", help="outputs of srt.py, sdzero.py and the like")
-    parser.add_argument("--x", choices=["steps", "generations"], help="what runs along (default: steps of one run, generations of several)")
-    parser.add_argument("--output", type=Path, help="the picture (default: curves.png in the first run's folder)")
+    parser = argparse.ArgumentParser(
+        description="Curves of runs, from their metrics.jsonl, as a PNG"
+    )
+    parser.add_argument(
+        "runs",
+        type=Path,
+        nargs="+",
+        metavar="RUN_FOLDER",
+        help="outputs of srt.py, sdzero.py and the like",
+    )
+    parser.add_argument(
+        "--x",
+        choices=["steps", "generations"],
+        help="what runs along (default: steps of one run, generations of several)",
+    )
+    parser.add_argument(
+        "--output", type=Path, help="the picture (default: curves.png in the first run's folder)"
+    )
     args = parser.parse_args(argv)
-    x, output = args.x or ("steps" if len(args.runs) == 1 else "generations"), args.output or args.runs[0] / "curves.png"
-    names = [run.resolve().name for run in args.runs]  # two runs of one name are told apart by their parents' folders
+    x, output = (
+        args.x or ("steps" if len(args.runs) == 1 else "generations"),
+        args.output or args.runs[0] / "curves.png",
+    )
+    names = [
+        run.resolve().name for run in args.runs
+    ]  # two runs of one name are told apart by their parents' folders
     labels = [name if names.count(name) == 1 else str(run) for name, run in zip(names, args.runs)]
     try:
         draw({label: read(run, x)[0] for label, run in zip(labels, args.runs)}, x, output)

@@ -90,13 +90,19 @@ def score(lm: LM, teacher: LM, examples: list[Example], args: Namespace) -> list
             token_ids += e.response.ids
         rows, size = [], max(1, LOGITS // lm.vocab_size)
         tensors = student_hidden, teacher_hidden, torch.tensor(token_ids, device=lm.model.device)
-        for *hidden, y in zip(*(x.split(size) for x in tensors)):
-            student, teachers = (layer(h).float() / temperature for layer, h in zip(layers, hidden))
-            best = teachers.argmax(-1)
-            columns = [full_logits(student, teachers)]
-            for tokens in (y, best):
-                columns += [token_logprobs(x, tokens).exp() for x in (student, teachers)]
-            rows.append(torch.stack([x.double() for x in (*columns, best)], dim=-1))
+        for student_h, teacher_h, y in zip(*(x.split(size) for x in tensors)):
+            student_logits = layers[0](student_h).float() / temperature
+            teacher_logits = layers[1](teacher_h).float() / temperature
+            best = teacher_logits.argmax(-1)
+            columns = [
+                full_logits(student_logits, teacher_logits),
+                token_logprobs(student_logits, y).exp(),
+                token_logprobs(teacher_logits, y).exp(),
+                token_logprobs(student_logits, best).exp(),
+                token_logprobs(teacher_logits, best).exp(),
+                best,
+            ]
+            rows.append(torch.stack([column.double() for column in columns], dim=-1))
         for i, table in zip(group, torch.cat(rows).cpu().split(counts)):
             tables[i] = table
     return tables

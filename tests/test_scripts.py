@@ -1,42 +1,108 @@
-"""srt.py and sdzero.py through their command lines: a whole run, kill -9 and --resume, bad input. The model is tiny and random."""
+"""srt.py and sdzero.py through their command lines: whole runs, and every kind of bad input.
+
+The model is tiny and random. What is killed and resumed is in test_resume.py, whether the pieces
+are put together rightly in test_wiring.py.
+"""
 
 import json
-import os
 import re
-import shutil
-import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
+import shlex
 
 import pytest
 import torch
 from tiny import make_tokenizer, odd, tiny
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import common
 import sdzero
 import srt
 
-ROOT = Path(__file__).resolve().parents[1]
-FLAGS = ["--verifier", "tiny:odd", "--eval-problems", "4", "--eval-samples", "2", "--eval-every", "5", "--save-every", "2", "--max-new-tokens", "8",
-         "--slots", "4", "--lr", "1e-3", "--dtype", "float32", "--device", "cpu"]  # fmt: skip
-STAGE_1 = ["--batch-size", "4", "--epochs", "2", "--problems", "24"]
-STAGE_2 = ["--batch-size", "2", "--teacher", "ema", "--teacher-rate", "0.3", "--teacher-interval", "3", "--warmup", "4"]
+FLAGS = shlex.split(
+    "--verifier tiny:odd --eval-problems 4 --eval-samples 2 --eval-every 5 --save-every 2 "
+    "--max-new-tokens 8 --slots 4 --lr 1e-3 --dtype float32 --device cpu"
+)
+STAGE_1 = shlex.split("--batch-size 4 --epochs 2 --problems 24")
+STAGE_2 = shlex.split(
+    "--batch-size 2 --teacher ema --teacher-rate 0.3 --teacher-interval 3 --warmup 4"
+)
 
 
-def save_model(folder, *, family="gpt2", eos=True, template=True, **settings):
-    """gpt2 has dropout, so that a run's random state matters; its output layer is three ids wider than the tokenizer."""
-    tokenizer = make_tokenizer(eos=eos, template=template)
+def save_model(
+    folder, *, family="gpt2", eos=True, template=True, adds="", tokenizer=None, **settings
+):
+    """gpt2 has dropout, so that a run's random state matters; its output layer is three ids wider
+    than the tokenizer."""
+    tokenizer = tokenizer or make_tokenizer(eos, template, adds)
+    sizes = dict(eos_token_id=0, n_positions=256, max_position_embeddings=256)
     model = tiny(
-        family,
-        vocab_size=len(tokenizer) + 3,
-        dtype=torch.float32,
-        **{"eos_token_id": 0, "n_positions": 256, "max_position_embeddings": 256, **settings},
+        family, **{"dtype": torch.float32, "vocab_size": len(tokenizer) + 3, **sizes, **settings}
     )
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def save_rows(path, rows):
+    """rows: dicts, or (problem, answer) pairs, as a .jsonl file."""
+    rows = [r if isinstance(r, dict) else {"problem": r[0], "answer": r[1]} for r in rows]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def as_flags(flags, named):
+    """call(srt, *FLAGS, model=base, collect_only=True): each as the command line has it."""
+    flags = [str(f) for f in flags]
+    for name, value in named.items():
+        name = f"--{name.replace('_', '-')}"
+        flags += [name] if value is True else [name, str(value)]
+    return flags
+
+
+def call(script, *flags, **named):
+    script.main(as_flags(flags, named))
+
+
+@pytest.fixture
+def ended(monkeypatch, capfd):
+    """A script as the shell sees it: ended(script, *flags, **named) -> (exit code, out, err)."""
+
+    def run(script, *flags, **named):
+        monkeypatch.setattr("sys.argv", [f"{script.__name__}.py", *as_flags(flags, named)])
+        capfd.readouterr()
+        code = 0
+        try:
+            common.entry(script.main)
+        except SystemExit as stop:
+            code = stop.code
+        return code, *capfd.readouterr()
+
+    return run
+
+
+def task_of(script, *flags, **named):
+    """What a run would work on: model, problems, held-out problems, counts."""
+    args = script.parse_arguments(as_flags(flags, named))
+    return common.setup(args, half=script is srt)
+
+
+def keys(problems):
+    return {p.key for p in problems}
+
+
+def read(path):
+    return json.loads(path.read_text())
+
+
+def lines_of(path):
+    """Of a .jsonl file, without what no two runs have in common."""
+    lines = [json.loads(line) for line in open(path)]
+    clocks = ("seconds", "tokens_per_s")
+    return [{k: v for k, v in line.items() if k not in clocks} for line in lines]
+
+
+def log_of(folder, kind):
+    return [line for line in lines_of(folder / "metrics.jsonl") if line["kind"] == kind]
 
 
 @pytest.fixture(scope="module")
@@ -44,302 +110,398 @@ def base(tmp_path_factory):
     return save_model(tmp_path_factory.mktemp("model") / "base")
 
 
+ROWS = [(f"{i} + {i + 1} = ?", str(2 * i + 1)) for i in range(60)]
+
+
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    path = tmp_path_factory.mktemp("data") / "problems.jsonl"
-    rows = [{"problem": f"{i} + {i + 1} = ?", "answer": str(2 * i + 1)} for i in range(60)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows + rows[:5]))
-    return path
-
-
-def call(script, *flags):
-    script.main([str(f) for f in flags])
+    return save_rows(tmp_path_factory.mktemp("data") / "problems.jsonl", ROWS + ROWS[:5])
 
 
 @pytest.fixture(scope="module")
 def runs(base, data, tmp_path_factory):
     """Both stages, uninterrupted."""
     out = tmp_path_factory.mktemp("runs")
-    call(srt, "--model", base, "--dataset", data, *FLAGS, *STAGE_1, "--output", out / "srt")
-    call(sdzero, "--model", out / "srt", "--dataset", data, *FLAGS, *STAGE_2, "--output", out / "sdzero")
+    call(srt, *FLAGS, *STAGE_1, model=base, dataset=data, output=out / "srt")
+    call(sdzero, *FLAGS, *STAGE_2, model=out / "srt", dataset=data, output=out / "sdzero")
     return out
 
 
-def lines_of(path):
-    lines = [json.loads(line) for line in open(path)]
-    return [{k: v for k, v in line.items() if k not in ("seconds", "tokens_per_s")} for line in lines]
+# ------------------------------------------------------------------------------------- whole runs
 
 
 def test_the_output_is_a_transformers_folder(runs, base):
+    before = AutoModelForCausalLM.from_pretrained(base).state_dict()
     for name in ("srt", "sdzero"):
-        model, tokenizer = AutoModelForCausalLM.from_pretrained(runs / name), AutoTokenizer.from_pretrained(runs / name)
+        model = AutoModelForCausalLM.from_pretrained(runs / name)
+        tokenizer = AutoTokenizer.from_pretrained(runs / name)
         assert tokenizer.chat_template and model.generation_config.eos_token_id == 0
-        before = AutoModelForCausalLM.from_pretrained(base).state_dict()
         assert any(not torch.equal(p, before[n]) for n, p in model.state_dict().items())
-        settings = json.loads((runs / name / "settings.json").read_text())
+        settings = read(runs / name / "settings.json")
         assert settings["flags"]["lr"] == 1e-3 and settings["vocab_size"] == len(tokenizer)
-        assert not list((runs / name).glob("checkpoint-*")) and not list((runs / name).glob("*.tmp"))
+        there = {path.name for path in (runs / name).iterdir()}
+        ours = {"settings.json", "metrics.jsonl", "srt.json", "best", "traces.jsonl"}
+        assert there - ours == {path.name for path in base.iterdir()}  # nothing is left behind
 
 
 def test_the_stages_share_no_problem_and_count_duplicates(runs):
-    stage_1, stage_2 = (json.loads((runs / name / "settings.json").read_text())["counts"] for name in ("srt", "sdzero"))
-    assert stage_1 == {"rows": 65, "incomplete": 0, "duplicates": 5, "too_long": 0, "held_out": 4, "training": 24}
+    stage_1, stage_2 = (read(runs / name / "settings.json")["counts"] for name in ("srt", "sdzero"))
+    assert stage_1["rows"] == 65 and stage_1["duplicates"] == 5 and stage_1["training"] == 24
+    assert stage_1["held_out"] == stage_2["held_out"] == 4
     assert stage_2["training"] == 60 - 4 - 24
-    used = json.loads((runs / "srt" / "srt.json").read_text())["problems"]
+    used = read(runs / "srt" / "srt.json")["problems"]
     assert len(set(used)) == 24
 
 
 def test_traces_are_what_was_sampled(runs):
-    """Ids, never re-tokenised: no EOS in front of P_r, the revision's own EOS kept, the texts decoded from the ids, the verdicts right."""
-    tokenizer, traces = AutoTokenizer.from_pretrained(runs / "srt"), lines_of(runs / "srt" / "traces.jsonl")
-    assert len(traces) > 10 and {t["reward"] for t in traces} == {0, 1} and len({json.dumps(t) for t in traces}) == len(traces)
+    """Ids, never tokenised again: no EOS before P_r, the revision's own EOS kept, the texts decoded
+    from the ids, the verdicts right, no trace twice."""
+    tokenizer = AutoTokenizer.from_pretrained(runs / "srt")
+    traces = lines_of(runs / "srt" / "traces.jsonl")
+    assert len(traces) > 10 and {t["reward"] for t in traces} == {0, 1}
+    assert len({json.dumps(t) for t in traces}) == len(traces)
+    answers = dict(ROWS)
     for t in traces:
-        assert tokenizer.decode(t["prompt_ids"]) == f"<|user|>{t['problem']}<|im_end|><|assistant|>"
-        assert 0 not in t["init_ids"] and t["finished"] == (t["revision_ids"][-1] == 0) and len(t["revision_ids"]) <= 8
-        assert tokenizer.decode(t["phrase_ids"]) == f"\n\n{t['phrase']}\n\n" and t["phrase"] == srt.PHRASES[t["reward"]]
-        assert tokenizer.decode(t["revision_ids"], skip_special_tokens=True) == t["revision_text"]
+        prompt = f"<|user|>{t['problem']}<|im_end|><|assistant|>"
+        assert tokenizer.decode(t["prompt_ids"]) == prompt and t["answer"] == answers[t["problem"]]
+        assert 0 not in t["init_ids"] and len(t["revision_ids"]) <= 8
+        assert t["finished"] == (t["revision_ids"][-1] == 0)
+        assert t["phrase"] == common.PHRASES[t["reward"]]
+        assert tokenizer.decode(t["phrase_ids"]) == f"\n\n{t['phrase']}\n\n"
+        text = tokenizer.decode(t["revision_ids"], skip_special_tokens=True)
+        assert text == t["revision_text"]
         assert odd(t["init_text"], None) == t["reward"] and odd(t["revision_text"], None)
 
 
-def test_metrics(runs):
-    for name, steps in (("srt", None), ("sdzero", 16)):
-        lines = lines_of(runs / name / "metrics.jsonl")
-        train, evals = [x for x in lines if x["kind"] == "train"], [x for x in lines if x["kind"] == "eval"]
-        assert [x["step"] for x in train] == list(range(1, len(train) + 1)) and steps in (None, len(train))
-        assert [x["step"] for x in evals] == sorted({0, *range(5, len(train), 5), len(train)})
-        for e in evals:
-            wrong, right = 1 - e["accuracy"], e["accuracy"]
-            net = (e["wrong_to_right"] or 0) * wrong - (e["right_to_wrong"] or 0) * right
-            assert e["revised_accuracy"] == pytest.approx(right + net) and e["pass_at_k"] >= right
-            assert e["correction_rate"] == (pytest.approx(net / wrong) if wrong else None)
-    assert {"loss", "kl", "kl_right", "kl_wrong", "reward", "length", "cut_off", "dropped"} <= train[0].keys()
+@pytest.mark.parametrize("name", ["srt", "sdzero"])
+def test_metrics(runs, name):
+    """A line for every step; the figures of an evaluation belong together."""
+    train, evals = log_of(runs / name, "train"), log_of(runs / name, "eval")
+    assert [x["step"] for x in train] == list(range(1, len(train) + 1))
+    assert name == "srt" or len(train) == 16
+    assert [x["step"] for x in evals] == sorted({0, *range(5, len(train), 5), len(train)})
+    for e in evals:
+        wrong, right = 1 - e["accuracy"], e["accuracy"]
+        net = (e["wrong_to_right"] or 0) * wrong - (e["right_to_wrong"] or 0) * right
+        assert e["revised_accuracy"] == pytest.approx(right + net) and e["pass_at_k"] >= right
+        assert e["correction_rate"] == (pytest.approx(net / wrong) if wrong else None)
+        assert e["problems"] == 4 and e["sample"]
+    wanted = {"loss", "reward", "length", "cut_off", "grad_norm", "lr"}
+    if name == "sdzero":
+        wanted |= {"kl", "kl_right", "kl_wrong", "entropy", "dropped", "loss_tokens"}
+    assert wanted <= train[0].keys()
+    samples = [x["step"] for x in train if "sample" in x]
+    assert samples == ([1, 11] if name == "sdzero" else [])
 
 
-def start(script, *flags):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "tests"), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [sys.executable, ROOT / script, *map(str, flags)], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    )
-
-
-def kill_when(process, condition):
-    deadline = time.time() + 60
-    while not condition():
-        assert process.poll() is None and time.time() < deadline, "it ended before it could be killed"
-        time.sleep(0.002)
-    os.kill(process.pid, signal.SIGKILL)
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
-
-
-@pytest.mark.parametrize("script, name, stage", [("srt.py", "srt", STAGE_1), ("sdzero.py", "sdzero", STAGE_2)])
-def test_a_killed_run_goes_on_bit_for_bit(script, name, stage, runs, base, data, tmp_path):
-    """kill -9 while sampling the traces (stage 1) and after a checkpoint; model and metrics equal those of the run that nobody touched."""
-    out = tmp_path / "out"
-    flags = ["--model", base if name == "srt" else runs / "srt", "--dataset", data, *FLAGS, *stage, "--output", out]
-    first = start(script, *flags)
-    if name == "srt":
-        kill_when(first, (out / "collected.json").exists)
-        first = start(script, *flags, "--resume")
-    kill_when(first, lambda: any(out.glob("checkpoint-[46]")))
-    assert not (out / "config.json").exists()
-    last = start(script, *flags, "--resume")
-    assert last.communicate()[1] == "" and last.returncode == 0
-    for file in ("metrics.jsonl", "traces.jsonl") if name == "srt" else ("metrics.jsonl",):
-        assert lines_of(out / file) == lines_of(runs / name / file)
-    assert (out / "model.safetensors").read_bytes() == (runs / name / "model.safetensors").read_bytes()
+def test_best_is_the_best_evaluation_that_is_not_the_last(runs):
+    """Of step 0 nothing is kept: that model is --model."""
+    for name in ("srt", "sdzero"):
+        evals = [e for e in log_of(runs / name, "eval") if e["step"]]
+        best = max(e["accuracy"] for e in evals[:-1])
+        kept = (runs / name / "best").exists()
+        assert kept == (best >= evals[-1]["accuracy"])
+        if kept:
+            assert AutoModelForCausalLM.from_pretrained(runs / name / "best")
 
 
 def test_collecting_and_training_one_by_one(runs, base, data, tmp_path):
-    call(srt, "--model", base, "--dataset", data, *FLAGS, *STAGE_1, "--collect-only", "--output", tmp_path / "traces")
-    assert lines_of(tmp_path / "traces" / "traces.jsonl") == lines_of(runs / "srt" / "traces.jsonl")
-    assert not (tmp_path / "traces" / "model.safetensors").exists()
-    call(
-        srt,
-        "--model",
-        base,
-        "--dataset",
-        data,
-        *FLAGS,
-        *STAGE_1,
-        "--traces",
-        tmp_path / "traces" / "traces.jsonl",
-        "--output",
-        tmp_path / "srt",
-    )
+    """--collect-only, then --traces: the same model as in one go."""
+    first, second = tmp_path / "traces", tmp_path / "srt"
+    flags = dict(model=base, dataset=data)
+    call(srt, *FLAGS, *STAGE_1, collect_only=True, output=first, **flags)
+    assert lines_of(first / "traces.jsonl") == lines_of(runs / "srt" / "traces.jsonl")
+    assert not (first / "model.safetensors").exists()
+    call(srt, *FLAGS, *STAGE_1, traces=first / "traces.jsonl", output=second, **flags)
     for file in ("model.safetensors", "srt.json"):
-        assert (tmp_path / "srt" / file).read_bytes() == (runs / "srt" / file).read_bytes() or file == "srt.json"
-    a, b = (json.loads((folder / "srt.json").read_text()) for folder in (tmp_path / "srt", runs / "srt"))
-    assert a["prompt"] == b["prompt"] and sorted(a["problems"]) == sorted(b["problems"])
+        assert (second / file).read_bytes() == (runs / "srt" / file).read_bytes()
 
 
-@pytest.mark.parametrize("flags", [
-    ["--objective", "topk_logits", "--topk", "5", "--teacher", "live"], ["--objective", "sampled_token", "--passes", "2", "--importance-cap", "2"],
-    ["--objective", "mixed_kl", "--skip-first", "1", "--drop-truncated", "--gradient-checkpointing", "--dtype", "bfloat16"],
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--objective topk_logits --topk 5 --teacher live",
+        "--objective sampled_token --passes 2 --importance-cap 2",
+        "--objective mixed_kl --skip-first 1 --drop-truncated --gradient-checkpointing "
+        "--dtype bfloat16",
+    ],
+)
 def test_other_objectives_and_teachers_run(flags, runs, data, tmp_path):
-    call(sdzero, "--model", runs / "srt", "--dataset", data, *FLAGS, "--batch-size", "8", *flags, "--output", tmp_path / "out")
-    train = [x for x in lines_of(tmp_path / "out" / "metrics.jsonl") if x["kind"] == "train"]
-    assert len(train) == (8 if "--passes" in flags else 4) and all(abs(x["loss"]) < 100 for x in train)
+    out, flags = tmp_path / "out", shlex.split(flags)
+    call(sdzero, *FLAGS, *flags, model=runs / "srt", dataset=data, batch_size=8, output=out)
+    train = log_of(out, "train")
+    assert len(train) == (8 if "--passes" in flags else 4)
+    assert all(abs(x["loss"]) < 100 for x in train)
     if "--passes" in flags:
         assert train[0]["reward"] == train[1]["reward"] and train[0]["loss"] != train[1]["loss"]
+    if "bfloat16" in flags:
+        assert AutoModelForCausalLM.from_pretrained(out, dtype="auto").dtype == torch.bfloat16
 
 
 def test_sequential_terms(runs, base, data, tmp_path):
-    traces = runs / "srt" / "traces.jsonl"
-    call(srt, "--model", base, "--dataset", data, *FLAGS, "--terms", "sequential", "--epochs", "1", "--batch-size", "4", "--traces", traces,
-         "--output", tmp_path / "out")  # fmt: skip
-    train = [x for x in lines_of(tmp_path / "out" / "metrics.jsonl") if x["kind"] == "train"]
-    wrong, everything = sum(not t["reward"] for t in lines_of(traces)), len(lines_of(traces))
-    assert [x["reward"] == 0 for x in train[: -(-wrong // 4)]] == [True] * -(-wrong // 4)
-    assert len(train) == -(-wrong // 4) + -(-everything // 4)
+    """The authors' code: first traces of wrong attempts only, then all."""
+    path, out = runs / "srt" / "traces.jsonl", tmp_path / "out"
+    flags = dict(model=base, dataset=data, terms="sequential", epochs=1, batch_size=4)
+    call(srt, *FLAGS, traces=path, output=out, **flags)
+    train, traces = log_of(out, "train"), lines_of(path)
+    first, second = -(-sum(not t["reward"] for t in traces) // 4), -(-len(traces) // 4)
+    assert len(train) == first + second
+    assert [x["reward"] for x in train[:first]] == [0] * first
 
 
 def test_eval_only_prints_and_writes_nothing(runs, data, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    capsys.readouterr()
     for script in (srt, sdzero):
-        call(script, "--model", runs / "sdzero", "--dataset", data, *FLAGS, "--eval-only")
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            call(script, *FLAGS, model=runs / "sdzero", dataset=data, eval_only=True)
         figures = json.loads(capsys.readouterr().out)
+        assert stop.value.code == 0
         assert figures["problems"] == 4 and 0 <= figures["accuracy"] <= 1
     assert list(tmp_path.iterdir()) == []
 
 
-def test_prompts(base):
-    """The template renders the user's side alone, its switches reach it, and a mapping is not taken for a list."""
-    lm = srt.LM(None, AutoTokenizer.from_pretrained(base), {0}, 99, 256)
-    args = srt.Parser("").parse_args([])
-    args.prompt_template, args.system, args.prompt_suffix, args.template_kwargs = "", "Be brief.", " Think.", {"mark": "#"}
-    rendered = lm.tokenizer.decode(srt.render(lm, "1+1", args))
-    assert rendered.replace("<|system|>", "").endswith("<|user|>1+1 Think.<|im_end|><|assistant|>#") and "Be brief." in rendered
-    args.prompt_template = "Q: {problem}\nA:"
-    assert lm.tokenizer.decode(srt.render(lm, "1+1", args)) == "Q: 1+1 Think.\nA:"
+def test_a_forced_phrase_is_taken_and_saved(runs, data, tmp_path):
+    flags = dict(phrase_wrong="No.", force=True, problems=2, output=tmp_path / "out")
+    call(sdzero, *FLAGS, model=runs / "srt", dataset=data, **flags)
+    assert read(tmp_path / "out" / "srt.json")["prompt"]["phrase_wrong"] == "No."
 
 
-@pytest.mark.parametrize("suffix", ["csv", "json", "parquet"])
-def test_other_data_files_and_columns(suffix, base, tmp_path, capsys):
-    import datasets
-
-    table = datasets.Dataset.from_dict({"question": [f"{i}?" for i in range(20)], "solution": list(range(20)), "other": ["x"] * 20})
-    getattr(table, f"to_{suffix}")(tmp_path / f"p.{suffix}")
-    capsys.readouterr()
-    call(srt, "--model", base, "--dataset", tmp_path / f"p.{suffix}", *FLAGS, "--eval-only")
-    assert json.loads(capsys.readouterr().out)["problems"] == 4
+# -------------------------------------------------------------------------------------- bad input
 
 
 def refuse_all(response, answer):
     return False
 
 
-def bad(tmp_path, base, runs, data):
-    """(name, script, flags, what the line must say)"""
-    made = tmp_path / "made"
-    made.mkdir()
-    (made / "empty.jsonl").write_text("")
-    (made / "columns.jsonl").write_text('{"a": 1, "b": 2}\n')
-    (made / "long.jsonl").write_text(json.dumps({"problem": "x" * 300, "answer": "1"}) + "\n")
-    (made / "broken.jsonl").write_text('{"problem": \n')
-    (made / "traces.jsonl").write_text('{"nothing": 1}\n')
+def test_without_a_trace_it_says_what_to_look_at(base, data, tmp_path, ended):
+    flags = dict(model=base, dataset=data, problems=5, output=tmp_path / "out")
+    code, _, err = ended(srt, *FLAGS, "--verifier", "test_scripts:refuse_all", **flags)
+    assert code == 2 and "not one of 15 revisions verified" in err and "--verifier" in err
+
+
+def everything_under(folder):
+    """What changes when somebody writes; the lock of a run's folder may come and go."""
+    paths = [path for path in folder.rglob("*") if path.name != ".lock"]
+    return {path: path.lstat().st_mtime_ns for path in paths if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory, base, data, runs):
+    """What bad input refers to; its names are the placeholders of BAD."""
+    made = tmp_path_factory.mktemp("made")
+    texts = {
+        "empty": "",
+        "columns": '{"a": 1, "b": 2}\n',
+        "long": json.dumps({"problem": "x" * 300, "answer": "1"}) + "\n",
+        "broken": '{"problem": \n',
+        "incomplete": '{"problem": "1 + 1", "answer": null}\n{"problem": " ", "answer": "2"}\n',
+        "nothing": '{"nothing": 1}\n',
+    }
+    places = {"base": base, "data": data, "stage1": runs / "srt", "stage2": runs / "sdzero"}
+    for name, text in texts.items():
+        places[name] = made / f"{name}.jsonl"
+        places[name].write_text(text)
+    save_rows(made / "seen.jsonl", ROWS[:50])
+    trained = read(runs / "sdzero" / "srt.json")["trained"]
+    save_rows(made / "trained.jsonl", [row for row in ROWS if common.key_of(row[0]) in trained])
+    (made / "rows.tsv").write_text("problem\tanswer\n1\t2\n")
+    (made / "rows.csv.gz").write_bytes(b"\x1f\x8b")
+    (made / "utf16.jsonl").write_text(texts["long"], encoding="utf-16")
     (made / "full").mkdir()
     (made / "full" / "file").write_text("mine")
-    no_template, no_eos = save_model(made / "no_template", template=False), save_model(made / "no_eos", eos=False)
-    good = ["--model", base, "--dataset", data, *FLAGS]
-    return {
-        "no model folder": (srt, ["--model", "./nowhere", "--dataset", data], "no such model folder: ./nowhere"),
-        "a folder without a model": (srt, ["--model", made, "--dataset", data], "cannot use the model"),
-        "a family that cannot be sampled": (srt, ["--model", save_model(made / "bloom", family="bloom", n_embed=32), "--dataset", data], "bloom"),
-        "no file": (srt, ["--model", base, "--dataset", "nowhere.jsonl"], "no such data file: nowhere.jsonl"),
-        "a broken file": (srt, ["--model", base, "--dataset", made / "broken.jsonl"], "cannot load the data set"),
-        "no column": (srt, ["--model", base, "--dataset", made / "columns.jsonl"], "no column problem or question or prompt; it has a, b"),
-        "no such column": (srt, [*good, "--answer-column", "gold"], "no column gold; it has problem, answer"),
-        "an empty data set": (srt, ["--model", base, "--dataset", made / "empty.jsonl"], "empty"),
-        "no such split": (srt, [*good, "--split", "test"], "cannot load the data set"),
-        "no chat template": (srt, ["--model", no_template, "--dataset", data], "no chat template: give --prompt-template"),
-        "no EOS": (srt, ["--model", no_eos, "--dataset", data], "no EOS token"),
-        "prompts beyond the context": (srt, ["--model", base, "--dataset", made / "long.jsonl", "--max-new-tokens", "8"], '"too_long": 1'),
-        "responses beyond the context": (srt, ["--model", base, "--dataset", data], "--max-new-tokens 16384 must fit 256 tokens"),
-        "a folder that holds something": (srt, [*good, "--output", made / "full"], "already holds something"),
-        "nothing to resume": (srt, [*good, "--resume", "--output", made / "none"], "holds no run to resume"),
-        "another flag with --resume": (sdzero, ["--model", runs / "srt", "--dataset", data, *FLAGS, *STAGE_2, "--seed", "1", "--resume",
-                                                "--output", runs / "sdzero"], "--seed was 0"),
-        "no revision that verified": (srt, [*good, "--verifier", "test_scripts:refuse_all", "--problems", "5", "--output", made / "none"],
-                                      "not one of 15 revisions verified (0 of 5 first attempts did;"),
-        "nothing left to train on": (srt, [*good, "--eval-problems", "100", "--output", made / "none"], "60 are held out"),
-        "another phrase": (sdzero, ["--model", runs / "srt", "--dataset", data, "--phrase-wrong", "No."], "drop the flag, or add --force"),
-        "another verifier": (srt, [*good, "--verifier", "nothing"], "neither math nor code nor"),
-        "not a traces file": (srt, [*good, "--traces", made / "traces.jsonl"], "not a traces file"),
-        "collect and train": (srt, [*good, "--collect-only", "--traces", made / "traces.jsonl"], "contradict each other"),
-        "alpha of nothing": (sdzero, [*good, "--objective", "sampled_token", "--alpha", "1"], "has neither --alpha nor --topk"),
-        "the rate of a frozen teacher": (sdzero, [*good, "--teacher-rate", "0.5"], "--teacher base has neither"),
-        "tail of the whole vocabulary": (sdzero, [*good, "--no-tail"], "--no-tail belongs to"),
-        "a template without a problem": (srt, [*good, "--prompt-template", "Q:"], "no {problem} in it"),
-        "an unknown flag": (srt, [*good, "--teacher", "base"], "unrecognized arguments"),
-        "a missing flag": (srt, ["--dataset", data], "--model"),
-        "a negative number": (srt, [*good, "--slots", "0"], "--slots must be positive"),
-    }  # fmt: skip
+    save_model(made / "no_template", template=False)
+    save_model(made / "no_eos", eos=False, eos_token_id=None)
+    save_model(made / "bloom", family="bloom", n_embed=32)
+    (made / "strict").mkdir()
+    strict = make_tokenizer()
+    strict.chat_template = "{{ raise_exception('no user here') }}"
+    save_model(made / "strict", tokenizer=strict)
+    traces = (runs / "srt" / "traces.jsonl").read_text().splitlines()
+    trace = json.loads(traces[0])
+    (made / "good_traces.jsonl").write_text("\n".join(traces) + "\n")
+    trace["revision_ids"] += [5] * 300
+    (made / "long_traces.jsonl").write_text(json.dumps(trace) + "\n")
+    return {"made": made, **places}
 
 
-def everything_under(*folders):
-    return {p: p.stat().st_mtime_ns for folder in folders for p in folder.rglob("*") if p.is_file() and p.name != "none"}
+GOOD = "--model {base} --dataset {data} " + " ".join(FLAGS)
+RESUME_2 = f"{GOOD} {' '.join(STAGE_2)} --output {{stage2}} --resume".replace("{base}", "{stage1}")
+# script, flags, what the line must say
+BAD = {
+    "no model folder": ("srt", "--model ./nowhere --dataset {data}", "no such model folder"),
+    "a typo beside a folder": (
+        "srt",
+        "--model {made}/strikt --dataset {data}",
+        "no such model folder: {made}/strikt",
+    ),
+    "a folder without a model": ("srt", "--model {made} --dataset {data}", "cannot use the model"),
+    "a family that cannot be sampled": ("srt", "--model {made}/bloom --dataset {data}", "bloom"),
+    "no chat template": (
+        "srt",
+        "--model {made}/no_template --dataset {data}",
+        r"no chat template: give --prompt-template, in bash for example $'Question: {{problem}}\n",
+    ),
+    "a template that refuses": (
+        "srt",
+        "--model {made}/strict --dataset {data} --max-new-tokens 8",
+        "the chat template does not take this prompt: no user here",
+    ),
+    "no EOS": ("srt", "--model {made}/no_eos --dataset {data}", "no EOS token"),
+    "no such stop token": ("srt", GOOD + " --stop-tokens '<|end|>'", "'<|end|>' of --stop-tokens"),
+    "no such device": ("srt", GOOD + " --device nonsense", "on nonsense"),
+    "no file": ("srt", "--model {base} --dataset nowhere.jsonl", "no such data file: nowhere.json"),
+    "no data folder": ("srt", "--model {base} --dataset ./rows", "no such data set folder: ./rows"),
+    "a broken file": ("srt", "--model {base} --dataset {broken}", "cannot load the data set"),
+    "another encoding": (
+        "srt",
+        "--model {base} --dataset {made}/utf16.jsonl",
+        "cannot load the data set",
+    ),
+    "no column": (
+        "srt",
+        "--model {base} --dataset {columns}",
+        "no column problem or question or prompt; it has a, b: give --problem-column",
+    ),
+    "no such column": (
+        "srt",
+        GOOD + " --answer-column gold",
+        "no column gold; it has problem, answer: give --answer-column",
+    ),
+    "an empty data set": ("srt", "--model {base} --dataset {empty}", "is empty"),
+    "nothing complete": (
+        "srt",
+        "--model {base} --dataset {incomplete}",
+        "all 2 rows of {incomplete} are incomplete",
+    ),
+    "no such split": ("srt", "--model {base} --dataset {made}@test", "cannot load the data set"),
+    "tab-separated values": ("srt", "--model {base} --dataset {made}/rows.tsv", "known form"),
+    "compressed rows": ("srt", "--model {base} --dataset {made}/rows.csv.gz", "known form"),
+    "prompts beyond the context": (
+        "srt",
+        "--model {base} --dataset {long} --max-new-tokens 8 --eval-problems 0",
+        '"too_long": 1',
+    ),
+    "responses beyond the context": (
+        "srt",
+        "--model {base} --dataset {data}",
+        "--max-new-tokens 16384 must fit 256 tokens",
+    ),
+    "nothing left to train on": ("srt", GOOD + " --eval-problems 100", "60 are held out"),
+    "nothing left to evaluate": (
+        "srt",
+        "--model {base} --dataset {long} --max-new-tokens 8 --eval-only",
+        "no problem is left to evaluate",
+    ),
+    "all were trained on": (
+        "sdzero",
+        GOOD.replace("{base}", "{stage2}") + " --eval-only --eval-dataset {made}/trained.jsonl",
+        "no problem is left to evaluate",
+    ),
+    "a folder that holds something": ("srt", GOOD + " --output {made}/full", "already holds some"),
+    "a complete run": ("sdzero", RESUME_2.replace(" --resume", ""), "with --resume"),
+    "a file as output": ("srt", GOOD + " --output {data}", "is a file: name another --output"),
+    "output below a file": ("srt", GOOD + " --output {data}/out", "cannot write to"),
+    "output in /proc": ("sdzero", GOOD + " --output /proc/nowhere/out", "cannot write to"),
+    "nothing to resume": (
+        "srt",
+        GOOD + " --resume --output {made}/none",
+        "holds no run to resume",
+    ),
+    "another seed with --resume": ("sdzero", RESUME_2 + " --seed 1", "--seed was 0"),
+    "another objective with --resume": ("sdzero", RESUME_2 + " --alpha 0.5", "--alpha was 1.0"),
+    "another model with --resume": (
+        "sdzero",
+        RESUME_2.replace("{stage1}", "{base}"),
+        "--resume needs the model that the run began with",
+    ),
+    "other data with --resume": (
+        "sdzero",
+        RESUME_2.replace("{data}", "{made}/seen.jsonl"),
+        "--resume needs the problems that the run began with",
+    ),
+    "another phrase": (
+        "sdzero",
+        "--model {stage1} --dataset {data} --phrase-wrong No.",
+        "drop the flag, or add --force",
+    ),
+    "another verifier": ("srt", GOOD + " --verifier nothing", "neither math nor code nor"),
+    "a verifier that is not there": ("srt", GOOD + " --verifier tiny:nothing", "nothing"),
+    "not a traces file": ("srt", GOOD + " --traces {nothing}", "not a traces file"),
+    "an empty traces file": ("srt", GOOD + " --traces {empty}", "holds no trace"),
+    "no traces file": ("srt", GOOD + " --traces {made}/none", "cannot read"),
+    "traces of another prompt": (
+        "srt",
+        GOOD + " --traces {made}/good_traces.jsonl --prompt-suffix ' Think.'",
+        "was collected with another prompt",
+    ),
+    "traces of another phrase": (
+        "srt",
+        GOOD + " --traces {made}/good_traces.jsonl --phrase-wrong No. --phrase-right Yes.",
+        "was collected with the phrase",
+    ),
+    "traces beyond the context": (
+        "srt",
+        GOOD + " --traces {made}/long_traces.jsonl",
+        "the context 256",
+    ),
+    "collect and train": (
+        "srt",
+        GOOD + " --collect-only --traces {nothing}",
+        "contradict each other",
+    ),
+    "alpha of nothing": (
+        "sdzero",
+        GOOD + " --objective sampled_token --alpha 1",
+        "has neither --alpha nor --topk",
+    ),
+    "the rate of a frozen teacher": ("sdzero", GOOD + " --teacher-rate 0.5", "--teacher base has"),
+    "tail of the whole vocabulary": ("sdzero", GOOD + " --no-tail", "--no-tail belongs to"),
+    "one token without a tail": (
+        "sdzero",
+        GOOD + " --objective topk_logits --topk 1 --no-tail",
+        "the loss is 0",
+    ),
+    "one token of mixed_kl": ("sdzero", GOOD + " --objective mixed_kl --topk 1", "the loss is 0"),
+    "alpha above 1": ("sdzero", GOOD + " --alpha 1.5", "--alpha must be at most 1"),
+    "a template without a problem": ("srt", GOOD + " --prompt-template Q:", "no {{problem}} in it"),
+    "two kinds of template": (
+        "srt",
+        GOOD + " --prompt-template {{problem}} --template-kwargs '{{\"a\": 1}}'",
+        "replaces the chat template",
+    ),
+    "keywords that are no object": ("srt", GOOD + " --template-kwargs '[1]'", "JSON object"),
+    "an unknown flag": ("srt", GOOD + " --teacher base", "unrecognized arguments"),
+    "a missing flag": ("srt", "--dataset {data}", "--model"),
+    "no slots": ("srt", GOOD + " --slots 0", "--slots: must be at least 1"),
+    "half a slot": ("srt", GOOD + " --slots 1.5", "--slots: invalid int value"),
+    "a rate that is no number": ("srt", GOOD + " --lr nan", "--lr: must be above 0"),
+    "an infinite rate": ("sdzero", GOOD + " --lr inf", "--lr: must be above 0"),
+    "no rate": ("sdzero", GOOD + " --lr 0", "--lr: must be above 0"),
+    "a temperature that is no number": ("srt", GOOD + " --temperature nan", "--temperature"),
+    "a negative temperature": ("srt", GOOD + " --eval-temperature -1", "--eval-temperature"),
+    "an empty nucleus": ("srt", GOOD + " --top-p 0", "--top-p"),
+    "a nucleus above 1": ("srt", GOOD + " --top-p 1.1", "--top-p"),
+    "a warm-up that is no number": ("srt", GOOD + " --warmup nan", "--warmup"),
+    "a negative number of skipped tokens": ("sdzero", GOOD + " --skip-first -1", "--skip-first"),
+    "a cap of 0": ("sdzero", GOOD + " --importance-cap 0", "--importance-cap"),
+    "a teacher that jumps": ("sdzero", GOOD + " --teacher ema --teacher-rate 2", "--teacher-rate"),
+    "evaluate and resume": ("sdzero", GOOD + " --eval-only --resume", "contradicts"),
+    "evaluate nothing": ("sdzero", GOOD + " --eval-only --eval-problems 0", "contradicts"),
+}
+if not torch.cuda.is_available():
+    BAD["no GPU"] = ("srt", GOOD + " --device cuda", "on cuda")
 
 
-def test_bad_input_is_one_line_and_exit_code_2(tmp_path, base, runs, data, capfd, monkeypatch):
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_one_line_and_exit_code_2(name, world, tmp_path, ended, monkeypatch):
+    """No traceback, and nothing written. Warnings may come before the line."""
     monkeypatch.chdir(tmp_path)
-    for name, (script, flags, message) in bad(tmp_path, base, runs, data).items():
-        before = everything_under(tmp_path / "made" / "full", runs, base)
-        monkeypatch.setattr(sys, "argv", [script.__name__ + ".py", *map(str, flags)])
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            srt.entry(script.main)
-        errors = capfd.readouterr().err
-        assert stop.value.code == 2, name
-        assert re.fullmatch(rf"{script.__name__}\.py: [^\n]*\n", errors) and message in errors, (name, errors)
-        assert everything_under(tmp_path / "made" / "full", runs, base) == before, name
-        shutil.rmtree(tmp_path / "made" / "none", ignore_errors=True)  # the run without a trace has written its own folder
-
-
-def test_a_forced_phrase_is_taken(runs, data, tmp_path):
-    call(
-        sdzero,
-        "--model",
-        runs / "srt",
-        "--dataset",
-        data,
-        *FLAGS,
-        "--phrase-wrong",
-        "No.",
-        "--force",
-        "--problems",
-        "2",
-        "--output",
-        tmp_path / "out",
-    )
-    assert json.loads((tmp_path / "out" / "srt.json").read_text())["prompt"]["phrase_wrong"] == "No."
-
-
-def test_bad_input_and_ctrl_c_of_a_real_process(base, data, tmp_path):
-    """The module as a process: no traceback, exit codes 2 and 130."""
-    process = start("srt.py", "--model", "./nowhere", "--dataset", data)
-    assert process.communicate()[1] == "srt.py: no such model folder: ./nowhere\n" and process.returncode == 2
-    process = start("srt.py", "--model", base, "--dataset", data, *FLAGS, *STAGE_1, "--epochs", "1000", "--output", tmp_path / "out")
-    while not any((tmp_path / "out").glob("checkpoint-*")):
-        assert process.poll() is None
-        time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
-    assert re.fullmatch(r"srt.py: interrupted; .*--resume.*\n", process.communicate()[1]) and process.returncode == 130
-
-
-def test_a_loss_that_is_not_finite_keeps_the_last_checkpoint(base, data, tmp_path, capfd, monkeypatch):
-    real, out = srt.srt_step, tmp_path / "out"
-
-    def poisoned(model, *rest):
-        if any(out.glob("checkpoint-2")):
-            next(model.parameters()).data.fill_(float("nan"))
-        return real(model, *rest)
-
-    monkeypatch.setattr(srt, "srt_step", poisoned)
-    monkeypatch.setattr(sys, "argv", list(map(str, ["srt.py", "--model", base, "--dataset", data, *FLAGS, *STAGE_1, "--output", out])))
-    with pytest.raises(SystemExit) as stop:
-        srt.entry(srt.main)
-    assert stop.value.code == 1 and "the loss is nan; the last checkpoint stands" in capfd.readouterr().err
-    assert [p.name for p in out.glob("checkpoint-*")] == ["checkpoint-2"] and not (out / "config.json").exists()
+    script, flags, message = BAD[name]
+    flags, message = shlex.split(flags.format(**world)), message.format(**world)
+    folders = {path if path.is_dir() else path.parent for path in world.values()} | {tmp_path}
+    before = [everything_under(folder) for folder in folders]
+    code, out, err = ended({"srt": srt, "sdzero": sdzero}[script], *flags)
+    assert code == 2 and message in err
+    assert re.fullmatch(rf"(warning: [^\n]+\n)*{script}\.py: [^\n]+\n", err)
+    assert [everything_under(folder) for folder in folders] == before
