@@ -5,21 +5,11 @@ feeds them: `predicting_last` (which hidden states predict which tokens), `micro
 sequences share a forward pass) and `backward_by_chunks` (hidden states -> logits, loss, gradients,
 a few rows at a time). To start reading: `full_logits`, then `predicting_last`.
 
-<<<<<<< HEAD
-    student_h = predicting_last(student, student_ids, counts)                  # [N, D]
-    with teacher.scoring() as module:
-        teacher_h = predicting_last(module, teacher_ids, counts)               # [N, D]
-    against = (OutputLayer(module), teacher_h)
-    kl = backward_by_chunks(                                                   # [N], in nats
-        full_logits, OutputLayer(student), student_h, divisor=sum(counts), teacher=against
-    )
-=======
     student_h = predicting_last(student, student_ids, counts)  # [N, D]
     with torch.no_grad():
         teacher_h = predicting_last(teacher, teacher_ids, counts)  # [N, D]
     layer, against = OutputLayer(student), (OutputLayer(teacher), teacher_h)
     kl = backward_by_chunks(full_logits, layer, student_h, divisor=sum(counts), teacher=against)
->>>>>>> losses
 
 Shapes: B sequences, T positions, N scored tokens (rows), V vocabulary size, K of its entries, D
 hidden size. Every objective takes the logits of the student and of the teacher for the SAME N
@@ -213,18 +203,10 @@ def predicting_last(model, sequences: list[list[int]], counts: list[int]) -> tor
     The output at position t-1 predicts token t, so the rows lie one place to the left of the ids:
 
         position    0    1    2    3    4
-<<<<<<< HEAD
-        ids         x0   x1   y0   y1   y2        counts[i] = 3: the last three are scored
-        output      h0   h1   h2   h3   h4
-                         |    |    |
-        predicts         y0   y1   y2             so h1, h2, h3 are returned; h4 predicts what
-                                                  would come next, and is not
-=======
         ids         x0   x1   y0   y1   y2       counts[i] = 3: the last three are scored
         output      h0   h1   h2   h3   h4       h1, h2, h3 are returned
                          |    |    |    |
         predicts         y0   y1   y2   what would come next
->>>>>>> losses
 
     A count of 0 adds no row. Raises ValueError for a negative count, and for one that leaves no id
     in front of the scored ones: the first id of a sequence is predicted by nothing.
@@ -242,33 +224,24 @@ def predicting_last(model, sequences: list[list[int]], counts: list[int]) -> tor
 def micro_batches(lengths: list[int], budget: int) -> list[list[int]]:
     """Indices of sequences in groups of similar length, each for one forward and backward pass.
 
-    budget: rows x longest of a group, in positions; a longer sequence gets a group of its own.
-    At least 90% of all positions are real. It is the cheapest cut of the sorted lengths where a
-    group costs `price` positions and a position of padding costs one; `price` falls until padding
-    is at most 10%.
+    lengths: of the sequences, in ids; budget: positions of a group, rows x longest. A sequence that
+    is longer gets a group of its own.
+
+    Longest first, each sequence joins the last group, unless that would exceed the budget or make
+    more than 10% of all positions so far padding: at least 90% of the positions are real. Fewer
+    groups may allow this too: about 5% fewer for 9 random lengths, 25% for 128.
     """
-    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    room = price = sum(lengths) / 9  # a tenth of all positions is a ninth of the real ones
-    while True:
-        best = [(0.0, 0, 0)]  # of the j longest: (cost, padding, where their last group begins)
-        for end in range(1, len(order) + 1):
-            real, options = 0, []
-            for start in range(end - 1, -1, -1):
-                longest, rows = lengths[order[start]], end - start
-                real += longest
-                if rows > 1 and (rows * longest > budget or rows * longest - real > room):
-                    break
-                cost, padding, _ = best[start]
-                padded = rows * longest - real
-                options.append((cost + padded + price, padding + padded, start))
-            best.append(min(options))
-        if best[-1][1] <= room:
-            break
-        price *= 0.8
-    groups, end = [], len(order)
-    while end:
-        groups.insert(0, order[best[end][2] : end])
-        end = best[end][2]
+    groups, real, positions = [], 0, 0
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        real += lengths[i]
+        longest = lengths[groups[-1][0]] if groups else 0
+        in_budget = groups and (len(groups[-1]) + 1) * longest <= budget
+        if in_budget and 10 * real >= 9 * (positions + longest):
+            groups[-1].append(i)
+            positions += longest
+        else:
+            groups.append([i])
+            positions += lengths[i]
     return groups
 
 
@@ -316,11 +289,7 @@ class OutputLayer:
             )
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
-<<<<<<< HEAD
-        """Logits of hidden states, by autograd: what everything below must agree with."""
-=======
         """Logits of hidden states, by autograd."""
->>>>>>> losses
         return self.finish(F.linear(hidden, self.weight, self.bias)[..., : self.vocab_size])
 
     def finish(self, logits: torch.Tensor) -> torch.Tensor:
@@ -406,13 +375,8 @@ def backward_by_chunks(
             f"hidden must be [N, D], a row for each token of the loss, not {list(hidden.shape)}: "
             "take those rows from [B, T, D] as predicting_last does, or all by hidden.flatten(0, 1)"
         )
-<<<<<<< HEAD
-    teacher_hidden = [] if teacher is None else [teacher[1]]
-    for tensor in (*teacher_hidden, *tensors):
-=======
     sides = [(layer, hidden.detach())] + ([] if teacher is None else [teacher])
     for tensor in (sides[-1][1], *tensors):
->>>>>>> losses
         if len(tensor) != len(hidden):
             raise ValueError(f"hidden has {len(hidden)} rows, but a tensor has {len(tensor)}")
 
@@ -420,26 +384,6 @@ def backward_by_chunks(
     chunk_rows = size or max(1, logits_per_chunk // layer.vocab_size)
     block_rows = max(1, min(chunks_per_block * chunk_rows, len(hidden)))
 
-<<<<<<< HEAD
-    student_h = hidden.detach()
-    student_h_grad = torch.empty_like(student_h)
-    # Two tensors for the logits of a block, used again for each block. The student's is used twice
-    # even within one: when the loss of a chunk is done, nobody needs its logits any more, and the
-    # gradient of the loss with respect to them takes their place.
-    logits_then_grad = student_h.new_empty(block_rows, layer.rows)  # [rows, R]
-    teacher_logits = [h.new_empty(block_rows, teacher[0].rows) for h in teacher_hidden]
-
-    columns, done = None, 0
-    for start in range(
-        0, max(len(hidden), 1), block_rows
-    ):  # N = 0: one empty block, one empty chunk
-        block = slice(start, start + block_rows)
-        rows = len(student_h[block])  # the last block may be shorter
-        layer.linear(student_h[block], out=logits_then_grad[:rows])
-        inputs = [logits_then_grad[:rows, : layer.vocab_size]]
-        for h, out in zip(teacher_hidden, teacher_logits):
-            inputs.append(teacher[0].linear(h[block], out=out[:rows])[:, : teacher[0].vocab_size])
-=======
     # A tensor [block_rows, R] for each side, used again for each block. The student's is used twice
     # even within a block: when the loss of a chunk is done, nobody needs its logits any more, and
     # the gradient of the loss with respect to them takes their place.
@@ -453,7 +397,6 @@ def backward_by_chunks(
         for (side, h), buffer in zip(sides, buffers):
             products = side.linear(h[block], out=buffer[: len(h[block])])
             inputs.append(products[:, : side.vocab_size])
->>>>>>> losses
         inputs += [tensor[block] for tensor in tensors]
 
         for chunk, *others in zip(*[x.split(chunk_rows) for x in inputs]):
@@ -464,27 +407,16 @@ def backward_by_chunks(
             if part.shape[:1] != chunk.shape[:1]:
                 raise ValueError(f"loss of {len(chunk)} rows must be [n] or [n, C]: {part.shape}")
             ((part if part.dim() == 1 else part[:, 0]).sum() / divisor).backward()
-<<<<<<< HEAD
-            chunk.copy_(logits.grad)
-=======
             chunk.copy_(logits.grad)  # in the student's buffer
->>>>>>> losses
             if columns is None:  # allocated late, not to split the allocator's chunk-sized pieces
                 columns = part.new_empty(len(hidden), *part.shape[1:])
             columns[done : done + len(part)] = part.detach()
             done += len(part)
 
-<<<<<<< HEAD
-        logits_then_grad[:rows, layer.vocab_size :] = 0
-        student_h_grad[block] = layer.linear_backward(student_h[block], logits_then_grad[:rows])
-    if hidden.requires_grad:  # else only the output layer learns
-        hidden.backward(student_h_grad)
-=======
         student_h = sides[0][1][block]
         logits_grad = buffers[0][: len(student_h)]  # by now
         logits_grad[:, layer.vocab_size :] = 0
         hidden_grad[block] = layer.linear_backward(student_h, logits_grad)
     if hidden.requires_grad:  # else only the output layer learns
         hidden.backward(hidden_grad)
->>>>>>> losses
     return columns

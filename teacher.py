@@ -6,11 +6,7 @@
     optimizer.step()
     teacher.update(step)                  # after every optimizer step, counted from 1
 
-<<<<<<< HEAD
-- base: the weights that the student started from, never updated (the paper's default, and ours).
-=======
 - base: the weights that the student started from, never updated (the paper's; the default).
->>>>>>> losses
 - live: the student itself, as it is now.
 - ema:  teacher <- (1 - rate) teacher + rate student, every `interval` optimizer steps. rate = 1 is
         a hard copy, the paper's teacher synchronisation (section 3.4).
