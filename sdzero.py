@@ -145,24 +145,27 @@ def make_loss(args: Namespace):
     """
     temperature = args.temperature or 1  # both models are scored at it (greedy sampling: at 1)
 
-    def divergence(student, teacher, token_ids):
-        """Log-probabilities [N, V] -> [N]. They are logits, too: what the objectives take."""
-        if args.objective == "full_logits":
-            return losses.divergence(student, teacher, args.alpha)
-        if args.objective == "topk_logits":
-            return losses.topk_logits(student, teacher, args.topk, args.alpha, not args.no_tail)
-        if args.objective == "mixed_kl":
-            return losses.mixed_kl(student, teacher, args.alpha, args.topk)
-        return losses.sampled_token(student, teacher, token_ids)
-
     def loss(student_logits, teacher_logits, token_ids, old_logprobs):
-        student = losses.log_softmax(student_logits / temperature)
-        teacher = losses.log_softmax(teacher_logits / temperature)
-        value = kl = divergence(student, teacher, token_ids)
+        student_logits = student_logits / temperature
+        teacher_logits = teacher_logits / temperature
+        student, teacher = losses.log_softmax(student_logits), losses.log_softmax(teacher_logits)
+        # The objectives on some tokens get the logits: through the log-softmax rounding errors
+        # would reach the other tokens, whose gradient is 0, and AdamW would make them full steps.
+        if args.objective == "full_logits":
+            value = losses.divergence(student, teacher, args.alpha)
+        elif args.objective == "topk_logits":
+            value = losses.topk_logits(
+                student_logits, teacher_logits, args.topk, args.alpha, tail=not args.no_tail
+            )
+        elif args.objective == "mixed_kl":
+            value = losses.mixed_kl(student_logits, teacher_logits, args.alpha, args.topk)
+        else:
+            value = losses.sampled_token(student_logits, teacher_logits, token_ids)
         with torch.no_grad():
             entropy = losses.entropy(student)
             log_pi = student.gather(-1, token_ids[:, None])[:, 0]
             log_ratio = log_pi - teacher.gather(-1, token_ids[:, None])[:, 0]
+            kl = value
             if (args.objective, args.alpha) != ("full_logits", 1):
                 kl = losses.divergence(student, teacher, 1)
         if args.importance_cap:
