@@ -961,6 +961,9 @@ class Run:
             "started": time.strftime("%Y-%m-%d %H:%M:%S"),
         }
         notes = self.check_resume(settings) if args.resume else []
+        if (self.folder / "config.json").exists():  # complete: its settings and its log stay
+            self.metrics = open(self.folder / "metrics.jsonl", "a")
+            return
         self.write("settings.json", settings)
         self.rewind()
         for note in notes:
