@@ -264,10 +264,6 @@ def choose_dtype(args: argparse.Namespace) -> torch.dtype:
 def load_lm(args: argparse.Namespace) -> LM:
     """The model in --dtype on --device. Fails where it cannot be loaded, sampled from, told when
     to stop, or saved again."""
-    looks_like_a_folder = args.model.startswith((".", "/", "~")) or args.model.count("/") != 1
-    near = Path(args.model).parent.is_dir() and "/" in args.model  # runs/typo beside runs/srt
-    if "/" in args.model and not Path(args.model).is_dir() and (looks_like_a_folder or near):
-        fail(f"no such model folder: {args.model}")
     try:
         torch.empty(0, device=args.device)
         # cuDNN's attention plans anew for every shape, and ours change at every step
@@ -279,7 +275,8 @@ def load_lm(args: argparse.Namespace) -> LM:
         check_supported(model)
         OutputLayer(model)
     except (OSError, ValueError, RuntimeError, KeyError, ImportError, AssertionError) as error:
-        fail(f"cannot use the model {args.model} on {args.device}: {last_cause(error)}")
+        kind = "folder" if Path(args.model).is_dir() else "name of the hub, since no such folder is here"
+        fail(f"cannot use the model {args.model} ({kind}) on {args.device}: {last_cause(error)}")
     if not args.prompt_template and not tokenizer.chat_template:
         fail(
             f"{args.model} has no chat template: give --prompt-template, in bash for example "
@@ -300,6 +297,16 @@ def load_lm(args: argparse.Namespace) -> LM:
     keep_savable(model)
     vocab_size = min(len(tokenizer), model.get_output_embeddings().weight.shape[0])
     return LM(model, tokenizer, eos_ids, vocab_size, context)
+
+
+def check_model_name(name: str) -> None:
+    """Fail where it can only be a folder, and there is none. It comes before the first look at the
+    hub, which takes more than a minute where there is no network."""
+    if "/" not in name or Path(name).is_dir():
+        return
+    like_a_folder = name.startswith((".", "/", "~")) or name.count("/") != 1
+    if like_a_folder or Path(name).parent.is_dir():  # runs/typo beside runs/srt
+        fail(f"no such model folder: {name}")
 
 
 def keep_savable(model: torch.nn.Module) -> None:
@@ -326,6 +333,7 @@ def inherit_prompt(args: argparse.Namespace) -> dict:
     that this model or an ancestor was trained on). Of a model without one all are empty. Fails when
     a flag contradicts it, unless --force is given.
     """
+    check_model_name(args.model)
     try:
         path = transformers.utils.cached_file(
             args.model,
