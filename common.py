@@ -356,6 +356,9 @@ def inherit_prompt(args: argparse.Namespace) -> dict:
             )
     # a template that shows today's date would ask otherwise tomorrow: the first stage's date stays
     args.date = prompt.get("date", time.strftime("%Y-%m-%d"))
+    beside = args.traces.with_name("srt.json") if getattr(args, "traces", None) else None
+    if beside and beside.exists():  # traces of another day
+        args.date = json.loads(beside.read_text())["prompt"]["date"]
     if args.resume:
         args.date = json.loads((args.output / "settings.json").read_text())["flags"]["date"]
     return {"prompt": prompt, "problems": [], "trained": [], **saved}
@@ -921,9 +924,9 @@ def sample_and_verify(
     return responses, task.verify_all(texts, [p.answer for p in problems])
 
 
-def fingerprint(task: Task) -> dict[str, str]:
-    """What --resume compares instead of names and places: a hash of some weights, one of the
-    problems."""
+def fingerprint(task: Task, traces: list | None = None) -> dict[str, str]:
+    """What --resume compares instead of names and places: hashes of some weights, of the problems,
+    and of the traces that the run was given."""
     weights = hashlib.sha256()
     for p in task.lm.model.parameters():
         weights.update(p.detach().flatten()[:64].float().cpu().numpy().tobytes())
@@ -931,6 +934,7 @@ def fingerprint(task: Task) -> dict[str, str]:
     return {
         "model": weights.hexdigest()[:16],
         "problems": hashlib.sha256(texts.encode()).hexdigest()[:16],
+        "traces": hashlib.sha256(repr(traces).encode()).hexdigest()[:16],
     }
 
 
@@ -942,7 +946,7 @@ class Run:
     happened: files appear whole or not at all, and what the log has of later steps is dropped.
     """
 
-    def __init__(self, args: argparse.Namespace, task: Task):
+    def __init__(self, args: argparse.Namespace, task: Task, traces: list | None = None):
         self.args, self.task, self.folder = args, task, args.output
         self.lines: list[dict] = []  # of metrics.jsonl
         self.told: set[str] = set()  # warnings are given once
@@ -960,7 +964,7 @@ class Run:
         flags = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
         settings = {
             "flags": flags,
-            "fingerprint": fingerprint(task),
+            "fingerprint": fingerprint(task, traces),
             "eos_ids": sorted(task.lm.eos_ids),
             "vocab_size": task.lm.vocab_size,
             "context": task.lm.context,

@@ -351,7 +351,7 @@ def main(argv: list[str] | None = None) -> None:
         traces, used = load_traces(task.lm, args)
         task.held_out = [p for p in task.held_out if p.key not in used]
     task.trained_on(used, stage_1=True)
-    run = Run(args, task)
+    run = Run(args, task, traces)
     if run.complete:
         return
     run.evaluate(0)
