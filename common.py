@@ -49,6 +49,7 @@ PROMPT_DEFAULTS = {
     "prompt_suffix": "",
     "prompt_template": "",
     "template_kwargs": {},
+    "stop_tokens": [],
     "phrase_wrong": PHRASES[0],
     "phrase_right": PHRASES[1],
 }
@@ -147,7 +148,7 @@ FLAGS = [
     ("template-kwargs", json_object, None, "of the chat template: '{\"enable_thinking\": false}'"),
     ("phrase-wrong", str, None, f"P_0, after a wrong response {INHERITED} {PHRASES[0]!r})"),
     ("phrase-right", str, None, f"P_1, after a right response {INHERITED} {PHRASES[1]!r})"),
-    ("stop-tokens", str.split, "", "tokens that end responses, besides the model's own EOS"),
+    ("stop-tokens", str.split, None, f"ends of responses besides the model's EOS {INHERITED} none)"),
     ("force", bool, False, "allow another prompt or phrase than the model was trained with"),
     ("verifier", str, "math", "math, code, or MODULE:FUNCTION(response, answer)"),
     ("max-new-tokens", count, 8192, "limit of one response"),
@@ -349,10 +350,10 @@ def inherit_prompt(args: argparse.Namespace) -> dict:
         given = getattr(args, name)
         if given is None:
             setattr(args, name, prompt.get(name, default))
-        elif prompt and given != prompt[name] and not args.force:
+        elif prompt and given != prompt.get(name, default) and not args.force:
             fail(
                 f"--{name.replace('_', '-')} is {given!r}, but {args.model} was trained with "
-                f"{prompt[name]!r}: drop the flag, or add --force"
+                f"{prompt.get(name, default)!r}: drop the flag, or add --force"
             )
     # a template that shows today's date would ask otherwise tomorrow: the first stage's date stays
     args.date = prompt.get("date", time.strftime("%Y-%m-%d"))
