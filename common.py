@@ -148,7 +148,7 @@ FLAGS = [
     ("template-kwargs", json_object, None, "of the chat template: '{\"enable_thinking\": false}'"),
     ("phrase-wrong", str, None, f"P_0, after a wrong response {INHERITED} {PHRASES[0]!r})"),
     ("phrase-right", str, None, f"P_1, after a right response {INHERITED} {PHRASES[1]!r})"),
-    ("stop-tokens", str.split, None, f"ends of responses besides the model's EOS {INHERITED} none)"),
+    ("stop-tokens", str.split, None, f"ends of responses besides the EOS {INHERITED} none)"),
     ("force", bool, False, "allow another prompt or phrase than the model was trained with"),
     ("verifier", str, "math", "math, code, or MODULE:FUNCTION(response, answer)"),
     ("max-new-tokens", count, 8192, "limit of one response"),
@@ -276,8 +276,8 @@ def load_lm(args: argparse.Namespace) -> LM:
         check_supported(model)
         OutputLayer(model)
     except (OSError, ValueError, RuntimeError, KeyError, ImportError, AssertionError) as error:
-        kind = "folder" if Path(args.model).is_dir() else "name of the hub, since no such folder is here"
-        fail(f"cannot use the model {args.model} ({kind}) on {args.device}: {last_cause(error)}")
+        here = "" if Path(args.model).is_dir() else " (of the hub: no such folder is here)"
+        fail(f"cannot use the model {args.model}{here} on {args.device}: {last_cause(error)}")
     if not args.prompt_template and not tokenizer.chat_template:
         fail(
             f"{args.model} has no chat template: give --prompt-template, in bash for example "
