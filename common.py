@@ -54,6 +54,7 @@ PROMPT_DEFAULTS = {
     "prompt_suffix": "",
     "prompt_template": "",
     "template_kwargs": {},
+    "stop_tokens": [],
     "phrase_wrong": PHRASES[0],
     "phrase_right": PHRASES[1],
 }
@@ -154,7 +155,7 @@ FLAGS = [
     ("template-kwargs", json_object, None, "of the chat template: '{\"enable_thinking\": false}'"),
     ("phrase-wrong", str, None, f"P_0, after a wrong response {INHERITED} {PHRASES[0]!r})"),
     ("phrase-right", str, None, f"P_1, after a right response {INHERITED} {PHRASES[1]!r})"),
-    ("stop-tokens", str.split, "", "tokens that end responses, besides the model's own EOS"),
+    ("stop-tokens", str.split, None, f"ends of responses besides the EOS {INHERITED} none)"),
     ("force", bool, False, "allow another prompt or phrase than the model was trained with"),
     ("verifier", str, "math", "math, code, or MODULE:FUNCTION(response, answer)"),
     ("max-new-tokens", count, 8192, "limit of one response"),
@@ -272,10 +273,6 @@ def choose_dtype(args: argparse.Namespace) -> torch.dtype:
 def load_lm(args: argparse.Namespace) -> LM:
     """The model in --dtype on --device. Fails where it cannot be loaded, sampled from, told when
     to stop, or saved again."""
-    looks_like_a_folder = args.model.startswith((".", "/", "~")) or args.model.count("/") != 1
-    near = Path(args.model).parent.is_dir() and "/" in args.model  # runs/typo beside runs/srt
-    if "/" in args.model and not Path(args.model).is_dir() and (looks_like_a_folder or near):
-        fail(f"no such model folder: {args.model}")
     try:
         torch.empty(0, device=args.device)
         # cuDNN's attention plans anew for every shape, and ours change at every step
@@ -290,7 +287,8 @@ def load_lm(args: argparse.Namespace) -> LM:
         check_supported(model)
         OutputLayer(model)
     except (OSError, ValueError, RuntimeError, KeyError, ImportError, AssertionError) as error:
-        fail(f"cannot use the model {args.model} on {args.device}: {last_cause(error)}")
+        here = "" if Path(args.model).is_dir() else " (of the hub: no such folder is here)"
+        fail(f"cannot use the model {args.model}{here} on {args.device}: {last_cause(error)}")
     if not args.prompt_template and not tokenizer.chat_template:
         fail(
             f"{args.model} has no chat template: give --prompt-template, in bash for example "
@@ -311,6 +309,16 @@ def load_lm(args: argparse.Namespace) -> LM:
     keep_savable(model)
     vocab_size = min(len(tokenizer), model.get_output_embeddings().weight.shape[0])
     return LM(model, tokenizer, eos_ids, vocab_size, context)
+
+
+def check_model_name(name: str) -> None:
+    """Fail where it can only be a folder, and there is none. It comes before the first look at the
+    hub, which takes more than a minute where there is no network."""
+    if "/" not in name or Path(name).is_dir():
+        return
+    like_a_folder = name.startswith((".", "/", "~")) or name.count("/") != 1
+    if like_a_folder or Path(name).parent.is_dir():  # runs/typo beside runs/srt
+        fail(f"no such model folder: {name}")
 
 
 def keep_savable(model: torch.nn.Module) -> None:
@@ -337,6 +345,7 @@ def inherit_prompt(args: argparse.Namespace) -> dict:
     that this model or an ancestor was trained on). Of a model without one all are empty. Fails when
     a flag contradicts it, unless --force is given.
     """
+    check_model_name(args.model)
     try:
         path = transformers.utils.cached_file(
             args.model,
@@ -352,13 +361,16 @@ def inherit_prompt(args: argparse.Namespace) -> dict:
         given = getattr(args, name)
         if given is None:
             setattr(args, name, prompt.get(name, default))
-        elif prompt and given != prompt[name] and not args.force:
+        elif prompt and given != prompt.get(name, default) and not args.force:
             fail(
                 f"--{name.replace('_', '-')} is {given!r}, but {args.model} was trained with "
-                f"{prompt[name]!r}: drop the flag, or add --force"
+                f"{prompt.get(name, default)!r}: drop the flag, or add --force"
             )
     # a template that shows today's date would ask otherwise tomorrow: the first stage's date stays
     args.date = prompt.get("date", time.strftime("%Y-%m-%d"))
+    beside = args.traces.with_name("srt.json") if getattr(args, "traces", None) else None
+    if beside and beside.exists():  # traces of another day
+        args.date = json.loads(beside.read_text())["prompt"]["date"]
     if args.resume:
         args.date = json.loads((args.output / "settings.json").read_text())["flags"]["date"]
     return {"prompt": prompt, "problems": [], "trained": [], **saved}
@@ -940,9 +952,9 @@ def sample_and_verify(
     return responses, task.verify_all(texts, [p.answer for p in problems])
 
 
-def fingerprint(task: Task) -> dict[str, str]:
-    """What --resume compares instead of names and places: a hash of some weights, one of the
-    problems."""
+def fingerprint(task: Task, traces: list | None = None) -> dict[str, str]:
+    """What --resume compares instead of names and places: hashes of some weights, of the problems,
+    and of the traces that the run was given."""
     weights = hashlib.sha256()
     for p in task.lm.model.parameters():
         weights.update(p.detach().flatten()[:64].float().cpu().numpy().tobytes())
@@ -950,6 +962,7 @@ def fingerprint(task: Task) -> dict[str, str]:
     return {
         "model": weights.hexdigest()[:16],
         "problems": hashlib.sha256(texts.encode()).hexdigest()[:16],
+        "traces": hashlib.sha256(repr(traces).encode()).hexdigest()[:16],
     }
 
 
@@ -961,7 +974,7 @@ class Run:
     happened: files appear whole or not at all, and what the log has of later steps is dropped.
     """
 
-    def __init__(self, args: argparse.Namespace, task: Task):
+    def __init__(self, args: argparse.Namespace, task: Task, traces: list | None = None):
         self.args, self.task, self.folder = args, task, args.output
         self.lines: list[dict] = []  # of metrics.jsonl
         self.told: set[str] = set()  # warnings are given once
@@ -979,7 +992,7 @@ class Run:
         flags = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
         settings = {
             "flags": flags,
-            "fingerprint": fingerprint(task),
+            "fingerprint": fingerprint(task, traces),
             "eos_ids": sorted(task.lm.eos_ids),
             "vocab_size": task.lm.vocab_size,
             "context": task.lm.context,
@@ -988,6 +1001,9 @@ class Run:
             "started": time.strftime("%Y-%m-%d %H:%M:%S"),
         }
         notes = self.check_resume(settings) if args.resume else []
+        if (self.folder / "config.json").exists():  # complete: its settings and its log stay
+            self.metrics = open(self.folder / "metrics.jsonl", "a")
+            return
         self.write("settings.json", settings)
         self.rewind()
         for note in notes:

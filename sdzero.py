@@ -40,6 +40,7 @@ from common import (
     SHOW_EVERY,
     Optimizer,
     Run,
+    Task,
     at_least_0,
     check_flags,
     checkpoint_layers,
@@ -295,6 +296,21 @@ def parse_arguments(argv: list[str] | None = None) -> Namespace:
     return args
 
 
+def check_lengths(task: Task, args: Namespace) -> None:
+    """Fail where even the shortest response would leave nothing to train on."""
+    if args.skip_first >= args.max_new_tokens:
+        fail("--skip-first leaves nothing of a response of --max-new-tokens")
+    prompt_ids = min((p.prompt_ids for p in task.problems), key=len)
+    phrase_ids = min(task.lm.phrases(args), key=len)
+    n = args.skip_first + 1  # tokens of the shortest response; the last is its EOS
+    shortest = Example(prompt_ids, Rollout([0] * n, [0.0] * n, True), 0, phrase_ids)
+    if len(shortest.teacher_ids) > task.lm.context:
+        fail(
+            f"no response fits twice: what the teacher reads has at least "
+            f"{len(shortest.teacher_ids)} tokens, the context {task.lm.context}"
+        )
+
+
 def main(argv: list[str] | None = None) -> None:
     # set-up: the student, its frozen or moving teacher, the optimizer; a checkpoint if there is one
     args = parse_arguments(argv)
@@ -304,6 +320,7 @@ def main(argv: list[str] | None = None) -> None:
         warn(f"{args.model} does not come from stage 1: without a reviser little is gained")
     if args.top_p < 1 or args.temperature == 0:
         warn("the loss is an expectation over the model's own distribution: --top-p 1 samples it")
+    check_lengths(task, args)
     task.trained_on([p.key for p in task.problems])
     run = Run(args, task)
     if run.complete:
@@ -358,6 +375,8 @@ def main(argv: list[str] | None = None) -> None:
             run.log("train", step, metrics)
             started = time.time()
         run.end_step(step, total, args.passes)
+    if not any(line.get("loss_tokens") for line in run.lines):
+        fail("not one token was trained on: the responses are dropped (see the log's lines)", 1)
     run.finish()
 
 

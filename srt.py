@@ -343,11 +343,17 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
     task = setup(args, half=True)
     traces, used = None, [p.key for p in task.problems]
+    shortest = min(len(p.prompt_ids) for p in task.problems) + min(map(len, task.lm.phrases(args)))
+    if not args.traces and shortest + args.max_new_tokens > task.lm.context:
+        fail(
+            f"no attempt can be revised: a prompt, its phrase and a revision take at least "
+            f"{shortest + args.max_new_tokens} tokens, the context holds {task.lm.context}"
+        )
     if args.traces:
         traces, used = load_traces(task.lm, args)
         task.held_out = [p for p in task.held_out if p.key not in used]
     task.trained_on(used, stage_1=True)
-    run = Run(args, task)
+    run = Run(args, task, traces)
     if run.complete:
         return
     run.evaluate(0)
