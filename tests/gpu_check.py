@@ -1,0 +1,1063 @@
+"""Everything that has to be seen on a GPU once: is it right, how fast is it, what does it take?
+
+    python tests/gpu_check.py --output checks             all parts: 8 minutes on an H100
+    python tests/gpu_check.py --output checks --only 1    one part, or several: --only 1 4
+    python tests/gpu_check.py --output checks --smoke     tiny, on a CPU: figures mean nothing
+
+It needs torch >= 2.11 (CUDA), transformers >= 5.17 and this repository; neither data nor a hub.
+The parts, in the order of their worth, with minutes on an H100 (estimates: none has run yet):
+
+    0  0.2  ceilings    copy bandwidth and bf16 matrix products, of which all shares below are
+    1  1.4  right       the families' greedy tokens against the CPU in float64, eagerly and with
+                        CUDA graphs; log-probabilities; the distribution and the random numbers of
+                        replayed graphs; losses, gradients and optimizer against the CPU; both
+                        scripts, killed and resumed
+    2  0.1  products    of the output layer, with the odd number of ids and with all rows
+    3  0.4  attention   of one decode step: kernels, packed heads, what a new length costs
+    4  1.3  decode      Qwen3-4B's step: eagerly, by graph, with packed heads; kernels by time
+    5  1.2  loss        by chunks: objectives, sizes of chunks; as it is, compiled, whole logits
+    6  1.1  training    Qwen3-1.7B: a step of each stage, the optimizer, memory against the estimate
+    7  1.1  sampling    Qwen3-0.6B: tokens/s and a whole stage-2 step, ours and transformers'
+    8  0.6  fit         Qwen3-4B with its teacher, 4,096 tokens: peak memory, slots beside it
+    9  1.5  compile     Qwen3-4B's decode step with a compiled forward, in a graph
+
+Results are written as they come: all of them to gpu_check.jsonl, rows for the README to rows.md.
+A part starts only while its minutes fit into --minutes; one that fails says so, and the rest goes
+on, after a CUDA error in a new process. The exit code is 1 if something failed or was wrong.
+"""
+
+import argparse
+import contextlib
+import gc
+import json
+import math
+import os
+import statistics
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+import torch.nn.functional as F
+import transformers
+from tiny import make_tokenizer, tiny
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import common
+import losses
+import rollout
+import sdzero
+import srt
+from losses import CHUNK, OutputLayer, backward_by_chunks
+from rollout import Rollout
+from sdzero import Example, distill_step
+from teacher import Teacher
+
+parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+)
+parser.add_argument("--output", type=Path, default=Path(os.environ.get("OUT", "checks")))
+parser.add_argument("--smoke", action="store_true")
+parser.add_argument("--only", nargs="*", type=int)
+parser.add_argument("--minutes", type=float, default=8.0)
+parser.add_argument("--began", type=float, help=argparse.SUPPRESS)  # after a CUDA error: the first
+parser.add_argument("--skip", type=int, default=0, help=argparse.SUPPRESS)  # process's, and its
+OPTIONS = parser.parse_args()  # checks that are over
+
+BIG = not OPTIONS.smoke  # the sizes, and all that only CUDA has
+DEVICE = "cuda" if BIG else "cpu"
+BEGAN = OPTIONS.began or time.time()
+GB = 1e9
+HALF = torch.bfloat16
+OPTIONS.output.mkdir(parents=True, exist_ok=True)
+MODE = "a" if OPTIONS.skip else "w"
+RESULTS = open(OPTIONS.output / "gpu_check.jsonl", MODE)
+ROWS = open(OPTIONS.output / "rows.md", MODE)
+PEAK = {"copy": 3.0e12, "product": 7.5e14}  # bytes/s, FLOP/s: guesses until `ceilings` has run
+WRONG = []  # names of what failed
+
+
+# --------------------------------------------------------------------------------------- measuring
+
+
+def say(name: str, **values) -> None:
+    """One result, written at once. A value `right` says whether it is as it must be."""
+    if not values.get("right", True):
+        WRONG.append(name)
+    seconds = round(time.time() - BEGAN, 1)
+    RESULTS.write(json.dumps({"seconds": seconds, "name": name, **values}) + "\n")
+    RESULTS.flush()
+    figures = []
+    for key, value in values.items():
+        figures.append(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}")
+    print(f"[{seconds:5.1f}] {name}: {', '.join(figures)}", flush=True)
+
+
+def row(what: str, figure: str) -> None:
+    """A row of the README's table, written at once."""
+    ROWS.write(f"| {what} | {figure} |\n")
+    ROWS.flush()
+
+
+def sync() -> None:
+    if BIG:
+        torch.cuda.synchronize()
+
+
+def seconds_of(function) -> float:
+    sync()
+    start = time.perf_counter()
+    function()
+    sync()
+    return time.perf_counter() - start
+
+
+def ms(function, calls: int = 20) -> float:
+    """The median milliseconds of a call on the GPU, after two that warm up. Where the GPU waits for
+    the host, that counts."""
+    if not BIG:
+        return seconds_of(function) * 1e3
+    function()
+    function()
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(calls)]
+    for before, after in events:
+        before.record()
+        function()
+        after.record()
+    sync()
+    return statistics.median(before.elapsed_time(after) for before, after in events)
+
+
+def seconds_and_peak(function) -> tuple[float, int]:
+    """Seconds of a call, and its peak in bytes above what was allocated before."""
+    if not BIG:
+        return seconds_of(function), 0
+    torch.cuda.reset_peak_memory_stats()
+    start = torch.cuda.memory_allocated()
+    took = seconds_of(function)
+    return took, torch.cuda.max_memory_allocated() - start
+
+
+def allocated() -> int:
+    return torch.cuda.memory_allocated() if BIG else 0
+
+
+def free() -> None:
+    gc.collect()
+    if BIG:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+@contextlib.contextmanager
+def cudnn(on: bool):
+    """cuDNN's attention allowed. Elsewhere it is off, as in the scripts."""
+    torch.backends.cuda.enable_cudnn_sdp(on)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(False)
+
+
+def first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).splitlines()[0][:160] if str(error) else ''}"
+
+
+# ------------------------------------------------------------------------------------------ models
+
+
+def shape(hidden, inner, layers, heads, vocab=151936):
+    return dict(
+        hidden_size=hidden,
+        intermediate_size=inner,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=8 if BIG else 2,
+        head_dim=128 if BIG else 16,
+        vocab_size=vocab if BIG else 2048,
+        max_position_embeddings=40960,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=None,
+    )
+
+
+QWEN3 = {  # their shapes; the weights are random
+    "0.6B": shape(1024, 3072, 28, 16) if BIG else shape(64, 96, 2, 8),
+    "1.7B": shape(2048, 6144, 28, 16) if BIG else shape(64, 96, 2, 8),
+    "4B": shape(2560, 9728, 36, 32) if BIG else shape(64, 96, 2, 8),
+}
+USED = 151669 if BIG else 2039  # ids of Qwen3's tokenizer, an odd number: what load_lm cuts to
+PHRASE = list(range(5, 21))
+
+
+def build(name: str, **changed):
+    torch.manual_seed(0)
+    config = AutoConfig.for_model("qwen3", **{**QWEN3[name], **changed})
+    with torch.device(DEVICE):
+        return AutoModelForCausalLM.from_config(config, dtype=HALF).eval()
+
+
+def flags(*given) -> argparse.Namespace:
+    """sdzero.py's flags, with their defaults."""
+    nowhere = Path(tempfile.gettempdir()) / "nothing is here"
+    always = ["--model", "-", "--dataset", "-", "--output", nowhere, "--gradient-checkpointing"]
+    return sdzero.parse_arguments([str(flag) for flag in (*always, *given)])
+
+
+def packed(module, query, key, value, attention_mask, scaling=None, **settings):
+    """Attention of one query per row: the query heads that share a key head become its queries.
+    transformers 5.17 copies keys and values for each of them instead."""
+    if query.shape[2] > 1:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, scaling=scaling, **settings
+        )
+    rows, heads, _, size = query.shape
+    query = query.reshape(rows, key.shape[1], -1, size)
+    out = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, scale=scaling)
+    return out.reshape(rows, 1, heads, size), None
+
+
+AttentionInterface.register("packed", packed)
+
+
+# -------------------------------------------------------------------------------------- 0 ceilings
+
+
+def ceilings():
+    n, m = (2**30, 8192) if BIG else (2**16, 64)
+    a, b = torch.randn(2, n, device=DEVICE)
+    PEAK["copy"] = 8 * n / ms(lambda: b.copy_(a), 10) * 1e3
+    x, y = torch.randn(2, m, m, device=DEVICE).to(HALF)
+    PEAK["product"] = 2 * m**3 / ms(lambda: x @ y, 10) * 1e3
+    say("ceilings", copy_TB_per_s=PEAK["copy"] / 1e12, product_TFLOPs=PEAK["product"] / 1e12)
+    if BIG:
+        say("memory", GB=torch.cuda.mem_get_info()[1] / GB, cudnn=torch.backends.cudnn.version())
+
+
+# ----------------------------------------------------------------------------------------- 1 right
+
+PROMPTS = [[5, 9, 3, 7, 2, 8, 11], [4], [6, 6, 13, 9, 22, 31, 8, 2, 2, 17, 12], [7, 3], [9, 4, 21]]
+
+
+def greedy_tokens():
+    """Every family in float64, where no two logits are nearly equal, looking every fourth step."""
+    good, bad = 0, {}
+    settings = dict(max_new_tokens=14, eos_token_ids=[1, 2, 3, 14, 15], temperature=0, slots=4)
+    for family in sorted(rollout.FAMILIES) if BIG else ["llama", "gemma3_text"]:
+        model = tiny(family)
+        expected = rollout.generate(model, PROMPTS * 2, **settings)
+        model = model.to(DEVICE)
+        # the tests' mixture-of-experts layers read on the host which experts are used
+        moe = "moe" in family or family in ("mixtral", "olmoe")
+        for graph in (False, True)[: 1 if moe else 2]:
+            got = rollout.generate(model, PROMPTS * 2, check_every=4, cuda_graph=graph, **settings)
+            same = [r.ids for r in got] == [r.ids for r in expected]
+            pairs = zip(
+                (x for r in got for x in r.logprobs), (x for r in expected for x in r.logprobs)
+            )
+            if same and max(abs(x - y) for x, y in pairs) < 1e-4:
+                good += 1
+            else:
+                bad[f"{family}, graphs {graph}"] = "tokens" if not same else "log-probabilities"
+    say("right: greedy tokens, families eagerly and with graphs", good=good, bad=bad, right=not bad)
+
+
+def experts_in_graphs():
+    """transformers' own experts (grouped products) do not read on the host: can be captured."""
+    aligned = dict(hidden_size=64, moe_intermediate_size=64, head_dim=16)
+    model = tiny("qwen3_moe", dtype=HALF, **aligned).to(DEVICE)
+    if BIG:
+        model.set_experts_implementation("grouped_mm")
+    check_logprobs("qwen3_moe in bf16", model, PROMPTS * 2, True, 0.5)  # experts may change
+
+
+def check_logprobs(name, model, prompts, graph, tolerance):
+    """Log-probabilities of sampled tokens against one full forward of each response."""
+    got = rollout.generate(
+        model,
+        prompts,
+        max_new_tokens=40,
+        eos_token_ids=[],
+        slots=4,
+        generator=torch.Generator(DEVICE).manual_seed(1),
+        cuda_graph=graph,
+    )
+    worst = 0.0
+    for prompt, response in zip(prompts, got):
+        ids = torch.tensor([prompt + response.ids], device=DEVICE)
+        with torch.no_grad():
+            expected = losses.log_softmax(model(input_ids=ids).logits[0, len(prompt) - 1 : -1])
+        expected = expected.gather(-1, ids[0, len(prompt) :, None])[:, 0].double().cpu()
+        worst = max(
+            worst,
+            (expected - torch.tensor(response.logprobs, dtype=torch.float64)).abs().max().item(),
+        )
+    say(f"right: log-probabilities, {name}", graphs=graph, worst=worst, right=worst < tolerance)
+
+
+def logprobs():
+    exact, half = tiny("qwen3").to(DEVICE), build("0.6B", num_hidden_layers=4 if BIG else 2)
+    with torch.no_grad():
+        for p in half.parameters():
+            if p.dim() > 1:
+                p.normal_(std=p.shape[1] ** -0.5)  # distributions far from uniform
+    longer = [[t % 37 for t in range(3, 3 + n)] for n in (5, 40, 17, 90, 3, 64, 21, 33)]
+    for graph in (False, True):
+        check_logprobs("float64", exact, PROMPTS, graph, 1e-5)
+        check_logprobs("bf16, four layers of Qwen3-0.6B", half, longer, graph, 0.2)
+
+
+def distribution():
+    """Tokens after the commonest beginning: a random state that graphs freeze or repeat shows."""
+    model, n = tiny("llama").to(DEVICE), 8000 if BIG else 1000
+    for temperature, top_p in ((1.0, 1.0), (1.3, 0.8)):
+        got = rollout.generate(
+            model,
+            [PROMPTS[0]] * n,
+            max_new_tokens=4,
+            eos_token_ids=[],
+            temperature=temperature,
+            top_p=top_p,
+            slots=500,
+            generator=torch.Generator(DEVICE).manual_seed(1),
+            cuda_graph=True,
+        )
+        for place in (0, 1, 3):
+            begun = [tuple(r.ids[:place]) for r in got]
+            commonest = max(set(begun), key=begun.count)
+            tokens = [r.ids[place] for r, start in zip(got, begun) if start == commonest]
+            ids = torch.tensor([PROMPTS[0] + list(commonest)], device=DEVICE)
+            with torch.no_grad():
+                p = (model(input_ids=ids).logits[0, -1] / temperature).softmax(-1).cpu()
+            ordered, order = p.sort(descending=True)
+            p[order[ordered.cumsum(0) - ordered >= top_p]] = 0
+            expected = p / p.sum() * len(tokens)
+            counts = torch.tensor(tokens).bincount(minlength=len(p))
+            often = expected > 5
+            chi2 = ((counts - expected)[often] ** 2 / expected[often]).sum().item()
+            degrees = max(1, int(often.sum()) - 1)
+            z = (chi2 - degrees) / (2 * degrees) ** 0.5
+            what = f"right: distribution of token {place}, temperature {temperature}, top-p {top_p}"
+            right = z < 4 and not counts[p == 0].any()
+            say(what, chi_square_z=z, samples=len(tokens), right=bool(right))
+
+
+def random_numbers():
+    """Fixed shapes eagerly and by replay, from one seed: graphs must advance the generator."""
+    model = tiny("qwen3").to(DEVICE)
+
+    def sampled(seed):
+        generator = torch.Generator(DEVICE).manual_seed(seed) if seed else None
+        got = rollout.generate(
+            model,
+            PROMPTS * 3,
+            max_new_tokens=30,
+            eos_token_ids=[1],
+            slots=6,
+            generator=generator,
+            cuda_graph=True,
+        )
+        return [r.ids for r in got]
+
+    def not_captured(fixed, n, length):
+        return SimpleNamespace(replay=partial(fixed.decoder.step, n, length), pool=lambda: None)
+
+    replayed, again, others = sampled(3), sampled(3), [sampled(None), sampled(None)]
+    capture, rollout.FixedShapes.capture = rollout.FixedShapes.capture, not_captured
+    try:
+        eagerly = sampled(3)
+    finally:
+        rollout.FixedShapes.capture = capture
+    values = dict(graphs_equal_eager=replayed == eagerly, repeatable=replayed == again)
+    values["default_generator_moves"] = others[0] != others[1]
+    say("right: random numbers", **values, right=all(values.values()))
+
+
+def loss_gradients():
+    """Each objective by chunks, in fp32, bf16 and compiled, against the CPU in float64."""
+    n, ids = (300, 4999) if BIG else (40, 197)
+    config = dict(hidden_size=256 if BIG else 32, num_hidden_layers=1, vocab_size=ids + 6)
+    hidden, teacher_hidden = torch.randn(2, n, config["hidden_size"], dtype=torch.float64)
+    token_ids, old = torch.randint(ids, (n,)), torch.randn(n)
+
+    def gradients(device, dtype, args, compiled=False):
+        student, teacher = (tiny("llama", seed=s, **config).to(device, dtype) for s in (0, 1))
+        if dtype == HALF:
+            student.get_output_embeddings().weight.grad_dtype = torch.float32
+        teacher.requires_grad_(False)
+        h, t = (x.detach().to(device, dtype, copy=True) for x in (hidden, teacher_hidden))
+        h.requires_grad_()
+        loss = sdzero.make_loss(args)
+        backward_by_chunks(
+            common.compiled(loss) if compiled else loss,
+            OutputLayer(student, ids),
+            h * 1,
+            token_ids.to(device),
+            old.to(device),
+            divisor=n,
+            teacher=(OutputLayer(teacher, ids), t),
+            size=37,
+        )
+        return [x.grad.double().cpu() for x in (h, student.get_output_embeddings().weight)]
+
+    for objective in ("full_logits", "topk_logits", "sampled_token", "mixed_kl"):
+        args = flags("--objective", objective)
+        reference = gradients("cpu", torch.float64, args)
+        kinds = [(torch.float32, False, 1e-4), (HALF, False, 0.05)]
+        if BIG:  # on the CPU a test of its own compiles
+            kinds += [(torch.float32, True, 1e-4), (HALF, True, 0.05)]
+        for dtype, compiled, tolerance in kinds:
+            got = gradients(DEVICE, dtype, args, compiled)
+            worst = max(((a - b).norm() / b.norm()).item() for a, b in zip(got, reference))
+            what = f"right: gradient of {objective}, {str(dtype)[6:]}, compiled {compiled}"
+            say(what, relative_error=worst, right=worst < tolerance)
+
+    examples = [
+        Example([5, 9, 1, 7], Rollout([8, 2, 11, 1], [-4.0] * 4, True), 0, [30, 31, 32, 30]),
+        Example([4], Rollout([6, 13, 9, 22, 31, 8, 2], [-4.0] * 7, False), 1, [30, 33, 30]),
+    ]
+    whole = []
+    for device in ("cpu", DEVICE):
+        student, teacher = tiny("qwen3").to(device), Teacher(tiny("qwen3", seed=1).to(device))
+        layers = OutputLayer(student, 37), OutputLayer(teacher.module, 37)
+        distill_step(student, teacher, *layers, examples, flags("--micro-tokens", 40))
+        whole.append(torch.cat([p.grad.cpu().flatten() for p in student.parameters()]))
+    error = ((whole[0] - whole[1]).norm() / whole[0].norm()).item()
+    say("right: stage-2 gradient in float64", relative_error=error, right=error < 1e-4)
+
+
+def optimizer():
+    """bf16 weights with split masters: as on the CPU, and as whole fp32 weights."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = [p.shape for p in tiny("llama").parameters()]
+    gradients = [[torch.randn(s, generator=generator) for s in shapes] for _ in range(5)]
+    masters = []
+    for device, dtype in (("cpu", HALF), (DEVICE, HALF), (DEVICE, torch.float32)):
+        model = tiny("llama", dtype=HALF).to(device, dtype)
+        opt = common.Optimizer(model, (0.9, 0.95), 0.1)
+        for step, gradient in enumerate(gradients, 1):
+            for p, g in zip(model.parameters(), gradient):
+                p.grad = g.to(device, copy=True)
+            opt.step(1e-4 * step)
+        halves = {weight: low for weight, low, _ in opt.narrow}
+        whole = [common.join(p, halves[p]) if p in halves else p for p in opt.weights]
+        masters.append(torch.cat([p.detach().flatten() for p in whole]).cpu())
+    cpu, gpu, plain = masters
+    worst = (cpu - gpu).abs().max().item()
+    values = dict(cpu_gpu_worst=worst, equals_whole_masters=torch.equal(gpu, plain))
+    say("right: optimizer", **values, right=worst < 1e-6 and values["equals_whole_masters"])
+
+
+def scripts():
+    """Both stages of a tiny bf16 model by their own main; stage 2 again, broken off and resumed."""
+
+    class Rows(list):  # what `load_rows` returns, without the library
+        column_names = property(lambda self: list(self[0]))
+
+        def __getitem__(self, key):
+            return (
+                [line[key] for line in self] if isinstance(key, str) else super().__getitem__(key)
+            )
+
+    def broken(run, kind, step, values):
+        log(run, kind, step, values)
+        if (kind, step) == ("train", 5):
+            raise KeyboardInterrupt
+
+    grown = []
+
+    def watched(run, **parts):
+        gc.collect()
+        before = allocated()
+        step = restore(run, **parts)
+        gc.collect()
+        grown.append(
+            (allocated() - before) / sum(p.numel() for p in run.task.lm.model.parameters())
+        )
+        return step
+
+    log, restore, load_rows = common.Run.log, common.Run.restore, common.load_rows
+    common.load_rows = lambda name, split: Rows(map(json.loads, open(name)))
+    with tempfile.TemporaryDirectory() as name:
+        folder, tokenizer = Path(name), make_tokenizer()
+        settings = dict(vocab_size=len(tokenizer) + 3, eos_token_id=0, max_position_embeddings=256)
+        model = tiny("qwen3", dtype=torch.float32, hidden_size=256 if BIG else 32, **settings)
+        model.save_pretrained(folder / "base")
+        tokenizer.save_pretrained(folder / "base")
+        lines = [{"problem": f"{i} + {i} = ?", "answer": str(2 * i)} for i in range(48)]
+        (folder / "data.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        always = f"--dataset {folder}/data.jsonl --verifier tiny:odd --eval-problems 4 --slots 4 "
+        always += "--eval-samples 2 --eval-every 50 --save-every 2 --max-new-tokens 8 --lr 1e-3 "
+        always += f"--device {DEVICE} --dtype bfloat16 --cuda-graphs {'on' if BIG else 'off'} "
+        second = f"--model {folder}/srt --batch-size 2 --teacher ema --teacher-rate 0.3 "
+        second += "--gradient-checkpointing --output "
+
+        def call(script, flags):
+            with open(os.devnull, "w") as null, contextlib.redirect_stdout(null):
+                script.main((always + flags).split())
+
+        try:
+            first = f"--model {folder}/base --batch-size 4 --epochs 1 --problems 16 "
+            call(srt, first + f"--output {folder}/srt")
+            call(sdzero, second + f"{folder}/whole")
+            common.Run.log = broken
+            with contextlib.suppress(KeyboardInterrupt):
+                call(sdzero, second + f"{folder}/parts")
+            common.Run.log, common.Run.restore = log, watched
+            call(sdzero, second + f"{folder}/parts --resume")
+        finally:
+            common.Run.log, common.Run.restore = log, restore
+            common.load_rows = load_rows
+        whole, parts = (
+            AutoModelForCausalLM.from_pretrained(folder / name).state_dict()
+            for name in ("whole", "parts")
+        )
+    worst = max((whole[k].float() - parts[k].float()).abs().max().item() for k in whole)
+    # AdamW's moments are 8 bytes per weight, and all that a resumed run adds
+    say(
+        "right: scripts, killed and resumed",
+        worst=worst,
+        bytes_per_weight=grown[0],
+        right=not worst,
+    )
+
+
+# -------------------------------------------------------------------------------------- 2 products
+
+
+def products():
+    """Rows of an odd number of logits keep Hopper from its fast kernels: how slow are they?"""
+    n, width = (3520, QWEN3["4B"]["hidden_size"]) if BIG else (16, 64)
+    every = QWEN3["4B"]["vocab_size"]
+    weight, hidden = (torch.randn(k, width, device=DEVICE).to(HALF) for k in (every, n))
+    for v in (USED, every):
+        logits, part = torch.randn(n, v, device=DEVICE).to(HALF), weight[:v]
+        total = torch.zeros(v, width, device=DEVICE)
+        times = {
+            "logits": ms(partial(torch.mm, hidden, part.T, out=logits)),
+            "hidden_gradient": ms(partial(torch.mm, logits, part)),
+        }
+        if BIG:
+            in_place = dict(out_dtype=torch.float32, out=total)
+            add = partial(torch.addmm, total, logits.T, hidden, **in_place)
+            times["weight_gradient"] = ms(add)
+        share = 2 * n * v * width * len(times) / sum(times.values()) * 1e3 / PEAK["product"]
+        say(f"products of the output layer, {n} x {v} x {width}, ms", **times, share=share)
+
+
+# ------------------------------------------------------------------------------------- 3 attention
+
+
+def decode_attention():
+    heads, kv, size = (32, 8, 128) if BIG else (8, 2, 16)
+    for n, length in ((16, 4096), (64, 4096)) if BIG else ((4, 64),):
+        by_token = torch.randn(2, n, length, kv, size, device=DEVICE).to(HALF)
+        k, v = by_token.transpose(2, 3).contiguous()
+        q = torch.randn(n, heads, 1, size, device=DEVICE).to(HALF)
+        position = torch.linspace(length // 2, length - 1, n, device=DEVICE).long()
+        mask = rollout.attention_masks(SimpleNamespace(), position[:, None], length, HALF)
+
+        def copied(q=q, k=k, v=v, mask=mask):
+            return F.scaled_dot_product_attention(
+                q,
+                k.repeat_interleave(heads // kv, 1),
+                v.repeat_interleave(heads // kv, 1),
+                attn_mask=mask,
+            )
+
+        def shared(q=q, k=k, v=v, mask=mask):
+            return F.scaled_dot_product_attention(
+                q.view(len(q), kv, -1, size), k, v, attn_mask=mask
+            )
+
+        starts = torch.arange(n + 1, device=DEVICE, dtype=torch.int32)
+        used = (position + 1).int()
+
+        def varlen(q=q, by_token=by_token, starts=starts, used=used, length=length):
+            keys, values = by_token.flatten(1, 2)
+            ends = starts * length
+            more = (1, length, 0.0, False, False)
+            return torch.ops.aten._flash_attention_forward(
+                q[:, :, 0], keys, values, starts, ends, *more, seqused_k=used
+            )[0]
+
+        with sdpa_kernel(SDPBackend.MATH):
+            expected = shared().float().flatten()
+        calls = [("efficient", SDPBackend.EFFICIENT_ATTENTION, copied)]
+        calls += [("efficient", SDPBackend.EFFICIENT_ATTENTION, shared)]
+        calls += [("cudnn", SDPBackend.CUDNN_ATTENTION, shared), ("math", SDPBackend.MATH, shared)]
+        calls += [("flash", SDPBackend.FLASH_ATTENTION, varlen)]
+        moved = 2 * n * kv * length * size * HALF.itemsize
+        for kernel, backend, function in calls if BIG else calls[3:4]:
+            what = f"attention, {n} rows x {length}, {function.__name__} heads, {kernel}"
+            try:
+                with cudnn(kernel == "cudnn"), sdpa_kernel(backend):
+                    first = seconds_of(function) * 1e3
+                    error = (function().float().flatten() - expected).norm() / expected.norm()
+                    took = ms(function)
+            except RuntimeError as problem:
+                say(what, failed=first_line(problem))
+                continue
+            values = dict(first_ms=first, ms=took, TB_per_s=moved / took / GB, error=error.item())
+            say(what, **values)
+        for on in (True, False) if BIG else ():
+            times = []
+            for new in range(length // 2 + 20 * on, length // 2 + 20 * on + 8):
+                part = mask[..., :new].contiguous()
+                with cudnn(on):
+                    call = partial(shared, q, k[:, :, :new], v[:, :, :new], part)
+                    times.append(seconds_of(call) * 1e3)
+            what = f"attention, {n} rows, a length not seen before, ms"
+            say(what, cudnn=on, median=statistics.median(times), worst=max(times))
+        free()
+
+
+# ---------------------------------------------------------------------------------------- 4 decode
+
+
+def full_decoder(model, slots: int, length: int):
+    """A decoder whose cache is full, and its sampler's generator."""
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    sampler = partial(
+        rollout.sample, temperature=1.0, top_p=1.0, generator=generator, vocab_size=USED
+    )
+    with torch.inference_mode():
+        like = rollout.prefill(model, [(0, 0)])
+        decoder = rollout.Decoder(model, like, slots, length, length - 1, [1], sampler)
+        for layer in decoder.cache.layers:
+            layer.normal_()
+        decoder.position.fill_(length - 2)
+    return decoder, generator
+
+
+@torch.inference_mode()
+def measure_step(name, decoder, generator, eager=True) -> dict:
+    """Times of one step with all slots at full length, eagerly and by graph."""
+    slots, length = decoder.tokens.shape
+    weights = sum(p.numel() for p in decoder.model.parameters())
+    cached = sum(layer.numel() for layer in decoder.cache.layers)
+    floor = (weights + cached) * HALF.itemsize / PEAK["copy"] * 1e3
+    values = {}
+    if eager:
+        values["eager_ms"] = ms(lambda: decoder.step(slots, length), 6)
+    fixed = rollout.FixedShapes(decoder, generator)
+    fixed(slots, length)
+    values["capture_s"] = seconds_of(lambda: fixed(slots, length))
+    values["graph_ms"] = ms(lambda: fixed(slots, length), 12)
+    values["share_of_floor"] = floor / values["graph_ms"]
+    say(name, floor_ms=floor, **values)
+    return values
+
+
+def kernels(name, decoder):
+    """Where an eager step's time goes."""
+    if not BIG:
+        return
+    slots, length = decoder.tokens.shape
+    activities = [torch.profiler.ProfilerActivity.CUDA]
+    with torch.inference_mode(), torch.profiler.profile(activities=activities) as profile:
+        decoder.step(slots, length)
+        sync()
+    found = [e for e in profile.key_averages() if e.self_device_time_total > 0]
+    found.sort(key=lambda e: -e.self_device_time_total)
+    top = [f"{e.key[:50]} x{e.count} {e.self_device_time_total / 1e3:.2f} ms" for e in found[:8]]
+    total = sum(e.self_device_time_total for e in found) / 1e3
+    say(f"kernels of {name}", count=sum(e.count for e in found), ms=total, top=top)
+
+
+def decode():
+    model = build("4B")
+    sizes = ((16, 2048), (16, 4096), (64, 2048), (64, 4096)) if BIG else ((4, 64),)
+    for slots, length in sizes:
+        for attention in ("sdpa", "packed"):
+            model.set_attn_implementation(attention)
+            decoder, generator = full_decoder(model, slots, length)
+            name = f"decode step of Qwen3-4B, {slots} slots x {length:,} tokens, {attention}"
+            got = measure_step(name, decoder, generator)
+            figure = f"{got['eager_ms']:.1f} ms, as a graph {got['graph_ms']:.1f} ms: "
+            figure += f"{slots / got['graph_ms'] * 1e3:,.0f} tokens/s, {got['share_of_floor']:.0%}"
+            row(name, figure + " of the copy bandwidth")
+            if (slots, length) == sizes[0]:
+                kernels(name, decoder)
+            del decoder
+            free()
+
+
+# ------------------------------------------------------------------------------------------ 5 loss
+
+
+def loss():
+    cases = [("8,192 x 4,096 x 128,256", 8192, dict(hidden_size=4096, vocab_size=128256), 128256)]
+    cases += [("8,192 x 2,560 x 151,669", 8192, {}, USED)]
+    for size, n, changed, ids in cases if BIG else [("tiny", 64, {}, USED)]:
+        student, other = (build("4B", num_hidden_layers=1, **changed) for _ in range(2))
+        student.get_output_embeddings().weight.grad_dtype = torch.float32
+        layers = OutputLayer(student, ids), OutputLayer(other.requires_grad_(False), ids)
+        width = student.config.hidden_size
+        hidden, teacher_hidden = torch.randn(2, n, width, device=DEVICE).to(HALF)
+        hidden.requires_grad_()
+        tensors = torch.randint(ids, (n,), device=DEVICE), torch.zeros(n, device=DEVICE)
+        call = partial(chunked, layers, hidden, teacher_hidden, tensors)
+        full = sdzero.make_loss(flags())
+        measure_loss("full_logits, not compiled", size, ids, call, full)
+        if BIG:
+            for kind in (CHUNK["cuda"], (2**24, 8), (2**26, 8)):
+                what = f"full_logits, chunks of 2^{int(math.log2(kind[0]))} x {kind[1]}"
+                measure_loss(what, size, ids, call, common.compiled(full), kind)
+            for objective in ("topk_logits", "sampled_token"):
+                function = common.compiled(sdzero.make_loss(flags("--objective", objective)))
+                measure_loss(objective, size, ids, call, function)
+        half = n // 2  # whole logits of all tokens do not fit
+
+        def whole(h=hidden[:half], t=teacher_hidden[:half], layers=layers):
+            with torch.no_grad():
+                teacher_logits = layers[1](t)
+            losses.full_logits(layers[0](h), teacher_logits).mean().backward()
+
+        whole()
+        took, memory = seconds_and_peak(whole)
+        figure = f"{took * 1e3:.0f} ms, {memory / GB:.1f} GB"
+        say(f"loss of {half} tokens with whole logits", ms=took * 1e3, GB=memory / GB)
+        row(f"full_logits with whole logits, half of the tokens of {size}", figure)
+        del student, other, layers, hidden, teacher_hidden, call, whole
+        free()
+
+
+def chunked(layers, hidden, teacher_hidden, tensors, function):
+    against = layers[1], teacher_hidden
+    divisor = len(hidden)
+    backward_by_chunks(function, layers[0], hidden * 1, *tensors, divisor=divisor, teacher=against)
+
+
+def measure_loss(what, size, ids, call, function, chunk=None):
+    standard = CHUNK["cuda"]
+    CHUNK["cuda"] = chunk or standard
+    try:
+        call(function)  # compiles
+        took, memory = seconds_and_peak(partial(call, function))
+        took = ms(partial(call, function), 5) / 1e3
+    finally:
+        CHUNK["cuda"] = standard
+    hidden = call.args[1]
+    share = 8 * hidden.numel() * ids / took / PEAK["product"]
+    say(f"loss {what}, {size}", ms=took * 1e3, GB=memory / GB, share_of_products=share)
+    row(f"loss {what}, {size}", f"{took * 1e3:.0f} ms, {memory / GB:.1f} GB")
+
+
+# -------------------------------------------------------------------------------------- 6 training
+
+
+def responses(count: int, longest: int, prompt: int = 128) -> list[Example]:
+    """Responses whose lengths are quantiles of a geometric distribution; the last is `longest`."""
+    examples = []
+    generator = torch.Generator().manual_seed(0)
+    for i in range(count):
+        n = math.log1p(-(i + 0.5) / count) / math.log(0.5 / count) * longest
+        ids = torch.randint(1, USED, (prompt + max(1, int(n)),), generator=generator).tolist()
+        y = Rollout(ids[prompt:], [-2.0] * (len(ids) - prompt), True)
+        examples.append(Example(ids[:prompt], y, i % 2, PHRASE))
+    return examples
+
+
+def set_up(name: str, checkpointing: bool = True):
+    """A model that trains, its teacher, their output layers and its optimizer, as sdzero.main."""
+    model = build(name).train()
+    if checkpointing:
+        common.checkpoint_layers(model)
+    teacher, opt = Teacher(model), common.Optimizer(model, sdzero.BETAS, sdzero.WEIGHT_DECAY)
+    return model, teacher, (OutputLayer(model, USED), OutputLayer(teacher.module, USED)), opt
+
+
+def estimated(model, examples, args) -> int:
+    """Bytes of training by the scripts' own estimate, for the longest of these responses."""
+    lm = common.LM(model, None, {0}, USED, model.config.max_position_embeddings)
+    lm.phrase_ids = lambda text: PHRASE
+    args.max_new_tokens = max(len(e.response.ids) for e in examples)
+    args.batch_size = len(examples)
+    parts = common.estimate_memory(lm, args, len(examples[0].prompt_ids), "base")
+    return sum(n for part, n in parts.items() if not part.startswith("slot"))
+
+
+def training():
+    args = flags("--micro-tokens", 16384 if BIG else 256)
+    examples = responses(16, 4096) if BIG else responses(4, 40)
+    model, teacher, layers, opt = set_up("1.7B")
+    estimate = estimated(model, examples, args)
+    student_tokens = sum(len(e.student_ids) for e in examples)
+    teacher_tokens = sum(len(e.teacher_ids) for e in examples)
+    scored = sum(len(e.response.ids) for e in examples)
+    body = sum(p.numel() for p in model.model.layers.parameters())
+    products = 2 * body * (4 * student_tokens + teacher_tokens)
+    products += 8 * scored * USED * model.config.hidden_size
+    free()
+    for which in ("first", "second"):
+        gradient = partial(distill_step, model, teacher, *layers, examples, args)
+        took, update = seconds_of(gradient), seconds_of(lambda: opt.step(1e-6))
+        share = products / took / PEAK["product"]
+        values = dict(gradient_s=took, share_of_products=share, optimizer_s=update)
+        say(f"stage-2 step of Qwen3-1.7B, {which}", tokens=student_tokens, **values)
+    figure = f"{student_tokens / (took + update):,.0f} tokens/s, {share:.0%} of the products' peak"
+    row(f"stage-2 step of Qwen3-1.7B without sampling, {scored:,} response tokens", figure)
+    if BIG:
+        held, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+        values = dict(estimate_GB=estimate / GB, peak_GB=held / GB, reserved_GB=reserved / GB)
+        say("memory of that step", **values, right=0.8 < estimate / held < 1.25)
+        row("memory of that step", f"{held / GB:.1f} GB (estimate {estimate / GB:.1f})")
+    traces = []
+    for e in examples[-4:]:
+        ids = [e.prompt_ids, e.response.ids, e.phrase_ids, e.response.ids]
+        traces.append(srt.Trace("", "", 0, "", "", "", True, *ids))
+    step = partial(srt.srt_step, model, layers[0], traces, (1, 2), args.micro_tokens)
+    step()
+    took, memory = seconds_and_peak(step)
+    tokens = sum(len(t.ids) for t in traces)
+    say("stage-1 step of Qwen3-1.7B", s=took, tokens_per_s=tokens / took, GB=memory / GB)
+    row("stage-1 step of Qwen3-1.7B, 4 traces", f"{tokens / took:,.0f} tokens/s")
+
+
+# -------------------------------------------------------------------------------------- 7 sampling
+
+
+class EndAt(transformers.StoppingCriteria):
+    """A row of transformers' generate ends at its own length."""
+
+    def __init__(self, ends):
+        self.ends = torch.tensor(ends, device=DEVICE)
+
+    def __call__(self, input_ids, scores, **settings):
+        return input_ids.shape[1] >= self.ends
+
+
+def padded(rows: list[list[int]], left: bool = False) -> dict:
+    width = max(map(len, rows))
+    ids = torch.zeros(len(rows), width, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for i, r in enumerate(rows):
+        place = slice(width - len(r), None) if left else slice(len(r))
+        ids[i, place], mask[i, place] = torch.tensor(r), 1
+    return dict(input_ids=ids.to(DEVICE), attention_mask=mask.to(DEVICE))
+
+
+def theirs(model, prompts, limits, slots) -> list[list[int]]:
+    """transformers' generate, in batches of `slots`."""
+    found = []
+    for i in range(0, len(prompts), slots):
+        batch, ends = padded(prompts[i : i + slots], left=True), limits[i : i + slots]
+        width = batch["input_ids"].shape[1]
+        out = model.generate(
+            **batch,
+            do_sample=True,
+            top_k=0,
+            max_new_tokens=max(ends),
+            stopping_criteria=[EndAt([width + n for n in ends])],
+        )
+        found += [y[width : width + n].tolist() for y, n in zip(out, ends)]
+    return found
+
+
+def sampling():
+    model = build("0.6B")
+    model.generation_config.pad_token_id = 0
+    slots, limit = (64, 256) if BIG else (4, 16)
+    examples = responses(4 * slots, limit, 64 if BIG else 6)
+    order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(1))
+    prompts = [examples[i].prompt_ids for i in order]
+    limits = [len(examples[i].response.ids) for i in order]
+
+    def ours(prompts, limits, graph, model=model):
+        settings = dict(max_new_tokens=limits, eos_token_ids=[], slots=slots, cuda_graph=graph)
+        return rollout.generate(model, prompts, **settings)
+
+    samplers = {"ours": partial(ours, graph=False), "ours with graphs": partial(ours, graph=True)}
+    samplers["transformers' generate"] = partial(theirs, model, slots=slots)
+    what = f"sampling, Qwen3-0.6B, {slots} slots, {len(prompts)} responses of at most {limit}"
+    for name, sampler in samplers.items():
+        sampler(prompts=prompts[:slots], limits=[4] * slots)
+        took = seconds_of(partial(sampler, prompts=prompts, limits=limits))
+        say(f"{what}, {name}", s=took, tokens_per_s=sum(limits) / took)
+        row(f"{what}, {name}", f"{sum(limits) / took:,.0f} tokens/s")
+    del model
+    free()
+    whole_step(prompts[: slots // 2], limits[: slots // 2], slots)
+
+
+def whole_step(prompts, limits, slots):
+    """A stage-2 step with its sampling, ours and as most people write it."""
+    model, teacher, layers, opt = set_up("0.6B", checkpointing=False)
+    model.generation_config.pad_token_id = 0
+    args = flags("--micro-tokens", 16384 if BIG else 256)
+
+    def ours():
+        settings = dict(max_new_tokens=limits, eos_token_ids=[], slots=slots, cuda_graph=BIG)
+        ys = rollout.generate(model, prompts, **settings)
+        examples = [Example(x, y, 0, PHRASE) for x, y in zip(prompts, ys)]
+        distill_step(model, teacher, *layers, examples, args)
+        opt.step(1e-6)
+
+    def usual():
+        model.eval()
+        ys = theirs(model, prompts, limits, slots)
+        model.train()
+        for i in range(0, len(ys), 4):  # whole logits of more do not fit
+            student = [x + y for x, y in zip(prompts[i : i + 4], ys[i : i + 4])]
+            told = [x + y[len(x) :] for x, y in zip(prompts[i : i + 4], student)]
+            told = [a + PHRASE + b for a, b in zip(told, ys[i : i + 4])]
+            student_logits = model(**padded(student)).logits
+            with torch.no_grad():
+                teacher_logits = teacher.module(**padded(told)).logits
+            sides = []
+            for logits, rows in ((student_logits, student), (teacher_logits, told)):
+                scored = []
+                for x, r, y in zip(logits, rows, ys[i : i + 4]):
+                    scored.append(x[len(r) - len(y) - 1 : len(r) - 1])
+                sides.append(torch.cat(scored).float().log_softmax(-1))
+            s, t = sides
+            ((s.exp() * (s - t)).sum() / sum(limits)).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        adamw.step()
+        adamw.zero_grad()
+
+    for name, step in (("ours", ours), ("generate, padded batches, whole logits", usual)):
+        if step is usual:
+            del opt
+            for p in model.parameters():
+                p.grad, p.grad_dtype = None, p.dtype
+            adamw = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
+        step()
+        took, memory = seconds_and_peak(step)
+        what = f"stage-2 step with sampling, Qwen3-0.6B, {len(prompts)} responses, {name}"
+        say(what, s=took, GB=memory / GB)
+        row(what, f"{took:.2f} s, {memory / GB:.1f} GB")
+
+
+# ------------------------------------------------------------------------------------------- 8 fit
+
+
+def fit():
+    model, teacher, layers, opt = set_up("4B")
+    n = 4096 if BIG else 40
+    example = Example([3] * 512, Rollout([7] * n, [-2.0] * n, True), 0, PHRASE)
+    args = flags("--micro-tokens", 8192 if BIG else 256)
+    estimate = estimated(model, [example], args)
+    for _ in range(2):
+        took = seconds_of(lambda: distill_step(model, teacher, *layers, [example], args))
+        update = seconds_of(lambda: opt.step(1e-6))
+    say("stage-2 step of Qwen3-4B, 4,096 tokens", gradient_s=took, optimizer_s=update)
+    if not BIG:
+        return
+    held, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+    values = dict(estimate_GB=estimate / GB, peak_GB=held / GB, reserved_GB=reserved / GB)
+    say("memory of that step", **values, right=0.8 < estimate / held < 1.25)
+    row("Qwen3-4B, stage 2, one response of 4,096 tokens", f"{held / GB:.1f} GB at most")
+    free()
+    slots = rollout.fit_slots(model, 512, 512 + n)
+    limits = [8] * (slots - 1) + [n]
+    settings = dict(max_new_tokens=limits, eos_token_ids=range(USED), slots=slots)
+    rollout.generate(model, [[3] * 512] * slots, **settings)
+    say("slots beside optimizer and teacher, Qwen3-4B", slots=slots, standing_GB=allocated() / GB)
+
+
+# --------------------------------------------------------------------------------------- 9 compile
+
+
+def compiled_step():
+    """Is a decode step whose forward is compiled, with the cache as it is, worth it?"""
+    model = build("4B")
+    model.set_attn_implementation("packed")
+    decoder, generator = full_decoder(model, *((16, 2048) if BIG else (4, 64)))
+    name, plain = "decode step of Qwen3-4B, packed heads", rollout.forward
+    before = measure_step(name + ", not compiled", decoder, generator, eager=False)
+    backend = "inductor" if BIG else "eager"
+    rollout.forward = torch.compile(plain, fullgraph=True, dynamic=False, backend=backend)
+    try:
+        with torch.inference_mode():
+            took = seconds_of(lambda: decoder.step(*decoder.tokens.shape))
+        after = measure_step(name + ", compiled", decoder, generator, eager=False)
+        kernels(name + ", compiled", decoder)
+    finally:
+        rollout.forward = plain
+    say("compiled decode step", compile_s=took, gain=before["graph_ms"] / after["graph_ms"])
+
+
+# --------------------------------------------------------------------------------------- all parts
+
+CHECKS = [  # (part, function, seconds on an H100: estimates)
+    (0, ceilings, 12),
+    (1, greedy_tokens, 30),
+    (1, experts_in_graphs, 5),
+    (1, logprobs, 10),
+    (1, distribution, 10),
+    (1, random_numbers, 5),
+    (1, loss_gradients, 15),
+    (1, optimizer, 3),
+    (1, scripts, 15),
+    (2, products, 6),
+    (3, decode_attention, 25),
+    (4, decode, 80),
+    (5, loss, 75),
+    (6, training, 65),
+    (7, sampling, 65),
+    (8, fit, 35),
+    (9, compiled_step, 90),
+]
+
+
+def go_on_in_a_new_process(index: int) -> None:
+    """After a CUDA error, which stays, with the checks after `index`."""
+    command = [sys.executable, __file__, "--output", str(OPTIONS.output), "--skip", str(index + 1)]
+    command += ["--minutes", str(OPTIONS.minutes), "--began", str(BEGAN)]
+    if OPTIONS.only:
+        command += ["--only", *map(str, OPTIONS.only)]
+    os.execv(sys.executable, command)
+
+
+def main():
+    warnings.filterwarnings("ignore")
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    gc.freeze()  # what is imported is never garbage: `free` need not look at it
+    torch.backends.cuda.enable_cudnn_sdp(False)  # as `load_lm` does
+    if not BIG:
+        torch.set_num_threads(1)
+    card = torch.cuda.get_device_name() if BIG else "CPU, --smoke: figures mean nothing"
+    versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
+    if OPTIONS.skip:
+        WRONG.append("a CUDA error")
+    else:
+        row(f"{card}, {versions}, {time.strftime('%Y-%m-%d')}", "")
+        row("---", "---")
+    say("machine", card=card, versions=versions, python=sys.version.split()[0])
+    for index, (part, check, guess) in enumerate(CHECKS):
+        if index < OPTIONS.skip or (OPTIONS.only is not None and part not in OPTIONS.only):
+            continue
+        left = OPTIONS.minutes * 60 - (time.time() - BEGAN)
+        if left < guess:
+            say(f"{part} {check.__name__}", left_out=f"{left:.0f} s are left, it may take {guess}")
+            continue
+        start = time.time()
+        try:
+            check()
+        except Exception as error:
+            say(f"{part} {check.__name__}", failed=first_line(error), right=False)
+            traceback.print_exc()
+            if "CUDA error" in str(error) or "device-side assert" in str(error):
+                go_on_in_a_new_process(index)
+        free()
+        say(f"{part} {check.__name__}", took_s=round(time.time() - start, 1), expected_s=guess)
+    print((OPTIONS.output / "rows.md").read_text())
+    print(f"wrong: {', '.join(WRONG)}" if WRONG else "nothing was wrong")
+    raise SystemExit(1 if WRONG else 0)
+
+
+if __name__ == "__main__":
+    main()
