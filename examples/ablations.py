@@ -1,11 +1,13 @@
-"""What each choice of the method is worth, on the toy: one table, from the real scripts. First run examples/toy.py, then
+"""What each choice of the method is worth on the toy: one table. First run examples/toy.py, then
 
     python examples/ablations.py --toy runs/toy
-    python examples/ablations.py --toy runs/grid --grid     (after examples/toy.py --seed 3 --out runs/grid: a world of its own)
+    python examples/ablations.py --toy runs/grid --grid    (a world of its own: before it,
+                                                  examples/toy.py --seed 3 --out runs/grid)
 
-Stage 1: both terms of L_SRT or one, and the authors' order of the two, all on the traces that runs/toy/srt has sampled. Stage 2: objective,
-alpha and teacher, all from runs/toy/srt, at the toy's learning rates. One seed; what is finished is not run again. --grid: the learning
-rates themselves, of both stages and of the baselines, each at the number of responses that toy.py gives it.
+Stage 1: both terms of L_SRT or one of them, and the authors' order of the two, all on the traces
+that runs/toy/srt has sampled. Stage 2: objective, alpha and teacher, all from runs/toy/srt. --grid
+shows the learning rates instead, of both stages and of the baselines. One seed; what is finished is
+not run again.
 """
 
 import argparse
@@ -14,15 +16,15 @@ import sys
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 import toy
 
 TERMS = {
     "both terms (default)": "both",
-    "L_generation alone": "generation",
-    "L_revision alone": "revision",
+    "L_generation only": "generation",
+    "L_revision only": "revision",
     "L_generation on wrong, then L_revision": "sequential",
 }
+SYNCED = ["--teacher", "ema", "--teacher-rate", 1, "--teacher-interval", 25]
 STAGE_2 = {
     "full_logits, alpha 1: reverse KL (default)": [],
     "full_logits, alpha 0.5: Jensen-Shannon": ["--alpha", 0.5],
@@ -31,118 +33,78 @@ STAGE_2 = {
     "sampled_token": ["--objective", "sampled_token"],
     "mixed_kl, half and half": ["--objective", "mixed_kl"],
     "teacher ema, rate 0.05": ["--teacher", "ema"],
-    "teacher synced every 25 steps": [
-        "--teacher",
-        "ema",
-        "--teacher-rate",
-        1,
-        "--teacher-interval",
-        25,
-    ],
+    "teacher synced every 25 steps": SYNCED,
     "teacher live": ["--teacher", "live"],
 }
+GRID = {
+    "srt": (2e-4, 5e-4, 1e-3),
+    "sdzero": (1e-4, 3e-4, 1e-3),
+    "rft": (2e-4, 5e-4, 1e-3),
+    "grpo": (3e-4, 1e-3),
+    "sdft": (2e-5, 5e-5, 1e-4),
+    "sdpo": (2e-5, 5e-5, 1e-4),
+}
 
-GRID = {"srt": (2e-4, 5e-4, 1e-3), "sdzero": (1e-4, 3e-4, 1e-3), "rft": (2e-4, 5e-4, 1e-3), "grpo": (3e-4, 1e-3),
-        "sdft": (2e-5, 5e-5, 1e-4), "sdpo": (2e-5, 5e-5, 1e-4)}  # fmt: skip
+
+def stage_1(folder, output, *flags):
+    """The last evaluation of a stage 1 on the traces that the toy's own has sampled."""
+    traces = ["--model", folder / "base", "--traces", folder / "srt" / "traces.jsonl"]
+    return toy.run("srt.py", folder / "stage1.jsonl", output, *traces, *toy.STAGE_1, *flags)[-1]
+
+
+def stage_2(folder, output, *flags):
+    flags = ["--model", folder / "srt", *toy.STAGE_2, *flags]
+    return toy.run("sdzero.py", folder / "stage2.jsonl", output, *flags)[-1]
+
+
+def ablations(folder, always):
+    rows = []
+    for name, terms in TERMS.items():
+        # the defaults have run already
+        output = folder / "srt" if terms == "both" else folder / "ablations" / f"srt-{terms}"
+        rows.append(("1", name, stage_1(folder, output, "--terms", terms, *always)))
+    for name, flags in STAGE_2.items():
+        output = folder / "sdzero"
+        if flags:
+            output = folder / "ablations" / "-".join(str(flag).strip("-") for flag in flags)
+        rows.append(("2", name, stage_2(folder, output, *flags, *always)))
+    columns = {title: key for title, key in toy.COLUMNS.items() if key != "correction_rate"}
+    print(f"\n| stage | variant | {' | '.join(columns)} |\n| --- | --- |" + " --- |" * len(columns))
+    for stage, name, evaluation in rows:
+        print(f"| {stage} | {name} | {toy.cells([evaluation], columns)} |")
 
 
 def grid(folder, always):
     """A table of the held-out accuracy by method and learning rate."""
-    print(
-        "\n| method | "
-        + " | ".join(["learning rate: accuracy, %"] * 3)
-        + " |\n"
-        + "| --- " * 4
-        + "|"
-    )
+    print(f"\n| method |{' learning rate: accuracy, % |' * 3}\n{'| --- ' * 4}|")
     for method, rates in GRID.items():
         cells = []
         for lr in rates:
-            flags, out = ["--lr", lr, *always], folder / "grid" / f"{method}-{lr}"
+            flags, output = ["--lr", lr, *always], folder / "grid" / f"{method}-{lr}"
             if method == "srt":
-                traces = ["--traces", folder / "srt" / "traces.jsonl"]
-                evals = toy.run(
-                    "srt.py",
-                    folder,
-                    "stage1",
-                    "--model",
-                    folder / "base",
-                    *traces,
-                    *toy.STAGE_1,
-                    *flags,
-                    out,
-                )
+                evaluation = stage_1(folder, output, *flags)
             elif method == "sdzero":
-                evals = toy.run(
-                    "sdzero.py",
-                    folder,
-                    "stage2",
-                    "--model",
-                    folder / "srt",
-                    *toy.STAGE_2,
-                    *flags,
-                    out,
-                )
+                evaluation = stage_2(folder, output, *flags)
             else:
-                evals = toy.baseline(folder, method, *flags, out)
-            cells.append(f"{lr:g}: {toy.spread([evals[-1]['accuracy']])}")
-        print(f"| {method} | " + " | ".join(cells + [""] * (3 - len(cells))) + " |", flush=True)
+                evaluation = toy.baseline(folder, method, output, *flags)[-1]
+            cells.append(f"{lr:g}: {toy.spread([evaluation['accuracy']])}")
+        print(f"| {method} | {' | '.join(cells + [''] * (3 - len(cells)))} |", flush=True)
 
 
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(description="Ablations on the toy")
-    parser.add_argument(
-        "--toy",
-        type=Path,
-        default=Path("runs/toy"),
-        help="what examples/toy.py wrote (default: runs/toy)",
-    )
-    parser.add_argument("--grid", action="store_true", help="the learning rates instead")
-    args = parser.parse_args()
+    add = parser.add_argument
+    add("--toy", type=Path, default=Path("runs/toy"), help="what toy.py wrote (default: runs/toy)")
+    add("--grid", action="store_true", help="the learning rates instead")
+    args = parser.parse_args(argv)
     if not (args.toy / "sdzero" / "config.json").exists():
-        print(
-            f"ablations.py: {args.toy} holds no finished run: run examples/toy.py first",
-            file=sys.stderr,
-        )
+        print(f"ablations.py: {args.toy} holds no finished run of toy.py", file=sys.stderr)
         raise SystemExit(2)
-    seed, out, started = (
-        json.loads((args.toy / "srt" / "settings.json").read_text())["flags"]["seed"],
-        args.toy / "ablations",
-        time.time(),
-    )
-    always = ["--seed", seed, "--eval-every", 10**6, "--output"]
-    if args.grid:
-        return grid(args.toy, always)
-    rows = []
-    for name, terms in TERMS.items():
-        flags = [
-            "--model",
-            args.toy / "base",
-            "--traces",
-            args.toy / "srt" / "traces.jsonl",
-            *toy.STAGE_1,
-            "--terms",
-            terms,
-        ]
-        folder = (
-            args.toy / "srt" if terms == "both" else out / f"srt-{terms}"
-        )  # the defaults have run already
-        rows.append(("1", name, toy.run("srt.py", args.toy, "stage1", *flags, *always, folder)[-1]))
-    for name, flags in STAGE_2.items():
-        folder = out / "-".join(str(f).strip("-") for f in flags) if flags else args.toy / "sdzero"
-        command = ["--model", args.toy / "srt", *toy.STAGE_2, *flags, *always, folder]
-        rows.append(("2", name, toy.run("sdzero.py", args.toy, "stage2", *command)[-1]))
-    print(
-        "\n| stage | variant | accuracy, % | after one revision, % | wrong put right, % | right broken, % | tokens |"
-    )
-    print("| --- | --- | --- | --- | --- | --- | --- |")
-    for stage, name, e in rows:
-        cells = [
-            toy.spread([e[key]])
-            for key in ("accuracy", "revised_accuracy", "wrong_to_right", "right_to_wrong")
-        ]
-        print(f"| {stage} | {name} | {' | '.join(cells)} | {e['length']:.1f} |")
-    print(f"\nseed {seed}; {(time.time() - started) / 60:.1f} minutes")
+    started = time.time()
+    settings = json.loads((args.toy / "srt" / "settings.json").read_text())
+    always = ["--seed", settings["flags"]["seed"], "--eval-every", 10**6]
+    (grid if args.grid else ablations)(args.toy, always)
+    print(f"\nseed {always[1]}; {(time.time() - started) / 60:.1f} minutes")
 
 
 if __name__ == "__main__":

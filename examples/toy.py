@@ -484,15 +484,13 @@ def spread(values, scale=100.0):
     return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.1f}"
 
 
-def print_table(tables):
-    """tables: for each seed {row: its evaluation}."""
-    print(f"\n| model | {' | '.join(COLUMNS)} |\n| --- |" + " --- |" * len(COLUMNS))
-    for name in tables[0]:
-        cells = []
-        for key in COLUMNS.values():
-            scale = 1.0 if key == "length" else 100.0
-            cells.append(spread([table[name][key] for table in tables], scale))
-        print(f"| {name} | {' | '.join(cells)} |")
+def cells(evaluations, columns=COLUMNS):
+    """The cells of a row of the table, from its evaluation with each seed."""
+    found = []
+    for key in columns.values():
+        scale = 1.0 if key == "length" else 100.0
+        found.append(spread([evaluation[key] for evaluation in evaluations], scale))
+    return " | ".join(found)
 
 
 def main(argv=None):
@@ -520,8 +518,10 @@ def main(argv=None):
             table.update(the_rest(out, seed))
         tables.append(table)
         pictures(out)
-    print_table(tables)
 
+    print(f"\n| model | {' | '.join(COLUMNS)} |\n| --- |{' --- |' * len(COLUMNS)}")
+    for name in tables[0]:
+        print(f"| {name} | {cells([table[name] for table in tables])} |")
     error = max(100 * (e.get("accuracy_se") or 0) for e in tables[0].values())
     errors = f"standard errors of accuracies up to {error:.1f}"
     if args.seeds > 1:

@@ -1,33 +1,53 @@
-"""examples/baselines.py: what each method trains on, GRPO's gradient against its formula in float64, each method by its command line."""
+"""examples/: what each baseline trains on, GRPO's gradient against its formula in float64, each
+method by its command line, and the commands of the toy and its ablations."""
 
+import json
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from test_scripts import FLAGS, base, call, data, lines_of  # noqa: F401: two of them are fixtures
-from tiny import tiny
+from test_scripts import FLAGS, base, call, data, lines_of  # noqa: F401 (base, data: fixtures)
+from tiny import make_tokenizer, tiny
 from transformers import AutoModelForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
+import ablations
 import baselines
+import toy
+
+import sdzero
+import srt
+from common import Problem, Run
 from losses import OutputLayer
 from rollout import Rollout
-from srt import Problem
+
+METHODS = pytest.mark.parametrize("method", ["rft", "grpo", "sdft", "sdpo"])
 
 
 def group(prompt_ids, rewards, seed=0):
+    """Random responses to a problem, each of 2 to 6 tokens and an EOS."""
     generator = torch.Generator().manual_seed(seed)
-    lengths = torch.randint(2, 7, (len(rewards),), generator=generator).tolist()
-    responses = [Rollout(torch.randint(2, 40, (n,), generator=generator).tolist() + [1], [0.0] * (n + 1), True) for n in lengths]
+    responses = []
+    for n in torch.randint(2, 7, (len(rewards),), generator=generator).tolist():
+        ids = torch.randint(2, 40, (n,), generator=generator).tolist()
+        responses.append(Rollout(ids + [1], [0.0] * (n + 1), True))
     return baselines.Group(Problem(f"problem {prompt_ids}", "7", prompt_ids), responses, rewards)
+
+
+# ------------------------------------------------------------------------- what methods train on
 
 
 @pytest.mark.parametrize("micro_tokens", [12, 10_000])
 def test_grpo_gradient(micro_tokens):
-    """Breaks if advantages are normalised over the batch, tokens shifted, the temperature forgotten, or a micro-batch's divisor taken."""
-    groups = [group([3, 4, 5], [1, 0, 0, 1], 1), group([6], [1, 1, 1, 1], 2), group([7, 8], [0, 0, 1, 0], 3)]
+    """Catches advantages that are normalised over the batch, tokens that are shifted, a temperature
+    that is forgotten, the divisor of a micro-batch."""
+    groups = [
+        group([3, 4, 5], [1, 0, 0, 1], 1),
+        group([6], [1, 1, 1, 1], 2),
+        group([7, 8], [0, 0, 1, 0], 3),
+    ]
     model = tiny("llama")
     total, tokens = 0, 0
     for g in groups:
@@ -40,56 +60,241 @@ def test_grpo_gradient(micro_tokens):
     (total / tokens).backward()
     expected = {n: p.grad.clone() for n, p in model.named_parameters()}
     model.zero_grad()
-    metrics = baselines.grpo_step(model, OutputLayer(model), groups, SimpleNamespace(micro_tokens=micro_tokens, temperature=0.7))
-    assert metrics["loss"] == pytest.approx((total / tokens).item(), rel=1e-5) and metrics["with_signal"] == 8 / 12
+    args = SimpleNamespace(micro_tokens=micro_tokens, temperature=0.7)
+    metrics = baselines.grpo_step(model, OutputLayer(model), groups, args)
+    assert metrics["loss"] == pytest.approx((total / tokens).item(), rel=1e-5)
+    assert metrics["with_signal"] == 8 / 12
     for n, p in model.named_parameters():
-        torch.testing.assert_close(p.grad, expected[n], rtol=1e-5, atol=1e-6)  # advantages are fp32
+        torch.testing.assert_close(p.grad, expected[n], rtol=1e-5, atol=1e-6)  # A is fp32
 
 
 def test_grpo_without_any_signal_has_no_gradient():
+    """Catches a division by the tokens that have a signal, and by a standard deviation of 0."""
     model = tiny("llama")
     groups = [group([3], [1, 1]), group([4], [0, 0])]
-    metrics = baselines.grpo_step(model, OutputLayer(model), groups, SimpleNamespace(micro_tokens=99, temperature=1.0))
-    assert metrics == {"loss": 0.0, "with_signal": 0.0} and all(p.grad is None for p in model.parameters())
+    args = SimpleNamespace(micro_tokens=99, temperature=1.0)
+    metrics = baselines.grpo_step(model, OutputLayer(model), groups, args)
+    assert metrics == {"loss": 0.0, "with_signal": 0.0}
+    assert all(p.grad is None for p in model.parameters())
 
 
 def test_rft_keeps_distinct_right_responses():
+    """Catches wrong ones that are kept, right ones that count twice or are lost."""
     g = group([3, 4], [1, 0, 1, 1])
     g.responses[3] = g.responses[0]
-    kept = baselines.right_responses([g, group([5], [0, 0])])
-    assert [t["revision_ids"] for t in kept] == [g.responses[0].ids, g.responses[2].ids]
-    assert all(t["prompt_ids"] == [3, 4] and t["init_ids"] == t["phrase_ids"] == [] and t["finished"] for t in kept)
+    lm = SimpleNamespace(text=make_tokenizer().decode)
+    kept = baselines.right_responses(lm, [g, group([5], [0, 0])])
+    assert [t.revision_ids for t in kept] == [g.responses[0].ids, g.responses[2].ids]
+    assert [t.ids for t in kept] == [[3, 4] + t.revision_ids for t in kept]
+    assert all(t.finished and t.weights((1, 1)) == [1] * len(t.revision_ids) for t in kept)
 
 
 def test_what_the_teachers_are_shown():
-    """SDPO: another response of the group, right and without EOS, never the scored one; none where there is none."""
+    """SDPO: another response of the group, right and without EOS, never the scored one; a response
+    for which there is none is left out. SDFT: the solution of its own problem."""
     g, lonely = group([3, 4], [0, 1, 1, 0]), group([5], [0, 1])
     a, b = g.responses[1].ids, g.responses[2].ids
     examples = baselines.sdpo_examples([g, lonely, group([6], [0, 0])], [9, 9])
-    assert [e.response.ids for e in examples] == [y.ids for y in g.responses] + [lonely.responses[0].ids]
-    assert [e.shown_ids for e in examples] == [a[:-1], b[:-1], a[:-1], b[:-1], lonely.responses[1].ids[:-1]]
-    assert examples[1].teacher_ids == [3, 4] + b[:-1] + [9, 9] + a and examples[1].student_ids == [3, 4] + a
-    shown = baselines.sdft_examples([g], {g.problem.key: [20, 21]}, [9])
-    assert [e.teacher_ids for e in shown] == [[3, 4, 20, 21, 9] + y.ids for y in g.responses]
+    assert [e.response for e in examples] == [*g.responses, lonely.responses[0]]
+    shown = [e.shown_ids for e in examples]
+    assert shown == [a[:-1], b[:-1], a[:-1], b[:-1], lonely.responses[1].ids[:-1]]
+    assert examples[1].teacher_ids == [3, 4] + b[:-1] + [9, 9] + a
+    assert examples[1].student_ids == [3, 4] + a
+    solutions = {g.problem.key: [20, 21], lonely.problem.key: [22]}
+    examples = baselines.sdft_examples([g, lonely], solutions, [9])
+    expected = [[3, 4, 20, 21, 9] + y.ids for y in g.responses]
+    expected += [[5, 22, 9] + y.ids for y in lonely.responses]
+    assert [e.teacher_ids for e in examples] == expected
 
 
-@pytest.mark.parametrize("method", ["rft", "grpo", "sdft", "sdpo"])
+# ------------------------------------------------------------------------------- command lines
+
+
+def command(method, model, data, out, *flags):  # noqa: F811
+    own = ["--batch-size", "8", "--group", "4", "--problems", "12"]
+    own += ["--generations", "64"] if method != "rft" else []
+    sources = ["--method", method, "--model", model, "--dataset", data, "--output", out]
+    call(baselines, *sources, *FLAGS, *own, *flags)
+
+
+@METHODS
 def test_command_line(method, base, data, tmp_path):  # noqa: F811
-    flags = ["--batch-size", "8", "--group", "4", "--problems", "12"] + ([] if method == "rft" else ["--generations", "64"])
-    call(baselines, "--method", method, "--model", base, "--dataset", data, *FLAGS, *flags, "--output", tmp_path / "out")
+    """A whole run: what it logs, that it moves the weights, and what srt.json remembers."""
+    command(method, base, data, tmp_path / "out")
     lines = lines_of(tmp_path / "out" / "metrics.jsonl")
-    train, evals = [x for x in lines if x["kind"] == "train"], [x for x in lines if x["kind"] == "eval"]
+    train = [x for x in lines if x["kind"] == "train"]
+    evals = [x for x in lines if x["kind"] == "eval"]
     assert evals[0]["step"] == 0 and evals[-1]["step"] == train[-1]["step"]
     if method == "rft":
         assert [x["generations"] for x in lines if x["kind"] == "collect"] == [4 * 12]
     else:
         assert [x["generations"] for x in train] == [8 * i for i in range(1, 9)]
-    before, after = (AutoModelForCausalLM.from_pretrained(folder).state_dict() for folder in (base, tmp_path / "out"))
+        assert all(0 <= x["cut_off"] <= 1 for x in train)
+    before, after = (
+        AutoModelForCausalLM.from_pretrained(folder).state_dict()
+        for folder in (base, tmp_path / "out")
+    )
     assert any(not torch.equal(p, before[n]) for n, p in after.items())
+    saved = json.loads((tmp_path / "out" / "srt.json").read_text())
+    assert len(saved["trained"]) == 12 and not saved["problems"]
 
 
-def test_bad_input(base, data, tmp_path):  # noqa: F811
-    uneven, budget = ["--method", "grpo", "--group", "3", "--batch-size", "8"], ["--method", "rft", "--generations", "8"]
-    for flags, message in ((uneven, "whole groups"), (budget, "--group")):
-        with pytest.raises(baselines.BadInput, match=message):
-            call(baselines, "--model", base, "--dataset", data, *FLAGS, *flags, "--output", tmp_path / "out")
+@METHODS
+def test_resume(method, base, data, tmp_path, monkeypatch):  # noqa: F811
+    """Interrupted after a checkpoint and resumed: the same weights, bit for bit, and the same log.
+    Catches a teacher or an optimizer that starts anew, problems in another order, a collection
+    that is sampled or logged twice."""
+    command(method, base, data, tmp_path / "whole")
+
+    def interrupted(run, step, total, passes=1, end_step=Run.end_step):
+        end_step(run, step, total, passes)
+        if step == 3:  # --save-every is 2
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "end_step", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            command(method, base, data, tmp_path / "cut")
+    command(method, base, data, tmp_path / "cut", "--resume")
+    logs = [lines_of(tmp_path / name / "metrics.jsonl") for name in ("whole", "cut")]
+    assert logs[0] == logs[1]
+    weights = [
+        AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict()
+        for name in ("whole", "cut")
+    ]
+    assert all(torch.equal(p, weights[1][n]) for n, p in weights[0].items())
+
+
+def test_from_a_model_of_stage_1(base, data, tmp_path, monkeypatch):  # noqa: F811
+    """GRPO from SRT trains on what stage 2 would train on: not on what stage 1 has used, and not on
+    what is held out; it remembers both lists."""
+    sources = ["--dataset", data, *FLAGS, "--problems", "30", "--epochs", "1", "--batch-size", "64"]
+    call(srt, "--model", base, *sources, "--output", tmp_path / "srt")
+    used = json.loads((tmp_path / "srt" / "srt.json").read_text())["problems"]
+    asked, held_out = set(), set()
+
+    def watched(task, args, problems, purpose, sample=baselines.sample_and_verify):
+        asked.update(p.key for p in problems)
+        held_out.update(p.key for p in task.held_out)
+        return sample(task, args, problems, purpose)
+
+    monkeypatch.setattr(baselines, "sample_and_verify", watched)
+    more = ["--generations", "104", "--problems", "26"]  # a pass over all that is left
+    command("grpo", tmp_path / "srt", data, tmp_path / "grpo", *more)
+    assert (len(used), len(asked), len(held_out)) == (30, 26, 4)
+    assert not asked & {*used, *held_out}
+    saved = json.loads((tmp_path / "grpo" / "srt.json").read_text())
+    assert set(saved["problems"]) == set(used) and set(saved["trained"]) == {*used, *asked}
+
+
+@pytest.mark.parametrize(
+    "method, flags, message",
+    [
+        ("grpo", ["--group", "3"], "whole groups of 3"),
+        ("rft", ["--generations", "8"], "belongs to --method grpo and sdft and sdpo"),
+        ("grpo", ["--epochs", "2"], "belongs to --method rft"),
+        ("grpo", ["--teacher", "live"], "belongs to --method sdft and sdpo"),
+        ("sdpo", ["--solution-column", "answer"], "belongs to --method sdft"),
+        ("sdft", ["--solution-column", "worked"], "has no column worked"),
+        ("sdft", ["--solution-column", "some"], "of 12 problems have no some"),
+        ("ppo", [], "invalid choice: 'ppo'"),
+    ],
+)
+def test_bad_input(method, flags, message, base, tmp_path, capsys):  # noqa: F811
+    """One line and exit code 2 before anything is sampled or written: a flag that would do nothing,
+    solutions that some problems do not have."""
+    rows = [{"problem": f"{i}?", "answer": f"{i}", "some": "x" * (i % 2)} for i in range(16)]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(SystemExit) as stopped:
+        command(method, base, tmp_path / "data.jsonl", tmp_path / "out", *flags)
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and message in error and "Traceback" not in error
+    assert not (tmp_path / "out").exists()
+
+
+# --------------------------------------------------------------------- the toy and its ablations
+
+
+@pytest.fixture
+def commands(monkeypatch, tmp_path):
+    """The commands that are called instead of being run, as their scripts understand them. Each
+    leaves three evaluations of growing accuracy."""
+    scripts = {"srt.py": srt, "sdzero.py": sdzero, "examples/baselines.py": baselines}
+    seen = {}
+
+    def record(script, *flags):
+        args = scripts[script].parse_arguments([str(flag) for flag in flags])
+        assert Path(args.dataset).parent == tmp_path and args.device == "cpu"
+        assert args.eval_dataset == str(tmp_path / "heldout.jsonl")
+        name = str(args.output.relative_to(tmp_path))
+        assert name not in seen
+        seen[name] = args
+        args.output.mkdir(parents=True)
+        (args.output / "config.json").touch()
+        (args.output / "settings.json").write_text(json.dumps({"flags": {"seed": args.seed}}))
+        with open(args.output / "metrics.jsonl", "w") as file:
+            for share in (0.25, 0.5, 0.75):
+                figures = dict.fromkeys(toy.COLUMNS.values(), share)
+                file.write(json.dumps({"kind": "eval", "step": 0, **figures}) + "\n")
+
+    monkeypatch.setattr(toy, "call", record)
+    return seen
+
+
+def test_commands_of_the_toy(commands, tmp_path):
+    """Catches a flag that a script no longer has, a budget that is not that of the stages, a
+    method that starts from the wrong model or reads the wrong problems, rows that are swapped."""
+    rows = {**toy.both_stages(tmp_path, 7), **toy.the_rest(tmp_path, 7)}
+    models = {name: Path(args.model).name for name, args in commands.items()}
+    from_srt = {"sdzero", "grpo_from_srt", "again", "synced"}
+    assert {name for name, model in models.items() if model == "srt"} == from_srt
+    assert all(models[name] == "base" for name in commands.keys() - from_srt)
+    both = 4 * toy.SIZES["stage1"] + toy.SIZES["stage2"]
+    for name, problems, budget in (
+        ("rft", "stage1", None),
+        ("grpo", "both", both),
+        ("sdft", "both", both),
+        ("sdpo", "both", both),
+        ("grpo_from_srt", "both", toy.SIZES["stage2"]),
+    ):
+        args = commands[name]
+        assert (Path(args.dataset).stem, args.generations) == (problems, budget)
+        assert args.method == name.split("_")[0]
+    assert commands["sdft"].solution_column == "solution"
+    assert commands["synced"].teacher_interval * 32 == toy.SIZES["stage2"]
+    assert all(args.seed == 7 for args in commands.values())
+    assert len(rows) == 12 == len(commands) + 2
+    first, at_a_budget = rows.pop("base"), rows.pop("GRPO, at stage 2's number of responses")
+    assert (first["accuracy"], at_a_budget["accuracy"]) == (0.25, 0.5)
+    assert {row["accuracy"] for row in rows.values()} == {0.75}
+
+
+def test_commands_of_the_ablations(commands, tmp_path, capsys):
+    """Each variant is another one, from the right model; what the toy has run is not run again."""
+    toy.both_stages(tmp_path, 7)
+    ablations.main(["--toy", str(tmp_path)])
+    assert len(commands) == len(ablations.TERMS) + len(ablations.STAGE_2)
+    unlike = []
+    for name, args in commands.items():
+        stage_1 = args.model.endswith("base")
+        assert args.seed == 7 and (stage_1 or args.model.endswith("srt"))
+        if stage_1 and name != "srt":
+            assert args.traces == tmp_path / "srt" / "traces.jsonl"
+        changed = ("terms",) if stage_1 else ("objective", "alpha", "topk", "teacher")
+        changed += () if stage_1 else ("teacher_rate", "teacher_interval")
+        unlike.append((stage_1, *(getattr(args, flag) for flag in changed)))
+    assert len(set(unlike)) == len(unlike)
+    table = capsys.readouterr().out
+    assert table.count("| 75.0 | 75.0 | 75.0 | 75.0 | 0.8 |") == len(commands)
+
+    ablations.main(["--toy", str(tmp_path), "--grid"])
+    for method, rates in ablations.GRID.items():
+        found = [args.lr for name, args in commands.items() if name.startswith(f"grid/{method}-")]
+        assert found == list(rates)
+    assert capsys.readouterr().out.count(": 75.0") == sum(map(len, ablations.GRID.values()))
+
+
+def test_ablations_need_a_toy(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        ablations.main(["--toy", str(tmp_path)])
+    assert stopped.value.code == 2 and "no finished run" in capsys.readouterr().err
