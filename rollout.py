@@ -1,302 +1,562 @@
-"""Sampling: prompts of any length in, one response each out, with the log-probability of every sampled token.
+"""Sampling: one response per prompt, with the log-probability of every sampled token.
 
-    responses = generate(model, [[1, 5, 9], [1, 7]], max_new_tokens=64, eos_token_ids=[2])
+    responses = generate(model, [[1, 5, 9], [1, 7]], max_new_tokens=64, eos_token_ids=2)
     responses[0].ids, responses[0].logprobs, responses[0].finished
 
-One file, torch alone; it takes any Hugging Face causal LM of a tested family (FAMILIES) by its calling convention.
-Token ids go in and come out: no text, no padding ids and no generation config are involved. Three ideas make it fast.
+This file needs only torch. It calls a Hugging Face causal LM of a tested family (FAMILIES) by the
+usual arguments of its forward. Token ids go in and come out: no text, no padding ids and no
+generation config are involved. Three ideas make it fast.
 
-SLOTS. Responses differ in length by ten times. A slot is one row of the batch; when its response ends, the next prompt takes its place
-while the others go on. When no prompt is left, the last row moves into the gap: rows in use always come first, and the batch shrinks.
+SLOTS. Some responses are ten times as long as others. A slot is one row of the batch; when its
+response ends, the next prompt takes its place while the other rows go on. When no prompt is left,
+the last row moves into the gap: the rows in use are always the first ones, and the batch shrinks.
 
-CACHE. Keys and values stand in one tensor, allocated once, written by index. Position t of a sequence stands at index t of its row,
-whatever the other rows do, and a row at position p may look at indices <= p: what an earlier sequence left there is never seen.
+CACHE. Each layer has one tensor of keys and one of values, allocated once and written by index.
+Position t of a sequence is index t of its row, whatever the other rows do, and a row at position p
+attends to the indices <= p: what an earlier sequence left after them is never seen.
 
-    stage (prompts, some at a time)        cache (slots x length)             x prompt   y response   . not yet written, or stale
-    x x x x x   --- copied when a    --->  slot 0  x x x x x y y y y . .
-    x x . . .       slot is free,          slot 1  x x y y . . . . . . .   every step feeds one token a row, at the row's own
-    x x x . .       once a sample          slot 2  x x x x x y y y y y y   position, and samples the next one
+    prefilled prompts                  cache (slots x length)          x prompt
+    x x x x x  --- copied when a --->  slot 0  x x x x x y y y y . .   y response
+    x x . . .      slot is free,       slot 1  x x y y . . . . . . .   . not written, or stale
+    x x x . .      once per sample     slot 2  x x x x x y y y y y y
 
-Prompts go through the model ahead of their turn, some at a time, without their last tokens, which are the first inputs of the decode step
-(the only place where anything is sampled). On the stage they are padded on the RIGHT: with positions counted from zero and causal
-attention padding influences nothing, and decoding overwrites it. A prompt that is sampled n times is computed once and copied n times.
+Prompts go through the model before their turn, a few at a time. Their last tokens are left out:
+these are the first inputs of the decode step, the only place where anything is sampled. Prompts
+are padded on the RIGHT: positions count from zero and attention is causal, so the padding
+influences nothing, and decoding overwrites it. A prompt that is sampled n times is computed once
+and copied n times.
 
-STEP. `Decoder.step` reads and writes nothing but tensors that stay where they are, and the host only counts. Every few steps (on the CPU
-at every one) it looks at what ended, and drops what was sampled behind an EOS. So a step of fixed shape can be captured as a CUDA graph.
+STEP. A decode step feeds one token per row, at the row's own position, and samples the next one.
+It reads and writes only tensors that stay where they are, and the host only counts. Every few steps
+(on the CPU after each) the host looks which rows have ended, and drops what they sampled after
+their EOS. So a step of fixed shape can be captured as a CUDA graph (FixedShapes, below).
+
+Read `generate`, `decode_all` and `Decoder.step` first.
 """
 
 import inspect
 import logging
 from collections import deque
 from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache, partial
 
 import torch
 
-# Families compared with plain full forwards in tests/test_rollout.py. Their layers ask of a cache only `update` and take a ready 4-D mask
-# (a dict of them where layers differ). Recurrent, linear- or chunked-attention, ALiBi and encoder-decoder models would go wrong: refused.
-FAMILIES = {
-    "cohere", "cohere2", "gemma", "gemma2", "gemma3_text", "glm4", "gpt2", "gpt_neox", "granite", "llama", "mistral", "mixtral",
-    "olmo2", "olmo3", "olmoe", "phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "smollm3", "stablelm", "starcoder2",
-}  # fmt: skip
-PREFILL_TOKENS = 8192  # the most prompt tokens, padding included, in one forward (a single longer prompt is still one)
-signature = cache(inspect.signature)
+# Families that tests/test_rollout.py compares with plain full forwards. Their layers need only
+# `update` from a cache, and take a finished 4-D mask (where layers differ: a dict of masks). Models
+# with recurrent, linear- or chunked-attention layers, with ALiBi, or with an encoder would be
+# sampled wrongly, so they are refused.
+FAMILIES = frozenset(
+    "cohere cohere2 gemma gemma2 gemma3_text glm4 gpt2 gpt_neox granite llama mistral mixtral "
+    "olmo2 olmo3 olmoe phi3 qwen2 qwen2_moe qwen3 qwen3_moe smollm3 stablelm starcoder2".split()
+)
+PREFILL_TOKENS = 8192  # of prompts, with their padding, in one forward (or one longer prompt)
 
 
 @dataclass
 class Rollout:
     """One sampled response."""
 
-    ids: list[int] = field(default_factory=list)  # sampled tokens, the EOS included
-    logprobs: list[float] = field(default_factory=list)  # of each of them, in nats, under the distribution it was drawn from
+    ids: list[int] = field(default_factory=list)  # the sampled tokens, with the EOS
+    logprobs: list[float] = field(default_factory=list)  # of each, in nats, as it was drawn
     finished: bool = False  # True: ended by an EOS; False: cut by max_new_tokens
 
+    @property
+    def without_eos(self) -> list[int]:
+        """The ids as another prompt quotes them: without the EOS that ended the response."""
+        return self.ids[:-1] if self.finished else self.ids
 
-class Stage:
-    """Takes what the layers write in a forward over prompts, which attend to themselves alone."""
 
-    is_compileable = False  # asked for by StableLM of transformers 5.0
+# --------------------------------------------------------------------------------- for the caller
 
-    def __init__(self):
-        self.written: list[torch.Tensor] = []
 
-    # What the attention layers call; the name and the first three arguments are the Hugging Face convention.
-    def update(self, key: torch.Tensor, value: torch.Tensor, layer: int, *args, **kwargs):
-        self.written += [key, value]  # [B, heads, T, size] each
-        return key, value
+@torch.inference_mode()
+def generate(
+    model,
+    prompts,
+    *,
+    max_new_tokens: int | list[int],
+    eos_token_ids: int | list[int],
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    slots: int | None = None,
+    generator: torch.Generator | None = None,
+    vocab_size: int | None = None,
+    progress: Callable | None = None,
+    check_every: int | None = None,
+    cuda_graph: bool = False,
+) -> list[Rollout]:
+    """Sample one response for each prompt; the results are in the order of the prompts.
 
-    def get_seq_length(self, *args) -> int:  # asked only for default position ids, and ours are always given
-        return 0
+    model: a Hugging Face causal LM, also inside DistributedDataParallel or torch.compile (the model
+        itself is then called, not compiled). It runs in eval mode without gradient; its modes are
+        restored afterwards. Inside torch.autocast it computes, and is cached, as autocast has it.
+    prompts: token ids without padding, none empty: lists, 1-D tensors, or one 2-D tensor. To draw n
+        responses to a prompt, list it n times.
+    max_new_tokens: the limit of all responses, or a list with one for each.
+    eos_token_ids: the ids that end a response, one id or several or none ([]). They are looked for
+        only in the response, which keeps its EOS.
+    temperature, top_p: as in `sample`. Nothing is taken from the model's generation config.
+    slots: the most sequences decoded at once. The cache holds slots x (prompt + max_new_tokens)
+        tokens; its size is logged (INFO) before it is allocated. None: `fit_slots`, which on CUDA
+        depends on the memory that is free.
+    generator: the random state, on the model's device. The same state samples the same responses
+        only with the same prompts AND the same `slots`, since rows share the random numbers.
+    vocab_size: ids from this one on are never sampled (output layers may be wider than tokenizers).
+    progress: called with 1 whenever a response is complete.
+    check_every: steps between two looks at what has ended. None: 1 on the CPU, 8 elsewhere.
+    cuda_graph: decode in fixed shapes, on CUDA by replaying graphs. NOT YET RUN ON A GPU, and so
+        off by default. Without CUDA the same shapes run eagerly (for the tests).
+
+    Raises ValueError for a model that `check_supported` refuses, for prompts that do not fit into
+    the model's positions together with their responses, and for other bad arguments.
+    """
+    model = unwrapped(model)
+    check_supported(model)
+    prompts = [p.tolist() if hasattr(p, "tolist") else list(p) for p in prompts]
+    eos = [eos_token_ids] if isinstance(eos_token_ids, int) else list(eos_token_ids)
+    one_limit = isinstance(max_new_tokens, int)
+    limits = [max_new_tokens] * len(prompts) if one_limit else list(max_new_tokens)
+    counts = limits + [count for count in (slots, check_every) if count is not None]
+    if min(counts, default=1) < 1:
+        raise ValueError("generate needs max_new_tokens, slots and check_every >= 1")
+    if temperature < 0 or not 0 < top_p <= 1:
+        raise ValueError("generate needs temperature >= 0 and 0 < top_p <= 1")
+    if not all(prompts):
+        raise ValueError("generate got an empty prompt")
+    if len(limits) != len(prompts):
+        raise ValueError("generate needs one limit for each prompt")
+    if not prompts:
+        return []
+    longest_prompt = max(map(len, prompts))
+    length = max(len(p) + limit for p, limit in zip(prompts, limits))
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if positions and length > positions:
+        raise ValueError(
+            f"a prompt and its max_new_tokens are {length} tokens, but the model has {positions} "
+            "positions (max_position_embeddings)"
+        )
+    size = "one token"
+    try:
+        with sampling_mode(model):
+            slots = min(slots or fit_slots(model, longest_prompt, length), len(prompts))
+            ahead = max(1, min(slots // 4, PREFILL_TOKENS // longest_prompt))
+            probe = prefill(model, [(0, 0)])  # shows which tensors the layers write
+            tokens = slots * length + ahead * longest_prompt
+            size = f"{slots} slots x {length} + {ahead} x {longest_prompt} tokens, "
+            size += f"{tokens * bytes_per_token(probe) / 1e9:.3g} GB"
+            logging.getLogger(__name__).info("keys and values of %s", size)
+            settings = dict(temperature=temperature, top_p=top_p, vocab_size=vocab_size)
+            sampler = partial(sample, generator=generator, **settings)
+            allocated = -(-length // 64) * 64 if cuda_graph else length  # see FixedShapes
+            decoder = Decoder(model, probe, slots, allocated, length - 1, eos, sampler)
+            step = FixedShapes(decoder, generator) if cuda_graph else decoder.step
+            every = check_every or (1 if model.device.type == "cpu" else 8)
+            return decode_all(decoder, step, prompts, limits, ahead, every, progress)
+    except RuntimeError as error:  # the CPU's allocator raises no torch.OutOfMemoryError
+        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
+            raise
+        raise torch.OutOfMemoryError(
+            f"out of memory: keys and values of {size}; lower slots or max_new_tokens"
+        ) from error
+
+
+def fit_slots(model, longest_prompt: int, length: int, free_bytes: int | None = None) -> int:
+    """The number that `generate` takes for slots=None. To sample the same again, call this once
+    and save what it returns: on CUDA the number depends on the memory that is free.
+
+    longest_prompt, length: the most tokens of a prompt, and of a prompt with its response.
+    free_bytes: None: what is free on the model's device, where that is CUDA.
+    Returns the slots that fit into three quarters of free_bytes, at most 256; without CUDA 64."""
+    device = model.device
+    if free_bytes is None and device.type != "cuda":
+        return 64
+    if free_bytes is None:
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        free_bytes = torch.cuda.mem_get_info(device)[0] + unused
+    # A slot's part of the cache, of the prefilled prompts and of the logits with their copies.
+    slot = cache_bytes_per_token(model) * (length + longest_prompt // 2)
+    slot += 32 * model.config.vocab_size
+    return max(1, min(256, int(0.75 * free_bytes) // slot))
+
+
+@torch.inference_mode()
+def cache_bytes_per_token(model) -> int:
+    """The bytes of one token's keys and values in all layers."""
+    model = unwrapped(model)
+    with sampling_mode(model):
+        return bytes_per_token(prefill(model, [(0, 0)]))
 
 
 def check_supported(model) -> None:
-    """Raise ValueError, naming the family or the setting, where `generate` could sample from another distribution than the model's."""
-    config = model.config
-    if config.model_type not in FAMILIES:
-        raise ValueError(f"rollout.py does not support the family {config.model_type!r}; it is tested on {', '.join(sorted(FAMILIES))}")
-    if config._attn_implementation not in ("sdpa", "eager"):
-        raise ValueError(f"rollout.py needs attention 'sdpa' or 'eager' (4-D masks), not {config._attn_implementation!r}")
-    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    """Raise ValueError, with the reason, where `generate` would not sample from the model."""
+    config = getattr(unwrapped(model), "config", None)
+    family = getattr(config, "model_type", None)
+    if family is None:
+        raise ValueError(f"rollout.py needs a Hugging Face causal LM, not {type(model).__name__}")
+    if family not in FAMILIES:
+        tested = ", ".join(sorted(FAMILIES))
+        raise ValueError(f"rollout.py does not support the family {family!r}, only {tested}")
+    attention = config._attn_implementation
+    if attention not in ("sdpa", "eager"):  # the others do not take our 4-D masks
+        raise ValueError(f"rollout.py needs attention 'sdpa' or 'eager', not {attention!r}")
+    kinds = set(getattr(config, "layer_types", None) or ()) - {
+        "full_attention",
+        "sliding_attention",
+    }
     if kinds:
-        raise ValueError(f"rollout.py does not support layers of type {', '.join(sorted(kinds))} ({config.model_type})")
+        names = ", ".join(sorted(kinds))
+        raise ValueError(f"rollout.py does not support layers of type {names} ({family})")
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    types = {str(r.get("rope_type", r.get("type"))) for r in (rope, *rope.values()) if isinstance(r, dict)}
-    if types & {"dynamic", "longrope"}:  # their frequencies depend on the longest sequence of the BATCH: rows would influence each other
-        raise ValueError(f"rollout.py does not support rotary embeddings of type {', '.join(sorted(types))} ({config.model_type})")
+    settings = [rope, *rope.values()]  # one dict, or one dict for each layer type
+    types = {str(r.get("rope_type", r.get("type"))) for r in settings if isinstance(r, dict)}
+    # The frequencies of these two depend on the longest sequence of the BATCH.
+    if refused := types & {"dynamic", "longrope"}:
+        names = ", ".join(sorted(refused))
+        raise ValueError(
+            f"rollout.py does not support rotary embeddings of type {names} ({family})"
+        )
 
 
-def attention_masks(config, positions: torch.Tensor, length: int, dtype: torch.dtype):
-    """Additive masks for queries at `positions` [B, T] over `length` keys, as the model takes them: [B, 1, T, length], or
-    a dict of those by layer type. A key at index j is seen from position p when j <= p and, under a window w, j > p - w."""
-
-    def mask(window: int | None) -> torch.Tensor:
-        hidden = key > query if window is None else (key > query) | (key <= query - window)
-        return hidden.to(dtype).mul_(torch.finfo(dtype).min)
-
-    key, query = torch.arange(length, device=positions.device), positions[:, None, :, None]
-    window, kinds = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)  # no kinds: the window holds for all
-    return mask(window) if kinds is None else {kind: mask(window if kind == "sliding_attention" else None) for kind in set(kinds)}
+# --------------------------------------------------------------------------------- the random draw
 
 
-def forward(model, cache, tokens: torch.Tensor, positions: torch.Tensor, length: int) -> torch.Tensor:
-    """Tokens [B, T] at positions [B or 1, T], attending to `length` keys of the cache -> logits of the last one [B, V]."""
-    masks = attention_masks(model.config, positions, length, model.dtype)
-    name = "cache" if "cache" in signature(type(model).forward).parameters else "past_key_values"  # renamed in transformers 5.2x
-    kwargs = {name: cache, "position_ids": positions, "attention_mask": masks, "use_cache": True, "logits_to_keep": 1}
-    return model(input_ids=tokens, **kwargs).logits[:, -1]
+def sample(
+    logits: torch.Tensor,
+    temperature: float,
+    top_p: float,
+    generator: torch.Generator | None = None,
+    vocab_size: int | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Draw one token per row.
 
-
-def prefill(model, prompts: list[tuple[int, ...]]) -> torch.Tensor:
-    """Keys and values of prompts without their last tokens: [2 x layers, B, heads, longest - 1 (at least 1), size]."""
-    stage, width = Stage(), max(1, max(map(len, prompts)) - 1)
-    padded = torch.tensor([p[:-1] + (0,) * (width + 1 - len(p)) for p in prompts], device=model.device)
-    forward(model, stage, padded, torch.arange(width, device=model.device)[None], width)  # one mask for all rows
-    return torch.stack(stage.written)
-
-
-def draw(weights: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
-    """One index a row, with probability proportional to its weight. weights [n, V] -> [n, 1].
-
-    Inverse of the distribution function: one random number a row, where torch.multinomial draws one for every entry. A large vocabulary
-    is cut into blocks: a block is drawn by its sum, then an entry in it, so that nothing but sums runs over all of it."""
-    if weights.shape[1] > 1024:
-        blocks = torch.nn.functional.pad(weights, (0, -weights.shape[1] % 128)).view(len(weights), -1, 128)
-        block = draw(blocks.sum(-1), generator)
-        return 128 * block + draw(blocks.gather(1, block[:, :, None].expand(-1, -1, 128))[:, 0], generator)
-    cumulative = weights.double().cumsum(-1)
-    u = cumulative[:, -1:] * torch.rand(len(weights), 1, dtype=torch.float64, device=weights.device, generator=generator)
-    return torch.searchsorted(cumulative, u, right=True)  # the first index above u: never one of weight 0
-
-
-def sample(logits: torch.Tensor, temperature: float, top_p: float, generator: torch.Generator | None = None, vocab_size: int | None = None):
-    """Draw one token a row. logits: [n, V] -> ids [n], log-probabilities [n] under the distribution that was drawn from.
-
-    softmax(logits / temperature), cut to its nucleus: the fewest most likely tokens that hold at least top_p, renormalised.
-    Temperature 0 takes the most likely token; its log-probability is the one at temperature 1 (under its own it would be 0)."""
+    logits: [n, V]. Returns ids [n] and their log-probabilities [n], fp32 or wider, under the
+    distribution that was drawn from: softmax(logits / temperature), cut to its nucleus (the fewest
+    most likely tokens that hold at least top_p) and renormalised. Temperature 0 takes the most
+    likely token; its log-probability is the one at temperature 1 (at 0 it would always be 0)."""
     logits = logits[:, :vocab_size].to(torch.promote_types(logits.dtype, torch.float32))
     if temperature not in (0, 1):
         logits = logits / temperature
     if top_p < 1 and temperature:
         ordered, order = logits.softmax(-1).sort(-1, descending=True)
-        before = ordered.cumsum(-1) - ordered  # the mass in front of each token; the first one always stays
-        logits = logits.masked_fill(torch.empty_like(order, dtype=torch.bool).scatter_(-1, order, before >= top_p), float("-inf"))
+        before = ordered.cumsum(-1) - ordered  # the mass of all likelier tokens: 0 for the first
+        cut = torch.empty_like(order, dtype=torch.bool).scatter_(-1, order, before >= top_p)
+        logits = logits.masked_fill(cut, float("-inf"))
     logits = logits - logits.amax(-1, keepdim=True)
     weights = logits.exp()  # [n, V]
-    ids = draw(weights, generator) if temperature else logits.argmax(-1, keepdim=True)
+    ids = draw(weights, generator) if temperature else logits.argmax(-1, keepdim=True)  # [n, 1]
     return ids[:, 0], logits.gather(-1, ids)[:, 0] - weights.sum(-1).log()
 
 
-class Decoder(Stage):
-    """The cache and the state of all slots, in tensors that stay where they are, and the decode step over the first n of them."""
+def draw(
+    weights: torch.Tensor, generator: torch.Generator | None, dtype: torch.dtype | None = None
+) -> torch.Tensor:
+    """One index per row, with probability proportional to its weight. weights [n, V] -> [n, 1].
 
-    def __init__(self, model, staged: torch.Tensor, slots: int, length: int, eos: list[int], sampler, static: bool):
-        self.model, self.sampler, self.static, device = model, sampler, static, model.device
-        layers, _, heads, _, size = staged.shape  # of keys and values as `prefill` returns them
-        self.kv = staged.new_zeros(layers, slots, heads, length, size)
-        self.flat = self.kv.view(layers, -1, size).unbind(0)
-        self.base = torch.arange(0, slots * heads * length, length, device=device).view(slots, heads)  # where index 0 stands in flat
-        self.tokens = torch.zeros(slots, length, dtype=torch.long, device=device)  # index t: the token at position t
-        self.logprobs = torch.zeros(slots, length, dtype=torch.promote_types(model.dtype, torch.float32), device=device)  # index t: of it
-        self.position = torch.zeros(slots, dtype=torch.long, device=device)  # where each row's next input stands
-        self.ended = torch.zeros(slots, dtype=torch.bool, device=device)  # an EOS was sampled
-        self.eos = torch.tensor(eos, dtype=torch.long, device=device)
-        self.graphs: dict[tuple[int, int], torch.cuda.CUDAGraph | None] = {}
-
-    def update(self, key: torch.Tensor, value: torch.Tensor, layer: int, *args, **kwargs):
-        for i, new in enumerate((key, value), 2 * layer):
-            self.flat[i].index_copy_(0, self.where, new.reshape(len(self.where), -1))  # from [n, heads, 1, size]
-        return self.seen[2 * layer], self.seen[2 * layer + 1]
-
-    def admit(self, kv: torch.Tensor, rows: list[int], sources: list[int], prompts: list[list[int]]):
-        """Slots `rows` take `prompts`, which stand in rows `sources` of the stage."""
-        host = [rows, sources, [len(p) - 1 for p in prompts], [p[-1] for p in prompts]]
-        row, source, position, token = torch.tensor(host, device=self.eos.device)
-        self.kv[:, row, :, : kv.shape[3]] = kv[:, source]
-        self.tokens[row, position], self.position[row], self.ended[row] = token, position, False
-
-    def move(self, sources: list[int], targets: list[int], length: int):
-        source, target = torch.tensor([sources, targets], device=self.eos.device)
-        for x in (self.kv[:, :, :, :length].transpose(0, 1), self.tokens, self.logprobs, self.position, self.ended):
-            x[target] = x[source]
-
-    def step(self, n: int, length: int):
-        """One token for each of the first n rows, whose positions are below `length`. The host reads nothing in here."""
-        position = self.position[:n]
-        self.where = (self.base[:n] + position[:, None]).view(-1)  # this step's keys and values go there: [n * heads]
-        self.seen = self.kv[:, :n, :, :length].unbind(0)  # and are read from here
-        token = self.tokens[:n].gather(1, position[:, None])
-        ids, logprobs = self.sampler(forward(self.model, self, token, position[:, None], length))
-        position.add_(1).clamp_(max=self.tokens.shape[1] - 1)  # the limit is for rows that fixed shapes drag along unused
-        self.tokens[:n].scatter_(1, position[:, None], ids[:, None])
-        self.logprobs[:n].scatter_(1, position[:, None], logprobs[:, None])
-        self.ended[:n] |= (ids[:, None] == self.eos).any(-1)
-
-    def run(self, n: int, length: int):
-        """`step`, or a replay of it with fixed shapes: rows rounded up to a power of two, length to an eighth of the cache's."""
-        if not self.static:
-            return self.step(n, length)
-        slots, longest = self.tokens.shape
-        block = 64 * -(-longest // 512)
-        shape = min(1 << (n - 1).bit_length(), slots), min(-(-length // block) * block, longest)
-        if shape not in self.graphs or self.eos.device.type != "cuda":
-            self.graphs[shape] = None  # a shape runs eagerly once, which warms it up; when it comes back it is captured
-            return self.step(*shape)
-        if self.graphs[shape] is None:
-            pool = next((g.pool() for g in self.graphs.values() if g), None)  # one memory for all: they never run at the same time
-            graph = self.graphs[shape] = torch.cuda.CUDAGraph()
-            if generator := self.sampler.keywords["generator"]:
-                graph.register_generator_state(generator)
-            with torch.cuda.graph(graph, pool=pool):
-                self.step(*shape)
-        self.graphs[shape].replay()
+    torch.multinomial draws V random numbers per row; this draws one for each level. A large
+    vocabulary is cut into blocks of 128 entries (and these into blocks of blocks): we draw a block
+    by its sum, then an entry in it, so that only the sums touch the whole row."""
+    if dtype is None:  # Apple's GPUs have no float64
+        dtype = torch.float32 if weights.device.type == "mps" else torch.float64
+    levels = []
+    while weights.shape[1] > 1024:
+        padded = torch.nn.functional.pad(weights, (0, -weights.shape[1] % 128))
+        levels.append(padded.view(len(weights), -1, 128))
+        weights = levels[-1].sum(-1)
+    index = invert(weights, generator, dtype)
+    for blocks in reversed(levels):
+        block = blocks.gather(1, index[:, :, None].expand(-1, -1, 128))[:, 0]  # [n, 128]
+        index = 128 * index + invert(block, generator, dtype)
+    return index
 
 
-@torch.inference_mode()
-def generate(model, prompts: list[list[int]], *, max_new_tokens: int | list[int], eos_token_ids, temperature: float = 1.0,
-             top_p: float = 1.0, slots: int | None = None, generator: torch.Generator | None = None, vocab_size: int | None = None,
-             progress: Callable | None = None, check_every: int | None = None, cuda_graph: bool = False) -> list[Rollout]:  # fmt: skip
-    """Sample one response for each prompt (list a prompt n times for n of them); the results come in the prompts' order.
+def invert(weights: torch.Tensor, generator: torch.Generator | None, dtype: torch.dtype):
+    """The inverse of the distribution function at a random place: the first index whose cumulative
+    weight exceeds u. weights [n, m] -> [n, 1]."""
+    cumulative = weights.to(dtype).cumsum(-1)
+    u = torch.rand(len(weights), 1, dtype=dtype, device=weights.device, generator=generator)
+    index = torch.searchsorted(cumulative, u * cumulative[:, -1:], right=True)
+    if dtype == torch.float32:
+        # A parallel sum rounds differently at each entry, so in about one of 10^7 draws an entry
+        # of weight 0 seems to add something. The likeliest entry takes its place.
+        index = index.clamp(max=weights.shape[1] - 1)
+        index = index.where(weights.gather(1, index) > 0, weights.argmax(-1, keepdim=True))
+    return index
 
-    model: a Hugging Face causal LM, run in eval mode without gradient; its modules' modes are put back afterwards.
-    prompts: token ids, one list each, not empty. max_new_tokens: the limit of all responses, or a list with one for each.
-    eos_token_ids: every id that ends a response (looked for there alone, kept in it). temperature, top_p: see `sample`; nothing is taken
-    from the model's generation config. slots: the most sequences decoded at once; the cache takes slots x (prompt + max_new_tokens) tokens
-    of keys and values, logged (INFO) before it starts. None: 64, or on CUDA what fits into three quarters of the free memory.
-    generator: random state, on the model's device. vocab_size: ids from this one on are never sampled (an output layer may be wider than
-    the tokenizer). progress: called with 1 when a response is complete. check_every: steps between two looks at what ended; None: 1 on the
-    CPU, 8 elsewhere. cuda_graph: decode in fixed shapes, captured and replayed on CUDA. NOT YET RUN ON A GPU, hence off by default;
-    without CUDA the same shapes run eagerly (for the tests). Raises ValueError for a family that is not supported and for bad input.
-    """
-    check_supported(model)
-    limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else list(max_new_tokens)
-    if min(limits, default=1) < 1 or (slots or 1) < 1 or (check_every or 1) < 1 or temperature < 0 or not 0 < top_p <= 1:
-        raise ValueError("generate needs max_new_tokens, slots and check_every >= 1, temperature >= 0 and 0 < top_p <= 1")
-    if len(limits) != len(prompts) or not all(prompts):
-        raise ValueError("generate got an empty prompt" if not all(prompts) else "generate needs one limit for each prompt")
-    if not prompts:
-        return []
-    longest, length, device = max(map(len, prompts)), max(len(p) + limit for p, limit in zip(prompts, limits)), model.device
-    modes, what = [(module, module.training) for module in model.modules()], "one token"
+
+# ------------------------------------------------------------------------------- the model's side
+
+
+def unwrapped(model):
+    """The Hugging Face model inside DistributedDataParallel or torch.compile."""
+    if isinstance(model, torch.nn.parallel.DistributedDataParallel):
+        model = model.module
+    return getattr(model, "_orig_mod", model)
+
+
+@contextmanager
+def sampling_mode(model):
+    """Eval mode, and attention without cuDNN; both are restored afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    cudnn = torch.backends.cuda.cudnn_sdp_enabled()
     model.eval()
+    # cuDNN makes a plan for every new shape, which takes longer than a step, and the number of
+    # keys grows with every step.
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    torch.clear_autocast_cache()  # its copies of the weights could be older than the weights ...
     try:
-        probe = prefill(model, [(0, 0)])  # of one token, to learn what the layers write
-        token_bytes = probe.numel() * probe.element_size()
-        if slots is None and device.type == "cuda":  # three quarters of what is free, fp32 logits and their copies counted
-            free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-            slots = max(1, min(256, int(0.75 * free) // (token_bytes * (length + longest // 2) + 16 * model.config.vocab_size)))
-        slots = min(slots or 64, len(prompts))
-        ahead = max(1, min(slots // 4, PREFILL_TOKENS // longest))
-        what = f"{slots} slots x {length} + {ahead} x {longest} tokens, {token_bytes * (slots * length + ahead * longest) / 1e9:.3g} GB"
-        logging.getLogger(__name__).info("keys and values of %s", what)
-        sampler = partial(sample, temperature=temperature, top_p=top_p, generator=generator, vocab_size=vocab_size)
-        decoder = Decoder(model, probe, slots, length, list(eos_token_ids), sampler, cuda_graph)
-        return decode_all(decoder, prompts, limits, ahead, check_every or (1 if device.type == "cpu" else 8), progress or (lambda n: None))
-    except RuntimeError as error:  # torch.OutOfMemoryError is one; the CPU's allocator raises the plain one
-        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
-            raise
-        raise torch.OutOfMemoryError(f"out of memory: keys and values of {what}; lower slots or max_new_tokens") from error
+        yield
     finally:
+        torch.clear_autocast_cache()  # ... and ours carry no gradient: training must not meet them
+        torch.backends.cuda.enable_cudnn_sdp(cudnn)
         for module, mode in modes:
             module.training = mode
 
 
-def decode_all(decoder: Decoder, prompts: list[list[int]], limits: list[int], ahead: int, check_every: int, progress) -> list[Rollout]:
-    """The host's part: who sits in which slot, who is next, and whose response is complete."""
-    same: dict[tuple[int, ...], list[int]] = {}
+def attention_masks(config, positions: torch.Tensor, length: int, dtype: torch.dtype):
+    """Additive masks of queries at `positions` [B, T] over `length` keys, as the model takes them:
+    [B, 1, T, length], or a dict of those by layer type. The query at position p attends to the
+    indices j <= p and, with a sliding window w, only to j > p - w."""
+    key, query = torch.arange(length, device=positions.device), positions[:, None, :, None]
+
+    def mask(window: int | None) -> torch.Tensor:
+        hidden = key > query
+        if window is not None:
+            hidden = hidden | (key <= query - window)
+        return hidden.to(dtype).mul_(torch.finfo(dtype).min)
+
+    window, kinds = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
+    if kinds is None:
+        return mask(window)
+    return {k: mask(window if k == "sliding_attention" else None) for k in set(kinds)}
+
+
+signature = cache(inspect.signature)
+
+
+def forward(model, cache, tokens: torch.Tensor, positions: torch.Tensor, length: int):
+    """Tokens [B, T] at positions [B or 1, T], which attend to `length` keys of the cache.
+    Returns the logits after the last token [B, V]."""
+    renamed = "cache" in signature(type(model).forward).parameters  # in transformers 5.2x
+    return model(
+        input_ids=tokens,
+        position_ids=positions,
+        attention_mask=attention_masks(model.config, positions, length, model.dtype),
+        use_cache=True,
+        logits_to_keep=1,
+        **{"cache" if renamed else "past_key_values": cache},
+    ).logits[:, -1]
+
+
+class HuggingFaceCache:
+    """What the models ask of a cache besides `update(key, value, layer)`, by which every attention
+    layer hands in what it computed and gets back what to attend to."""
+
+    is_compileable = False  # asked for by StableLM of transformers 5.0
+
+    def get_seq_length(self, *args) -> int:  # only for default position ids; ours are always given
+        return 0
+
+
+class Recorder(HuggingFaceCache):
+    """Records the keys and values of whole prompts, which attend only to themselves."""
+
+    def __init__(self):
+        self.written: list[torch.Tensor] = []  # layer i: keys at 2i, values at 2i + 1
+
+    def update(self, key: torch.Tensor, value: torch.Tensor, layer: int, *args, **kwargs):
+        self.written += [key, value]  # [B, heads, T, size] each
+        return key, value
+
+
+def prefill(model, prompts: list[tuple[int, ...]]) -> list[torch.Tensor]:
+    """Keys and values of B prompts without their last tokens: for each layer two tensors
+    [B, heads, T, size], where T is the longest prompt's length - 1, but at least 1."""
+    recorder, width = Recorder(), max(1, max(map(len, prompts)) - 1)
+    padded = [p[:-1] + (0,) * (width + 1 - len(p)) for p in prompts]
+    positions = torch.arange(width, device=model.device)[None]  # one mask for all rows
+    forward(model, recorder, torch.tensor(padded, device=model.device), positions, width)
+    return recorder.written
+
+
+def bytes_per_token(written: list[torch.Tensor]) -> int:
+    return sum(x[0, :, 0].numel() * x.element_size() for x in written)
+
+
+class SlotCache(HuggingFaceCache):
+    """Keys and values of all slots: for each layer two tensors [slots, heads, length, size]."""
+
+    def __init__(self, like: list[torch.Tensor], slots: int, length: int):
+        heads = like[0].shape[1]
+        self.layers = [x.new_zeros(slots, heads, length, x.shape[3]) for x in like]
+        # Where each row and head begins in a layer viewed as [slots * heads * length, size].
+        starts = torch.arange(0, slots * heads * length, length, device=like[0].device)
+        self.starts = starts.view(slots, heads)
+
+    def point(self, positions: torch.Tensor, length: int):
+        """The next forward writes row i at positions[i] and reads the first `length` indices."""
+        self.rows, self.length = len(positions), length
+        self.where = (self.starts[: self.rows] + positions[:, None]).view(-1)  # [rows * heads]
+
+    def update(self, key: torch.Tensor, value: torch.Tensor, layer: int, *args, **kwargs):
+        seen = []
+        for cached, new in zip(self.layers[2 * layer : 2 * layer + 2], (key, value)):
+            size = cached.shape[3]
+            cached.view(-1, size).index_copy_(0, self.where, new.reshape(-1, size))
+            seen.append(cached[: self.rows, :, : self.length])
+        return seen
+
+
+# -------------------------------------------------------------------------------------- decoding
+
+
+class Decoder:
+    """The state of all slots, in tensors that stay where they are, and the decode step."""
+
+    def __init__(self, model, like, slots: int, length: int, last: int, eos: list[int], sampler):
+        """like: keys and values as `prefill` returns them. length: tokens allocated per slot.
+        last: the last position that can be used, at most length - 1."""
+        self.model, self.sampler, self.last, device = model, sampler, last, model.device
+        self.cache = SlotCache(like, slots, length)
+        precision = torch.promote_types(model.dtype, torch.float32)
+        self.tokens = torch.zeros(slots, length, dtype=torch.long, device=device)  # by position
+        self.logprobs = torch.zeros(slots, length, dtype=precision, device=device)  # of the tokens
+        self.position = torch.zeros(slots, dtype=torch.long, device=device)  # of each next input
+        self.ended = torch.zeros(slots, dtype=torch.bool, device=device)  # an EOS was sampled
+        self.eos = torch.tensor(eos, dtype=torch.long, device=device)
+
+    def admit(self, written, rows: list[int], sources: list[int], prompts: list[list[int]]):
+        """Slots `rows` take `prompts`, whose keys and values are rows `sources` of `written`."""
+        host = [rows, sources, [len(p) - 1 for p in prompts], [p[-1] for p in prompts]]
+        row, source, position, token = torch.tensor(host, device=self.eos.device)
+        for cached, new in zip(self.cache.layers, written):
+            cached[row, :, : new.shape[2]] = new[source]
+        self.tokens[row, position], self.position[row], self.ended[row] = token, position, False
+
+    def move(self, sources: list[int], targets: list[int], length: int):
+        """Slots `targets` take over from slots `sources`, whose sequences are `length` at most."""
+        source, target = torch.tensor([sources, targets], device=self.eos.device)
+        layers = [cached[:, :, :length] for cached in self.cache.layers]
+        for x in (*layers, self.tokens, self.logprobs, self.position, self.ended):
+            x[target] = x[source]
+
+    def step(self, n: int, length: int):
+        """Sample one token for each of the first n rows, whose sequences are `length` at most.
+
+        The layers find the place of their keys and values through `self.cache`, which is pointed
+        at this step's positions before the forward. The host must not read any tensor in here."""
+        position = self.position[:n]
+        self.cache.point(position, length)
+        token = self.tokens[:n].gather(1, position[:, None])  # [n, 1]
+        logits = forward(self.model, self.cache, token, position[:, None], length)
+        ids, logprobs = self.sampler(logits)
+        # The clamp keeps rows inside the cache that fixed shapes drag along unused.
+        position.add_(1).clamp_(max=self.last)
+        self.tokens[:n].scatter_(1, position[:, None], ids[:, None])
+        self.logprobs[:n].scatter_(1, position[:, None], logprobs[:, None])
+        self.ended[:n] |= (ids[:, None] == self.eos).any(-1)
+
+
+@dataclass
+class Row:
+    """What the host knows of a slot in use. Lengths count the prompt's tokens too."""
+
+    prompt: int  # the index of its prompt
+    length: int  # tokens so far
+    limit: int  # the length at which the response is cut
+
+
+def decode_all(decoder, step, prompts, limits, ahead: int, check_every: int, progress):
+    """The host's part: which prompt is in which slot, which is next, which response is complete.
+
+    step: `decoder.step`, or the same in fixed shapes. ahead: how many prompts are prefilled at
+    once. The rest is as in `generate`, which returns what this returns."""
+    same: dict[tuple[int, ...], list[int]] = {}  # equal prompts are computed once
     for i, prompt in enumerate(prompts):
         same.setdefault(tuple(prompt), []).append(i)
-    waiting = deque(same.items())  # equal prompts follow each other, and are computed once
-    staged: deque[tuple[int, int]] = deque()  # (prompt, the row of the stage where it stands)
-    rows: dict[int, tuple[int, int, int]] = {}  # slots in use: (step of the last allowed token, position - step, prompt)
-    slots, eos, now = len(decoder.position), set(decoder.eos.tolist()), 0  # now: steps so far
+    waiting = deque(same.items())
+    prefilled: deque[tuple[int, int]] = deque()  # (index of a prompt, its row in `written`)
+    rows: dict[int, Row] = {}  # the slots in use
+    slots, eos = len(decoder.position), set(decoder.eos.tolist())
     rollouts = [Rollout() for _ in prompts]
-    while True:
-        while (staged or waiting) and len(rows) < slots:  # free slots take the next prompts
-            if not staged:
+    while waiting or prefilled or rows:
+        # 1. Free slots take the next prompts.
+        while (waiting or prefilled) and len(rows) < slots:
+            if not prefilled:
                 groups = [waiting.popleft() for _ in range(min(len(waiting), ahead))]
-                kv = prefill(decoder.model, [prompt for prompt, _ in groups])
-                staged.extend((i, row) for row, (_, indices) in enumerate(groups) for i in indices)
-            free = [row for row in range(slots) if row not in rows][: len(staged)]
-            new, sources = zip(*[staged.popleft() for _ in free])
-            decoder.admit(kv, free, sources, [prompts[i] for i in new])
-            rows.update({row: (now + limits[i], len(prompts[i]) - 1 - now, i) for row, i in zip(free, new)})
-        if not rows:
-            return rollouts
-        n, length = len(rows), now + 1 + max(offset for _, offset, _ in rows.values())
-        if sources := [row for row in rows if row >= n]:  # nobody is left to take some slots: the last rows move there
-            targets = [row for row in range(n) if row not in rows]
+                written = prefill(decoder.model, [prompt for prompt, _ in groups])
+                for source, (_, indices) in enumerate(groups):
+                    prefilled.extend((i, source) for i in indices)
+            free = [slot for slot in range(slots) if slot not in rows][: len(prefilled)]
+            taken, sources = zip(*[prefilled.popleft() for _ in free])
+            decoder.admit(written, free, sources, [prompts[i] for i in taken])
+            for slot, i in zip(free, taken):
+                rows[slot] = Row(i, len(prompts[i]), len(prompts[i]) + limits[i])
+        # 2. When no prompt is left, the last rows move into the gaps.
+        n, length = len(rows), max(row.length for row in rows.values())
+        if sources := [slot for slot in rows if slot >= n]:
+            targets = [slot for slot in range(n) if slot not in rows]
             decoder.move(sources, targets, length)
-            rows.update(zip(targets, [rows.pop(row) for row in sources]))
-        for _ in range(min(check_every, min(rows.values())[0] - now)):
-            decoder.run(n, length)
-            now, length = now + 1, length + 1
+            for source, target in zip(sources, targets):
+                rows[target] = rows.pop(source)
+        # 3. Some steps, without a look at what they sample.
+        steps = min(check_every, min(row.limit - row.length for row in rows.values()))
+        for t in range(steps):
+            step(n, length + t)
+        for row in rows.values():
+            row.length += steps
+        # 4. Responses that reached an EOS or their limit leave.
         ended = decoder.ended[:n].tolist()
-        if complete := [row for row in range(n) if ended[row] or rows[row][0] == now]:
-            tokens, scores = decoder.tokens[complete, :length].tolist(), decoder.logprobs[complete, :length].tolist()
-            for row, ids, logprobs in zip(complete, tokens, scores):
-                deadline, _, i = rows.pop(row)
-                start, stop = len(prompts[i]), len(prompts[i]) + limits[i] - (deadline - now)
-                stop = next((t + 1 for t in range(start, stop) if ids[t] in eos), stop)  # behind an EOS: sampled before the host looked
-                rollouts[i] = Rollout(ids[start:stop], logprobs[start:stop], ids[stop - 1] in eos)
+        complete = [s for s in range(n) if ended[s] or rows[s].length == rows[s].limit]
+        if complete:
+            tokens = decoder.tokens[complete, : length + steps].tolist()
+            scores = decoder.logprobs[complete, : length + steps].tolist()
+        for k, slot in enumerate(complete):
+            row = rows.pop(slot)
+            start, ids, logprobs = len(prompts[row.prompt]), tokens[k], scores[k]
+            # Drop what was sampled after the EOS, before the host looked.
+            stop = next((t + 1 for t in range(start, row.length) if ids[t] in eos), row.length)
+            finished = ids[stop - 1] in eos
+            rollouts[row.prompt] = Rollout(ids[start:stop], logprobs[start:stop], finished)
+            if progress is not None:
                 progress(1)
+    return rollouts
+
+
+# -------------------------------------------- optional: CUDA graphs (skip this on a first reading)
+
+
+class FixedShapes:
+    """`Decoder.step` in a few fixed shapes, as CUDA graphs need them.
+
+    The number of rows is rounded up to a power of two, the length to an eighth of the cache's: at
+    most 8 lengths for each number of rows. Lengths are multiples of 64, as is the cache's, since
+    attention kernels would pad a mask whose rows are not aligned. On CUDA a shape runs eagerly the
+    first time, which warms it up; the second time it is captured, and from then on replayed."""
+
+    def __init__(self, decoder: Decoder, generator: torch.Generator | None):
+        self.decoder, self.generator = decoder, generator
+        self.graphs: dict[tuple[int, int], torch.cuda.CUDAGraph | None] = {}
+
+    def __call__(self, n: int, length: int):
+        slots, allocated = self.decoder.tokens.shape
+        block = 64 * -(-allocated // 512)
+        shape = min(1 << (n - 1).bit_length(), slots), min(-(-length // block) * block, allocated)
+        if shape not in self.graphs or self.decoder.eos.device.type != "cuda":
+            self.graphs[shape] = None
+            return self.decoder.step(*shape)
+        if self.graphs[shape] is None:
+            self.graphs[shape] = self.capture(*shape)
+        self.graphs[shape].replay()
+
+    def capture(self, n: int, length: int) -> torch.cuda.CUDAGraph:
+        graph = torch.cuda.CUDAGraph()
+        if self.generator is not None:
+            graph.register_generator_state(self.generator)
+        # One memory pool for all graphs: they never run at the same time.
+        pool = next((g.pool() for g in self.graphs.values() if g is not None), None)
+        with torch.cuda.graph(graph, pool=pool):
+            self.decoder.step(n, length)
+        return graph
