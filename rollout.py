@@ -138,29 +138,27 @@ def generate(
             f"a prompt and its max_new_tokens are {length} tokens, but the model has {positions} "
             "positions (max_position_embeddings)"
         )
-    size = "one token"
-    try:
-        with sampling_mode(model):
-            slots = min(slots or fit_slots(model, longest_prompt, length), len(prompts))
-            ahead = max(1, min(slots // 4, PREFILL_TOKENS // longest_prompt))
-            probe = prefill(model, [(0, 0)])  # shows which tensors the layers write
-            tokens = slots * length + ahead * longest_prompt
-            size = f"{slots} slots x {length} + {ahead} x {longest_prompt} tokens, "
-            size += f"{tokens * bytes_per_token(probe) / 1e9:.3g} GB"
-            logging.getLogger(__name__).info("keys and values of %s", size)
-            settings = dict(temperature=temperature, top_p=top_p, vocab_size=vocab_size)
-            sampler = partial(sample, generator=generator, **settings)
-            allocated = -(-length // 64) * 64 if cuda_graph else length  # see FixedShapes
+    with sampling_mode(model):
+        slots = min(slots or fit_slots(model, longest_prompt, length), len(prompts))
+        ahead = max(1, min(slots // 4, PREFILL_TOKENS // longest_prompt))
+        probe = prefill(model, [(0, 0)])  # shows which tensors the layers write
+        size = bytes_per_token(probe) * (slots * length + ahead * longest_prompt) / 1e9
+        memory = f"{slots} slots x {length} + {ahead} x {longest_prompt} tokens, {size:.3g} GB"
+        logging.getLogger(__name__).info("keys and values of %s", memory)
+        settings = dict(temperature=temperature, top_p=top_p, vocab_size=vocab_size)
+        sampler = partial(sample, generator=generator, **settings)
+        allocated = -(-length // 64) * 64 if cuda_graph else length  # see FixedShapes
+        every = check_every or (1 if model.device.type == "cpu" else 8)
+        try:
             decoder = Decoder(model, probe, slots, allocated, length - 1, eos, sampler)
             step = FixedShapes(decoder, generator) if cuda_graph else decoder.step
-            every = check_every or (1 if model.device.type == "cpu" else 8)
             return decode_all(decoder, step, prompts, limits, ahead, every, progress)
-    except RuntimeError as error:  # the CPU's allocator raises no torch.OutOfMemoryError
-        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
+        except RuntimeError as error:  # on the CPU it is no torch.OutOfMemoryError
+            if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
+                message = f"out of memory: keys and values of {memory}"
+                message += "; lower slots or max_new_tokens"
+                raise torch.OutOfMemoryError(message) from error
             raise
-        raise torch.OutOfMemoryError(
-            f"out of memory: keys and values of {size}; lower slots or max_new_tokens"
-        ) from error
 
 
 def fit_slots(model, longest_prompt: int, length: int, free_bytes: int | None = None) -> int:
@@ -170,6 +168,7 @@ def fit_slots(model, longest_prompt: int, length: int, free_bytes: int | None = 
     longest_prompt, length: the most tokens of a prompt, and of a prompt with its response.
     free_bytes: None: what is free on the model's device, where that is CUDA.
     Returns the slots that fit into three quarters of free_bytes, at most 256; without CUDA 64."""
+    model = unwrapped(model)
     device = model.device
     if free_bytes is None and device.type != "cuda":
         return 64
@@ -202,12 +201,9 @@ def check_supported(model) -> None:
     attention = config._attn_implementation
     if attention not in ("sdpa", "eager"):  # the others do not take our 4-D masks
         raise ValueError(f"rollout.py needs attention 'sdpa' or 'eager', not {attention!r}")
-    kinds = set(getattr(config, "layer_types", None) or ()) - {
-        "full_attention",
-        "sliding_attention",
-    }
-    if kinds:
-        names = ", ".join(sorted(kinds))
+    layers = set(getattr(config, "layer_types", None) or ())
+    if refused := layers - {"full_attention", "sliding_attention"}:
+        names = ", ".join(sorted(refused))
         raise ValueError(f"rollout.py does not support layers of type {names} ({family})")
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     settings = [rope, *rope.values()]  # one dict, or one dict for each layer type
@@ -215,9 +211,7 @@ def check_supported(model) -> None:
     # The frequencies of these two depend on the longest sequence of the BATCH.
     if refused := types & {"dynamic", "longrope"}:
         names = ", ".join(sorted(refused))
-        raise ValueError(
-            f"rollout.py does not support rotary embeddings of type {names} ({family})"
-        )
+        raise ValueError(f"rollout.py does not support rotary embeddings: {names} ({family})")
 
 
 # --------------------------------------------------------------------------------- the random draw
@@ -279,8 +273,8 @@ def invert(weights: torch.Tensor, generator: torch.Generator | None, dtype: torc
     u = torch.rand(len(weights), 1, dtype=dtype, device=weights.device, generator=generator)
     index = torch.searchsorted(cumulative, u * cumulative[:, -1:], right=True)
     if dtype == torch.float32:
-        # A parallel sum rounds differently at each entry, so in about one of 10^7 draws an entry
-        # of weight 0 seems to add something. The likeliest entry takes its place.
+        # A parallel sum rounds differently at each entry, so in one of some 10^7 draws (10^16 in
+        # float64) an entry of weight 0 seems to add something. The likeliest takes its place.
         index = index.clamp(max=weights.shape[1] - 1)
         index = index.where(weights.gather(1, index) > 0, weights.argmax(-1, keepdim=True))
     return index
@@ -305,11 +299,9 @@ def sampling_mode(model):
     # cuDNN makes a plan for every new shape, which takes longer than a step, and the number of
     # keys grows with every step.
     torch.backends.cuda.enable_cudnn_sdp(False)
-    torch.clear_autocast_cache()  # its copies of the weights could be older than the weights ...
     try:
         yield
     finally:
-        torch.clear_autocast_cache()  # ... and ours carry no gradient: training must not meet them
         torch.backends.cuda.enable_cudnn_sdp(cudnn)
         for module, mode in modes:
             module.training = mode

@@ -1,21 +1,48 @@
-"""How fast rollout.py is: run by hand, not a test. Random weights of the given shape; only the sizes matter.
+"""How fast rollout.py is. Run by hand; it is not a test. The weights are random: only sizes matter.
 
-    python tests/bench_rollout.py                                        the toy model, lengths (b) geometric
-    python tests/bench_rollout.py --lengths equal                        (a) all equal
-    python tests/bench_rollout.py --shape smollm2 --slots 16 --limit 128 --skip batch      SmolLM2-135M's shape
-    python tests/bench_rollout.py --growth                               time per token at 128 to 2,048 tokens
+    python tests/bench_rollout.py                            the toy model, geometric lengths
+    python tests/bench_rollout.py --lengths equal            all lengths equal
+    python tests/bench_rollout.py --shape smollm2 --slots 16 --limit 128 --skip batch
+                                                             the shape of SmolLM2-135M
+    python tests/bench_rollout.py --growth                   time per token at 128 to 2,048 tokens
 
-8 times as many prompts as slots, all different. Every response's length is forced, drawn with a seed: (a) all as long as the limit, (b)
-geometric with a mean of a quarter of the limit, cut at it. The samplers, interleaved in one process, same model, dtype and sampling:
-    ours            rollout.generate with one limit a prompt (the look for an EOS goes on at every step)
-    generate        transformers' model.generate, batches of `slots`, a row ends by a stopping criterion, a batch with its last row
-    generate_batch  transformers' continuous batching, one max_new_tokens a request, at most `slots` requests at once
-    floor           the bare forward of `slots` rows over a ready cache that nothing is written to (no sampling, prefill, or mask to build),
-                    times the fewest steps that the lengths allow: max(longest, ceil(sum / slots)). Its cache length is the mean of what
-                    the rows hold; `dense floor`: the mean of what the longest row holds, which attention over a rectangle reads;
-    bare steps      the same forward at the rows and the longest row's length of every step (each 16th is timed) of continuous batching in
-                    the prompts' order, lengths unknown beforehand: what is left to it is all of ours that is not the model
-Printed: tokens/s of kept tokens, median over the repeats (least and most in brackets), and ours over each in the median of the repeats.
+There are 8 times as many prompts as slots, all different. The length of every response is forced
+and drawn with a seed: all as long as the limit, or geometric with a mean of a quarter of the limit,
+cut at the limit. These run in turn in one process, with the same model, dtype and sampling:
+    ours            rollout.generate with one limit per prompt (it still looks for an EOS)
+    generate        transformers' model.generate in batches of `slots`; a stopping criterion ends a
+                    row, the last row to end ends the batch
+    generate_batch  transformers' continuous batching, one max_new_tokens per request, at most
+                    `slots` requests at once
+    floor           the bare forward of `slots` rows over a ready cache to which nothing is written
+                    (no sampling, no prefill, no mask to build), times the fewest steps that the
+                    lengths allow: max(longest, ceil(sum / slots)). Its cache is as long as what the
+                    rows hold on average
+    dense floor     the same with the average length of the longest row, which is what attention
+                    over a rectangle reads
+    bare steps      the same forward at the number of rows and the longest length of every step (one
+                    in 16 is timed) of continuous batching in the prompts' order, with lengths that
+                    are not known beforehand: the rest of our time is all that is not the model
+It prints the kept tokens per second, the median over the repeats (least and most in brackets), and
+how many times as fast as each of the others ours is, in the median of the repeats.
+
+Measured on 2 cores, torch 2.13.0 (CPU), transformers 5.24, fp32, one thread (OMP_NUM_THREADS=1),
+tokens per second, median of 5 repeats (SmolLM2: of 2), 2026-11-25, with commit 4a51f7e, on a
+machine whose MKL was slow with 2 or 3 rows (that commit decoded those as 4; later ones do not). The
+bare forward is the dense floor.
+                                                        ours  generate  generate_batch  bare forward
+    toy, geometric lengths, 64 slots                   9,709     2,272           3,598        12,562
+                                                               (4.2 x)         (2.6 x)        (0.76)
+    toy, all of 256 tokens, an earlier commit         12,947     9,555               -        16,683
+    (--lengths equal --skip batch)                            (1.36 x)                        (0.75)
+    SmolLM2-135M's shape, geometric, 16 slots             70        25               -            94
+    (--shape smollm2 --slots 16 --limit 64                     (2.9 x)                        (0.75)
+    --skip batch --repeats 2)
+Of the toy's time with geometric lengths 85% is the model's decode forward, 8% prefill, 5% sampling
+and the step's own work, 2% the host. That forward takes 1.3 times as long as the bare one, because
+a ready cache is dense in memory and ours has gaps where rows may still grow. From 128 to 2,048
+tokens per response a step of 64 rows takes 3.5 times as long (--growth, an earlier commit):
+attention 5.1 times, the rest 1.2 times.
 """
 
 import argparse
@@ -26,6 +53,7 @@ import statistics
 import sys
 import time
 import warnings
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -36,8 +64,17 @@ import rollout
 
 
 def shape(hidden, intermediate, layers, heads, kv_heads, head_dim, vocab, positions):
-    return dict(hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers, num_attention_heads=heads, vocab_size=vocab,
-                num_key_value_heads=kv_heads, head_dim=head_dim, max_position_embeddings=positions, tie_word_embeddings=True)  # fmt: skip
+    return dict(
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=head_dim,
+        vocab_size=vocab,
+        max_position_embeddings=positions,
+        tie_word_embeddings=True,
+    )
 
 
 SHAPES = {
@@ -64,14 +101,15 @@ def sync(device):
 
 
 def ours(args, model, prompts, lengths):
-    out = rollout.generate(model, prompts, max_new_tokens=lengths, eos_token_ids=[model.config.vocab_size], slots=args.slots,
-                           cuda_graph=args.cuda_graph)  # fmt: skip
+    never = model.config.vocab_size  # an EOS that is looked for and not found
+    settings = dict(eos_token_ids=never, slots=args.slots, cuda_graph=args.cuda_graph)
+    out = rollout.generate(model, prompts, max_new_tokens=lengths, **settings)
     assert [len(r.ids) for r in out] == lengths
 
 
 def sampling(lengths, eos):
-    return GenerationConfig(max_new_tokens=max(lengths), do_sample=True, temperature=1.0, top_k=0, top_p=1.0, eos_token_id=eos,
-                            pad_token_id=0)  # fmt: skip
+    plain = dict(do_sample=True, temperature=1.0, top_k=0, top_p=1.0)
+    return GenerationConfig(max_new_tokens=max(lengths), eos_token_id=eos, pad_token_id=0, **plain)
 
 
 def generate(args, model, prompts, lengths):
@@ -80,8 +118,15 @@ def generate(args, model, prompts, lengths):
         batch, ends = prompts[i : i + args.slots], lengths[i : i + args.slots]
         width = max(map(len, batch))
         ids = torch.tensor([[0] * (width - len(p)) + p for p in batch], device=args.device)
-        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in batch], device=args.device)
-        out = model.generate(ids, attention_mask=mask, generation_config=config, stopping_criteria=[EndAt(width, ends, args.device)])
+        mask = torch.tensor(
+            [[0] * (width - len(p)) + [1] * len(p) for p in batch], device=args.device
+        )
+        out = model.generate(
+            ids,
+            attention_mask=mask,
+            generation_config=config,
+            stopping_criteria=[EndAt(width, ends, args.device)],
+        )
         assert out.shape[1] == width + max(ends)
 
 
@@ -89,9 +134,14 @@ def generate_batch(args, model, prompts, lengths):
     from transformers import ContinuousBatchingConfig
 
     config = sampling(lengths, -1)
-    blocks = args.slots * -(-(max(map(len, prompts)) + max(lengths)) // args.page_size)
-    cb = ContinuousBatchingConfig(page_size=args.page_size, num_blocks=blocks, max_batch_tokens=args.batch_tokens,
-                                  max_requests_per_batch=args.slots)  # fmt: skip
+    parameters = inspect.signature(ContinuousBatchingConfig).parameters
+    page = "page_size" if "page_size" in parameters else "block_size"  # its name up to 5.17
+    cb = ContinuousBatchingConfig(
+        **{page: args.page_size},
+        num_blocks=args.slots * -(-(max(map(len, prompts)) + max(lengths)) // args.page_size),
+        max_batch_tokens=args.batch_tokens,
+        max_requests_per_batch=args.slots,
+    )
     attention = model.config._attn_implementation
     with model.continuous_batching_context_manager(
         generation_config=config, continuous_batching_config=cb, block=True, timeout=5
@@ -109,12 +159,12 @@ class Ready:
     """A cache that holds `length` positions already and takes no more."""
 
     def __init__(self, model, rows: int, length: int):
-        probe = rollout.prefill(model, [(0, 0)])
-        layers, _, heads, _, size = probe.shape
-        self.kv = [probe.new_full((rows, heads, length, size), 0.1) for _ in range(layers)]
+        self.layers = []  # keys and values by turns, [rows, heads, length, size] each
+        for x in rollout.prefill(model, [(0, 0)]):
+            self.layers.append(x.new_full((rows, x.shape[1], length, x.shape[3]), 0.1))
 
     def update(self, key, value, layer, *args, **kwargs):
-        return self.kv[2 * layer], self.kv[2 * layer + 1]
+        return self.layers[2 * layer : 2 * layer + 2]
 
     def get_seq_length(self, *args):
         return 0
@@ -124,8 +174,10 @@ class Ready:
 def forward_time(args, model, rows: int, length: int, calls: int) -> float:
     cache = Ready(model, rows, length)
     tokens = torch.zeros(rows, 1, dtype=torch.long, device=args.device)
-    positions, mask = torch.full_like(tokens, length - 1), torch.zeros(rows, 1, 1, length, dtype=model.dtype, device=args.device)
-    name = "cache" if "cache" in inspect.signature(type(model).forward).parameters else "past_key_values"
+    positions = torch.full_like(tokens, length - 1)
+    mask = torch.zeros(rows, 1, 1, length, dtype=model.dtype, device=args.device)
+    renamed = "cache" in inspect.signature(type(model).forward).parameters
+    name = "cache" if renamed else "past_key_values"
     kwargs = {name: cache, "position_ids": positions, "attention_mask": mask, "use_cache": True}
     for timed in (False, True):
         sync(args.device)
@@ -137,8 +189,10 @@ def forward_time(args, model, rows: int, length: int, calls: int) -> float:
 
 
 def schedule(prompts, lengths, slots):
-    """What continuous batching in the prompts' order does: ([(rows, length of the longest)] a step, mean length held by a row)."""
-    waiting, rows, steps, held = list(zip(map(len, prompts), lengths))[::-1], [], [], 0
+    """What continuous batching in the prompts' order does: for each step the number of rows and the
+    length of the longest, and the average length that a row holds."""
+    waiting = list(zip(map(len, prompts), lengths))[::-1]
+    rows, steps, held = [], [], 0
     while waiting or rows:
         while waiting and len(rows) < slots:
             prompt, n = waiting.pop()
@@ -152,97 +206,145 @@ def schedule(prompts, lengths, slots):
 
 def report(name, times, tokens, reference=None):
     rates = sorted(tokens / t for t in times)
-    ratio = f"   ours is {statistics.median(t / r for t, r in zip(times, reference)):.2f} x" if reference else ""
-    print(f"  {name:<15}{statistics.median(rates):>10,.0f} tokens/s  [{rates[0]:,.0f} .. {rates[-1]:,.0f}]{ratio}", flush=True)
+    ratio = ""
+    if reference:
+        ratio = statistics.median(t / r for t, r in zip(times, reference))
+        ratio = f"   ours is {ratio:.2f} x"
+    middle, least, most = statistics.median(rates), rates[0], rates[-1]
+    print(
+        f"  {name:<15}{middle:>10,.0f} tokens/s  [{least:,.0f} .. {most:,.0f}]{ratio}", flush=True
+    )
 
 
 def build(args):
     family, sizes = SHAPES[args.shape]
     torch.manual_seed(0)
-    config = AutoConfig.for_model(family, bos_token_id=None, eos_token_id=None, pad_token_id=None, **sizes)
-    return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, args.dtype)).to(args.device).eval()
+    none = dict(bos_token_id=None, eos_token_id=None, pad_token_id=None)
+    config = AutoConfig.for_model(family, **none, **sizes)
+    model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, args.dtype))
+    return model.to(args.device).eval()
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=SHAPES, default="toy")
-    parser.add_argument("--slots", type=int, default=64)
-    parser.add_argument("--lengths", choices=["equal", "geometric"], default="geometric")
-    parser.add_argument("--limit", type=int, default=256, help="most new tokens")
-    parser.add_argument("--prompt", type=int, default=16, help="mean prompt length; they are drawn from half of it to one and a half")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--skip", nargs="*", default=[], choices=["generate", "batch"], help="leave out one of transformers' samplers")
-    parser.add_argument("--page-size", type=int, default=256, help="of generate_batch")
-    parser.add_argument("--batch-tokens", type=int, default=256, help="of generate_batch: the most tokens in one of its forwards")
-    parser.add_argument("--growth", action="store_true", help="instead: our time per token at 128 to 2,048 tokens a response")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--threads", type=int, default=1, help="of torch on the CPU; 2 are far slower on the toy beside other work")
-    parser.add_argument("--cuda-graph", action="store_true", help="rollout.generate's cuda_graph: has not run on a GPU yet")
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    warnings.filterwarnings("ignore")
-    logging.disable(logging.WARNING)
-    model, rng = build(args), torch.Generator().manual_seed(1)
-    name = torch.cuda.get_device_name() if args.device == "cuda" else f"CPU, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
-    print(f"{args.shape} {args.dtype}, {name}, load {os.getloadavg()[0]:.1f}, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}")
+def parse_arguments():
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
+    add = parser.add_argument
+    add("--shape", choices=SHAPES, default="toy")
+    add("--slots", type=int, default=64)
+    add("--lengths", choices=["equal", "geometric"], default="geometric")
+    add("--limit", type=int, default=256, help="most new tokens")
+    add(
+        "--prompt", type=int, default=16, help="mean prompt length; drawn from half to 1.5 times it"
+    )
+    add("--repeats", type=int, default=5)
+    add("--skip", nargs="*", default=[], choices=["generate", "batch"], help="leave out a sampler")
+    add("--page-size", type=int, default=256, help="of generate_batch")
+    add("--batch-tokens", type=int, default=256, help="most tokens of a generate_batch forward")
+    add("--growth", action="store_true", help="instead: our time per token at several lengths")
+    add("--device", default="cpu")
+    add("--dtype", default="float32")
+    add("--threads", type=int, default=1, help="on the CPU; 2 are slower beside other work")
+    add("--cuda-graph", action="store_true", help="decode with CUDA graphs: not yet run on a GPU")
+    return parser.parse_args()
 
-    def draw_prompts(n):
-        sizes = torch.randint(max(1, args.prompt // 2), args.prompt * 3 // 2 + 1, (n,), generator=rng).tolist()
-        return [torch.randint(2, model.config.vocab_size, (size,), generator=rng).tolist() for size in sizes]
 
-    if args.growth:
-        prompts, limits = draw_prompts(args.slots), [128, 256, 512, 1024, 2048]
-        times = {limit: [] for limit in limits}
-        bare = {limit: [] for limit in limits}
-        for _ in range(args.repeats):
-            for limit in limits:
-                sync(args.device)
-                start = time.perf_counter()
-                ours(args, model, prompts, [limit] * len(prompts))
-                sync(args.device)
-                times[limit].append((time.perf_counter() - start) / limit)
-                bare[limit].append(forward_time(args, model, args.slots, args.prompt + limit // 2, 30))
+def draw_prompts(args, n, vocab_size, rng):
+    low, high = max(1, args.prompt // 2), args.prompt * 3 // 2 + 1
+    sizes = torch.randint(low, high, (n,), generator=rng).tolist()
+    return [torch.randint(2, vocab_size, (size,), generator=rng).tolist() for size in sizes]
+
+
+def seconds(device, call) -> float:
+    sync(device)
+    start = time.perf_counter()
+    call()
+    sync(device)
+    return time.perf_counter() - start
+
+
+def growth(args, model, rng):
+    prompts = draw_prompts(args, args.slots, model.config.vocab_size, rng)
+    limits = [128, 256, 512, 1024, 2048]
+    times, bare = {limit: [] for limit in limits}, {limit: [] for limit in limits}
+    for _ in range(args.repeats):
         for limit in limits:
-            ratio = statistics.median(a / b for a, b in zip(times[limit], times[128]))
-            own = statistics.median(a - b for a, b in zip(times[limit], bare[limit]))
-            forward = statistics.median(bare[limit])
-            print(f"  {limit:>5} tokens: {statistics.median(times[limit]) * 1e3:.3f} ms a step of {args.slots} rows, {ratio:.2f} x that of 128; "
-                  f"bare forward at its mean length {forward * 1e3:.3f} ms, all the rest {own * 1e3:.3f} ms", flush=True)  # fmt: skip
-        return
+            lengths = [limit] * len(prompts)
+            taken = seconds(args.device, partial(ours, args, model, prompts, lengths))
+            times[limit].append(taken / limit)
+            length = args.prompt + limit // 2
+            bare[limit].append(forward_time(args, model, args.slots, length, 30))
+    for limit in limits:
+        step, forward = statistics.median(times[limit]), statistics.median(bare[limit])
+        ratio = statistics.median(a / b for a, b in zip(times[limit], times[128]))
+        own = statistics.median(a - b for a, b in zip(times[limit], bare[limit]))
+        print(
+            f"  {limit:>5} tokens: {step * 1e3:.3f} ms per step of {args.slots} rows, "
+            f"{ratio:.2f} x that of 128; bare forward at its mean length {forward * 1e3:.3f} ms, "
+            f"all the rest {own * 1e3:.3f} ms",
+            flush=True,
+        )
 
-    prompts = draw_prompts(8 * args.slots)
+
+def compare(args, model, rng):
+    prompts = draw_prompts(args, 8 * args.slots, model.config.vocab_size, rng)
     if args.lengths == "equal":
         lengths = [args.limit] * len(prompts)
     else:  # geometric on 1, 2, ...
         u = torch.rand(len(prompts), dtype=torch.float64, generator=rng)
-        lengths = (1 + (u.log() / torch.tensor(1 - 4 / args.limit, dtype=torch.float64).log()).long()).clamp(max=args.limit).tolist()
-    tokens, fewest = sum(lengths), max(max(lengths), -(-sum(lengths) // args.slots))
+        rate = torch.tensor(1 - 4 / args.limit, dtype=torch.float64).log()
+        lengths = (1 + (u.log() / rate).long()).clamp(max=args.limit).tolist()
+    tokens = sum(lengths)
+    fewest = max(max(lengths), -(-tokens // args.slots))
     steps, held = schedule(prompts, lengths, args.slots)
     longest = round(statistics.mean(length for _, length in steps))
-    print(f"  {len(prompts)} prompts of {min(map(len, prompts))} to {max(map(len, prompts))} tokens, {args.slots} slots, {args.lengths}: "
-          f"{tokens} tokens, mean {tokens / len(prompts):.0f}, limit {args.limit}; {fewest} steps at least, {len(steps)} in this order; "
-          f"a row holds {held} on average, the longest {longest}", flush=True)  # fmt: skip
-    samplers = {"ours": ours, "generate": generate, "generate_batch": generate_batch}
-    samplers = {k: f for k, f in samplers.items() if k not in [{"batch": "generate_batch"}.get(s, s) for s in args.skip]}
+    shortest_prompt, longest_prompt = min(map(len, prompts)), max(map(len, prompts))
+    print(
+        f"  {len(prompts)} prompts of {shortest_prompt} to {longest_prompt} tokens, {args.slots} "
+        f"slots, {args.lengths}: {tokens} tokens, mean {tokens / len(prompts):.0f}, limit "
+        f"{args.limit}; {fewest} steps at least, {len(steps)} in this order; a row holds {held} on "
+        f"average, the longest {longest}",
+        flush=True,
+    )
+    samplers = {"ours": ours}
+    if "generate" not in args.skip:
+        samplers["generate"] = generate
+    if "batch" not in args.skip:
+        samplers["generate_batch"] = generate_batch
     floors = ["floor", "dense floor", "bare steps"]
     times = {name: [] for name in [*samplers, *floors]}
+    few = prompts[: args.slots], [8] * args.slots
     for repeat in range(args.repeats + 1):  # the first one warms up
         for name, sampler in samplers.items():
-            sync(args.device)
-            start = time.perf_counter()
-            sampler(args, model, prompts, lengths) if repeat else sampler(args, model, prompts[: args.slots], [8] * args.slots)
-            sync(args.device)
-            times[name].append(time.perf_counter() - start)
-            for floor, length in (("floor", held), ("dense floor", longest)):  # beside each sampler; below, their mean is one repeat
-                times[floor].append(fewest * forward_time(args, model, args.slots, length, max(5, fewest // 20)))
-            times["bare steps"].append(
-                len(steps) * statistics.mean(forward_time(args, model, rows, length, 3) for rows, length in steps[8::16])
-            )
+            work = (prompts, lengths) if repeat else few
+            times[name].append(seconds(args.device, partial(sampler, args, model, *work)))
+            # The floors are measured beside each sampler; their mean is one repeat.
+            calls = max(5, fewest // 20)
+            for floor, length in (("floor", held), ("dense floor", longest)):
+                taken = forward_time(args, model, args.slots, length, calls)
+                times[floor].append(fewest * taken)
+            some = [forward_time(args, model, *step, 3) for step in steps[8::16]]
+            times["bare steps"].append(len(steps) * statistics.mean(some))
     for name in times:
         k = len(samplers) if name in floors else 1
-        times[name] = [sum(times[name][i : i + k]) / k for i in range(k, len(times[name]), k)]
+        repeats = range(k, len(times[name]), k)
+        times[name] = [sum(times[name][i : i + k]) / k for i in repeats]
         report(name, times[name], tokens, None if name == "ours" else times["ours"])
+
+
+def main():
+    args = parse_arguments()
+    torch.set_num_threads(args.threads)
+    warnings.filterwarnings("ignore")
+    logging.disable(logging.WARNING)
+    model, rng = build(args), torch.Generator().manual_seed(1)
+    name = f"CPU, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+    if args.device == "cuda":
+        name = torch.cuda.get_device_name()
+    print(
+        f"{args.shape} {args.dtype}, {name}, load {os.getloadavg()[0]:.1f}, "
+        f"torch {torch.__version__}, {time.strftime('%Y-%m-%d')}"
+    )
+    (growth if args.growth else compare)(args, model, rng)
 
 
 if __name__ == "__main__":

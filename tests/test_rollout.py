@@ -271,8 +271,6 @@ def test_inside_autocast(attention):
         for prompt, r in zip(PROMPTS, got):
             expected = full_forward_logprobs(model, prompt, r.ids)
             assert r.logprobs == pytest.approx(expected, abs=0.25)  # bf16: 8 bits
-        torch.clear_autocast_cache()  # those forwards were without gradient, too
-        generate(model, PROMPTS, max_new_tokens=2, eos_token_ids=[1])
         ids = torch.tensor([PROMPTS[0]], device=DEVICE)
         model(input_ids=ids).logits.float().logsumexp(-1).sum().backward()
     assert all(p.grad is not None and p.grad.any() for p in model.parameters())
@@ -284,7 +282,8 @@ def test_wrapped_models():
 
     model, settings = build("llama"), dict(max_new_tokens=5, eos_token_ids=[1], temperature=0)
     expected = generate(model, PROMPTS, **settings)
-    assert generate(torch.compile(model), PROMPTS, **settings) == expected
+    compiled = torch.compile(model, backend=lambda graph, inputs: pytest.fail("compiled"))
+    assert generate(compiled, PROMPTS, **settings) == expected
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         parallel = torch.nn.parallel.DistributedDataParallel(model)
@@ -417,7 +416,7 @@ def test_fixed_lengths_and_sampled_logprobs(family):
     for longer than the model has positions (144, where the cache is allocated for 192)."""
     positions = dict(n_positions=144) if family == "gpt2" else {}
     model = build(family, max_position_embeddings=144, **positions)
-    prompts, limits = [PROMPTS[0], PROMPTS[1], PROMPTS[4], PROMPTS[2] * 4], [100, 143, 100, 10]
+    prompts, limits = [PROMPTS[0], PROMPTS[1], PROMPTS[4], PROMPTS[2] * 6], [100, 143, 100, 10]
     settings = dict(slots=4, check_every=3, cuda_graph=True, generator=seeded())
     got = generate(model, prompts, max_new_tokens=limits, eos_token_ids=[], **settings)
     assert [len(r.ids) for r in got] == limits
