@@ -19,7 +19,6 @@ from common import (
     Problem,
     checkpoint_layers,
     estimate_memory,
-    fit_memory,
     join,
     learning_rate,
     split,
@@ -569,7 +568,7 @@ def test_the_estimate_of_what_stays_is_what_is_allocated(family, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2"])
 def test_the_estimate_of_the_cache_is_that_of_the_models_own_cache(family, dtype):
-    """A slot holds x + y in stage 2; the reviser's x + y + P_r + y in stage 1, which the context
+    """A slot holds the longest that is sampled, a revision: x + y + P_r + y, which the context
     limits."""
     model, args = tiny(family, dtype=dtype), memory_flags(max_new_tokens=20)
     phrase = len("\n\nNo.\n\n")
@@ -579,11 +578,9 @@ def test_the_estimate_of_the_cache_is_that_of_the_models_own_cache(family, dtype
             _, cache = model(torch.zeros(1, length, dtype=torch.long), use_cache=True).to_tuple()
         return bytes_of(x for layer in cache.layers for x in (layer.keys, layer.values))
 
-    assert estimate_memory(as_lm(model), args, 3, "base")["slot"] == cache_bytes(3 + 20)
-    parts = estimate_memory(as_lm(model), args, 3)
-    assert (
-        parts["slot"] == cache_bytes(3 + 20 + phrase + 20) and parts["slots"] == 3 * parts["slot"]
-    )
+    for teacher in (None, "base"):
+        slot = estimate_memory(as_lm(model), args, 3, teacher)["slot"]
+        assert slot == cache_bytes(3 + 20 + phrase + 20)
     assert estimate_memory(as_lm(model, context=40), args, 3)["slot"] == cache_bytes(40)
 
 
@@ -650,24 +647,17 @@ def test_tokens_of_a_micro_batch():
 
 
 def test_the_memory_report(capsys):
-    """Given slots stay; others are what a GPU has room for, in stage 2 less than while collecting;
-    where something does not fit one line says what to lower."""
+    """One line says what is needed; where something does not fit another says what to lower."""
     lm, problems = as_lm(tiny("qwen3", dtype=torch.float32)), [Problem("", None, [5, 9, 3])]
     args = memory_flags(teacher="ema")
-    fit_memory(lm, args, problems)
+    common.fit_memory(lm, args, problems)
     captured = capsys.readouterr()
-    assert (args.slots, args.collect_slots) == (3, 3) and captured.err == ""
+    assert args.cache_bytes is args.collect_bytes is None and captured.err == ""
     parts = estimate_memory(lm, args, 3, "ema")
-    training = sum(parts.values()) - parts["slot"] - parts["slots"]
-    sampling = sum(parts[x] for x in ("weights", "optimizer", "teacher", "slots"))
-    assert (
-        f"training {training / 1e9:.3g}, sampling {sampling / 1e9:.3g} at 3 slots" in captured.out
-    )
-
-    args = memory_flags(slots=None)
-    fit_memory(lm, args, problems)
-    assert args.slots == args.collect_slots == common.MAX_SLOTS
-    assert capsys.readouterr().err == ""
+    training = sum(parts.values()) - parts["slot"]
+    sampling = sum(parts[x] for x in ("weights", "optimizer", "teacher")) + 3 * parts["slot"]
+    figures = f"training {training / 1e9:.3g}, sampling {sampling / 1e9:.3g} at 3 slots"
+    assert figures in captured.out
 
 
 class OnGPU:
@@ -693,10 +683,11 @@ def test_slots_are_what_a_gpu_has_room_for(slots, capsys, monkeypatch):
     standing = parts["weights"] + parts["optimizer"] + parts["teacher"]
     memory = math.ceil((standing + slots * parts["slot"]) / 0.9) if slots else standing
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (memory, memory))
-    fit_memory(lm, args, problems)
-    assert args.slots == min(max(slots, 1), common.MAX_SLOTS)
-    room = (0.9 * memory - parts["weights"]) / parts["slot"]
-    assert args.collect_slots == min(math.floor(room), common.MAX_SLOTS) >= args.slots
+    common.fit_memory(lm, args, problems)
+    fitting = min(max(slots, 1), common.MAX_SLOTS)
+    assert common.fit_slots(args, parts["slot"], args.cache_bytes) == fitting
+    assert args.collect_bytes - args.cache_bytes == standing - parts["weights"]
+    assert common.fit_slots(memory_flags(slots=7), parts["slot"], args.cache_bytes) == 7
     errors = capsys.readouterr().err
     training = standing + parts["gradients"] + parts["activations"] + parts["logits"]
     assert ("--micro-tokens" in errors) == (training > memory)
