@@ -57,7 +57,16 @@ PROMPT_DEFAULTS = {
 # in the log. Model and data may have been moved: they are compared by content.
 PLACES = {"model", "dataset", "eval_dataset", "traces", "output", "device", "resume"}
 FREE = {"micro_tokens", "gradient_checkpointing", "save_every", "eval_every"} | PLACES
+FREE |= {"collect_slots"}  # no flag: it follows from --slots and the device
 NOTED = {"slots", "lr"}
+# Chat templates may ask for today's date. The library takes no function of ours for it, but macros
+# in a template come before its own functions. The newline is dropped, as after every block.
+FIXED_DATE = (
+    "{% macro strftime_now(style) %}{% set text = namespace(now=style) %}"
+    "{% for code, value in date_parts.items() %}"
+    "{% set text.now = text.now.replace(code, value) %}{% endfor %}{{ text.now }}{% endmacro %}\n"
+)
+DATE_CODES = ("%a", "%A", "%b", "%B", "%d", "%-d", "%e", "%j", "%m", "%-m", "%y", "%Y", "%F", "%D")
 DATA_FILES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 MAX_SLOTS = 64  # more sequences at once hardly decode faster
 SHOW_EVERY = 10  # optimizer steps between two responses shown in the log
@@ -402,11 +411,13 @@ def render(lm: LM, problem: str, args: argparse.Namespace) -> list[int]:
         return [bos] + ids if wanted and ids[:1] != [bos] else ids
     day = time.strptime(args.date, "%Y-%m-%d")
     try:
+        template = lm.tokenizer.get_chat_template()
         return lm.tokenizer.apply_chat_template(
             [{"role": "user", "content": text}],
+            chat_template=FIXED_DATE + template if "strftime_now" in template else template,
             add_generation_prompt=True,
             return_dict=True,
-            strftime_now=lambda style: time.strftime(style, day),
+            date_parts={code: time.strftime(code, day) for code in DATE_CODES},
             **args.template_kwargs,
         )["input_ids"]
     except Exception as error:  # a template may raise what it likes
@@ -991,7 +1002,7 @@ class Run:
             for name, old in before["flags"].items()
             if settings["flags"].get(name, old) != old and name not in FREE
         }
-        fixed = [text for name, text in changed.items() if name not in NOTED | {"collect_slots"}]
+        fixed = [text for name, text in changed.items() if name not in NOTED]
         if fixed:
             fail(f"--resume needs the flags that the run began with: {', '.join(fixed)}")
         for what, value in settings["fingerprint"].items():
