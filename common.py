@@ -84,8 +84,8 @@ def warn(message: str) -> None:
 
 def last_cause(error: BaseException) -> str:
     """The first line of the innermost exception: libraries wrap the one that says what is wrong."""
-    while error.__cause__ or error.__context__:
-        error = error.__cause__ or error.__context__
+    while inner := error.__cause__ or (not error.__suppress_context__ and error.__context__):
+        error = inner
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
