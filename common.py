@@ -63,6 +63,14 @@ PROMPT_DEFAULTS = {
 PLACES = {"model", "dataset", "eval_dataset", "traces", "output", "device", "resume"}
 FREE = {"micro_tokens", "gradient_checkpointing", "save_every", "eval_every"} | PLACES
 NOTED = {"slots", "lr", "cache_bytes", "collect_bytes"}
+# Chat templates may ask for today's date. The library takes no function of ours for it, but macros
+# in a template come before its own functions. The newline is dropped, as after every block.
+FIXED_DATE = (
+    "{% macro strftime_now(style) %}{% set text = namespace(now=style) %}"
+    "{% for code, value in date_parts.items() %}"
+    "{% set text.now = text.now.replace(code, value) %}{% endfor %}{{ text.now }}{% endmacro %}\n"
+)
+DATE_CODES = ("%a", "%A", "%b", "%B", "%d", "%-d", "%e", "%j", "%m", "%-m", "%y", "%Y", "%F", "%D")
 DATA_FILES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 MAX_SLOTS = 64  # more sequences at once hardly decode faster
 SHOW_EVERY = 10  # optimizer steps between two responses shown in the log
@@ -80,8 +88,8 @@ def warn(message: str) -> None:
 
 def last_cause(error: BaseException) -> str:
     """The first line of the innermost exception: libraries wrap the one that says what is wrong."""
-    while error.__cause__ or error.__context__:
-        error = error.__cause__ or error.__context__
+    while inner := error.__cause__ or (not error.__suppress_context__ and error.__context__):
+        error = inner
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
@@ -413,11 +421,13 @@ def render(lm: LM, problem: str, args: argparse.Namespace) -> list[int]:
         return [bos] + ids if wanted and ids[:1] != [bos] else ids
     day = time.strptime(args.date, "%Y-%m-%d")
     try:
+        template = lm.tokenizer.get_chat_template()
         return lm.tokenizer.apply_chat_template(
             [{"role": "user", "content": text}],
+            chat_template=FIXED_DATE + template if "strftime_now" in template else template,
             add_generation_prompt=True,
             return_dict=True,
-            strftime_now=lambda style: time.strftime(style, day),
+            date_parts={code: time.strftime(code, day) for code in DATE_CODES},
             **args.template_kwargs,
         )["input_ids"]
     except Exception as error:  # a template may raise what it likes
