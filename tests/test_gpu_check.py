@@ -10,6 +10,7 @@ import weakref
 from functools import partial
 from pathlib import Path
 
+import memory_table
 import pytest
 import torch
 from tiny import make_tokenizer, tiny
@@ -143,3 +144,17 @@ def test_a_resumed_run_keeps_no_second_state(kind, tmp_path, monkeypatch):
         2 if kind == "ema" else 1
     )
     assert not [name for name, storage in loaded if name == "other" and storage() is not None]
+
+
+def test_the_memory_table_by_hand():
+    """Qwen3-4B on an H100 with the README's stage-2 command: each part from its shape, so that
+    neither the estimate nor the flags' defaults change without the README's table."""
+    parameters = 151936 * 2560 + 2560  # tied embeddings, the last norm
+    attention = 2560 * (32 + 8 + 8) * 128 + 32 * 128 * 2560 + 2 * 128
+    parameters += 36 * (attention + 3 * 2560 * 9728 + 2 * 2560)
+    parts, slots = memory_table.estimate(memory_table.on_meta("4B"), sdzero, "base")
+    assert parts["weights"] == parts["teacher"] == 2 * parameters
+    assert parts["optimizer"] == 10 * parameters and parts["gradients"] == 4 * parameters
+    one_slot = 36 * 2 * 8 * 128 * 2 * (512 + 8192)
+    assert slots[1] == str(int((0.9 * 85e9 - 14 * parameters) / one_slot))
+    assert slots[0] == "–" and 75e9 < sum(parts.values()) < 82e9
