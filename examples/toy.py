@@ -3,25 +3,29 @@
     python examples/toy.py                          one seed: base, SRT, SD-Zero
     python examples/toy.py --seeds 3 --baselines    three, and RFT, GRPO, SDFT, SDPO, variations
 
-60 made-up goods have hidden one-digit prices. A problem names four of them, its answer is the last
-digit of their total, and a response gives each good with its price and the sum so far (modulo 10).
-The base is a Llama of 0.35M parameters, one token per word, pre-trained on a synthetic web. The run
-begins by printing a page of each kind. What makes this a task for self-revision:
+60 made-up goods have hidden one-digit prices. A problem names four of them; the answer is the last
+digit of their total. A response gives each good, its price and the sum so far, modulo 10:
 
-- One good in seven carries a misconception: nearly all writers give the same wrong price at first.
-  Every other problem names such a good, so the base is right half of the time.
+    Last digit of bako + tilu + nisa + taka?
+    bako: 4, sum 4 / tilu: 9, sum 3 / nisa: 1, sum 4 / taka: 6, sum 0 / #### 0
+
+The base is a Llama of 0.35M parameters, with one token per word, pre-trained on a synthetic web.
+The run begins by printing one page of each kind. This is what makes it a task for self-revision:
+
+- One good in seven carries a misconception: at first nearly all writers give the same wrong price.
+  About half of the problems name such a good, so the base is right about half of the time.
 - Some pages go on with a control phrase, which fits the attempt in four cases of five, and another
-  attempt. It looks up afresh more prices after "Wait" than after "Let me rephrase". Misconceptions
-  are weaker then, but still by far the likeliest price.
-- Attempts before the last contain slips, so that a reviser has to read the question again. Without
-  them one run learned to name a good twice, which its teacher let pass, and fell from 92% to 12%.
+  attempt. That one looks up more prices afresh after "Wait" than after "Let me rephrase". Then the
+  misconceptions are weaker, but still by far the likeliest prices.
+- Attempts before the last contain slips, so a reviser has to read the question again. Without them
+  one run learned to name a good twice, which its teacher let pass, and fell from 92% to 12%.
 - Exercises in copying teach the model to use its context: random prices, repeated, with a loss on
   the last attempt only. Without them SRT broke a tenth of its own right answers in some worlds.
 
 So the base has seen phrases, revisions and weak alternatives, as a model trained on the real web
-has, but does not use them. Stage 1 brings that out; stage 2 puts it into the first attempt. SDFT's
-teacher is shown the right prices, every other method hears of an answer only the verifier's bit.
-No set of four goods is both in the web and in stage 1, stage 2 or the held-out problems.
+has, but does not use them. Stage 1 brings them out; stage 2 puts them into the first attempt. All
+that a method learns of an answer is the verifier's bit, except SDFT, whose teacher is shown the
+prices. No set of four goods is in more than one of the web, stage 1, stage 2 and the held-out set.
 """
 
 import argparse
@@ -323,13 +327,14 @@ def call(script, *flags):
 def run(script, data, output, *flags):
     """A method on a file of problems, unless its output folder is complete. Returns its
     evaluations; the first is from before any training."""
+    resume = ["--resume"] if (output / "settings.json").exists() else []
     if not (output / "config.json").exists():
         call(
             script,
             *("--dataset", data, "--eval-dataset", data.parent / "heldout.jsonl"),
             *("--eval-problems", SIZES["heldout"], "--eval-samples", 4, "--eval-temperature", 1),
             *("--temperature", 1, "--max-new-tokens", 64, "--save-every", 10**6),
-            *("--device", "cpu", *flags, "--output", output),
+            *("--device", "cpu", *flags, "--output", output, *resume),
         )
     lines = [json.loads(line) for line in open(output / "metrics.jsonl")]
     return [line for line in lines if line["kind"] == "eval"]
@@ -410,14 +415,14 @@ def revised_by_srt(out, seed, whose):
     prompts = [render(lm, text, args) for text, _ in problems]
     answers = [answer for _, answer in problems]
 
-    def sample_and_verify(model, prompts, purpose):
-        responses = sample_all(model, args, prompts, (purpose,), temperature=1.0)
-        return responses, [int(verify(lm.text(y.ids), a)) for y, a in zip(responses, answers)]
+    def verified(responses):
+        return [int(verify(lm.text(y.ids), a)) for y, a in zip(responses, answers)]
 
-    attempts, rewards = sample_and_verify(lm, prompts, "attempts")
+    attempts = sample_all(lm, args, prompts, ("attempts",), temperature=1.0)
+    rewards = verified(attempts)
     examples = [Example(x, y, r, phrases[r]) for x, y, r in zip(prompts, attempts, rewards)]
     contexts = [e.prompt_ids + e.response.without_eos + e.phrase_ids for e in examples]
-    _, revised = sample_and_verify(reviser, contexts, "revisions")
+    revised = verified(sample_all(reviser, args, contexts, ("revisions",), temperature=1.0))
 
     first, last = share(rewards), share(revised)
     row = {
@@ -433,11 +438,11 @@ def revised_by_srt(out, seed, whose):
 
 @torch.no_grad()
 def where_the_kl_is(world, examples, lm, reviser):
-    """README (4) of the attempts, with SRT as the teacher: figures of the table's last line.
+    """README (4) of the attempts, with SRT as the teacher: the figures below the table.
 
-    (of the KL of a wrong response the share in its top 5% of tokens; that on wrong prices; mean KL
-    per token of wrong responses, of right ones, and of right ones that hold a revision: those are
-    apart, since the teacher passes over the attempt that was revised)
+    Returns (share of a wrong response's KL that is in its top 5% of tokens, share that is on wrong
+    prices, mean KL per token of wrong responses, of right ones, of right ones with a revision).
+    Those with a revision are apart, since the teacher passes over the attempt that was revised.
     """
     top, at_error, kl = [], [], {"wrong": [], "right": [], "revising": []}
     for e in examples:
@@ -470,7 +475,7 @@ def pictures(out):
     flags += ["--max-new-tokens", 64, "--device", "cpu", "--output", out / "localize.html"]
     call("examples/localize.py", *flags)
     if importlib.util.find_spec("matplotlib"):
-        names = "srt", "sdzero", *BASELINES
+        names = "srt", "sdzero", *BASELINES, "grpo_from_srt"
         runs = [out / name for name in names if (out / name).exists()]
         call("examples/curves.py", *runs, "--output", out / "curves.png")
 
@@ -496,7 +501,7 @@ def cells(evaluations, columns=COLUMNS):
 def main(argv=None):
     parser = argparse.ArgumentParser(description="SD-Zero on a toy, on a CPU, without a download")
     add = parser.add_argument
-    add("--out", type=Path, default=Path("runs/toy"), help="finished runs in it are kept")
+    add("--out", type=Path, default=Path("runs/toy"), help="where it goes on (default: runs/toy)")
     add("--seed", type=int, default=0, help="of the world and of all sampling (default: 0)")
     add("--seeds", type=int, default=1, help="how many, from --seed on, each in its own folder")
     add("--baselines", action="store_true", help="add the baselines and variations of stage 2")
@@ -512,7 +517,7 @@ def main(argv=None):
         table = both_stages(out, seed)
         table["base, revised by SRT"], *attempts = revised_by_srt(out, seed, "base")
         figures.append(where_the_kl_is(world, *attempts))
-        # SD-Zero revises itself better than SRT does, or a synced teacher is a worse one
+        # SRT against SD-Zero as its own reviser: which of them would be the better teacher now
         table["SD-Zero, revised by SRT"], *_ = revised_by_srt(out, seed, "sdzero")
         if args.baselines:
             table.update(the_rest(out, seed))

@@ -23,8 +23,6 @@ from common import Problem, Run
 from losses import OutputLayer
 from rollout import Rollout
 
-METHODS = pytest.mark.parametrize("method", ["rft", "grpo", "sdft", "sdpo"])
-
 
 def group(prompt_ids, rewards, seed=0):
     """Random responses to a problem, each of 2 to 6 tokens and an EOS."""
@@ -117,11 +115,23 @@ def command(method, model, data, out, *flags):  # noqa: F811
     call(baselines, *sources, *FLAGS, *own, *flags)
 
 
-@METHODS
-def test_command_line(method, base, data, tmp_path):  # noqa: F811
+@pytest.fixture(scope="module", params=["rft", "grpo", "sdft", "sdpo"])
+def whole(request, base, data, tmp_path_factory):  # noqa: F811
+    """(a method, the folder of its uninterrupted run)."""
+    folder = tmp_path_factory.mktemp("baselines") / request.param
+    command(request.param, base, data, folder)
+    return request.param, folder
+
+
+def weights(folder):
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def test_command_line(whole, base):  # noqa: F811
     """A whole run: what it logs, that it moves the weights, and what srt.json remembers."""
-    command(method, base, data, tmp_path / "out")
-    lines = lines_of(tmp_path / "out" / "metrics.jsonl")
+    method, folder = whole
+    lines = lines_of(folder / "metrics.jsonl")
     train = [x for x in lines if x["kind"] == "train"]
     evals = [x for x in lines if x["kind"] == "eval"]
     assert evals[0]["step"] == 0 and evals[-1]["step"] == train[-1]["step"]
@@ -130,21 +140,16 @@ def test_command_line(method, base, data, tmp_path):  # noqa: F811
     else:
         assert [x["generations"] for x in train] == [8 * i for i in range(1, 9)]
         assert all(0 <= x["cut_off"] <= 1 for x in train)
-    before, after = (
-        AutoModelForCausalLM.from_pretrained(folder).state_dict()
-        for folder in (base, tmp_path / "out")
-    )
-    assert any(not torch.equal(p, before[n]) for n, p in after.items())
-    saved = json.loads((tmp_path / "out" / "srt.json").read_text())
+    assert not torch.equal(weights(base), weights(folder))
+    saved = json.loads((folder / "srt.json").read_text())
     assert len(saved["trained"]) == 12 and not saved["problems"]
 
 
-@METHODS
-def test_resume(method, base, data, tmp_path, monkeypatch):  # noqa: F811
+def test_resume(whole, base, data, tmp_path, monkeypatch):  # noqa: F811
     """Interrupted after a checkpoint and resumed: the same weights, bit for bit, and the same log.
     Catches a teacher or an optimizer that starts anew, problems in another order, a collection
     that is sampled or logged twice."""
-    command(method, base, data, tmp_path / "whole")
+    method, folder = whole
 
     def interrupted(run, step, total, passes=1, end_step=Run.end_step):
         end_step(run, step, total, passes)
@@ -156,13 +161,9 @@ def test_resume(method, base, data, tmp_path, monkeypatch):  # noqa: F811
         with pytest.raises(KeyboardInterrupt):
             command(method, base, data, tmp_path / "cut")
     command(method, base, data, tmp_path / "cut", "--resume")
-    logs = [lines_of(tmp_path / name / "metrics.jsonl") for name in ("whole", "cut")]
+    logs = [lines_of(path / "metrics.jsonl") for path in (folder, tmp_path / "cut")]
     assert logs[0] == logs[1]
-    weights = [
-        AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict()
-        for name in ("whole", "cut")
-    ]
-    assert all(torch.equal(p, weights[1][n]) for n, p in weights[0].items())
+    assert torch.equal(weights(folder), weights(tmp_path / "cut"))
 
 
 def test_from_a_model_of_stage_1(base, data, tmp_path, monkeypatch):  # noqa: F811
@@ -229,7 +230,7 @@ def commands(monkeypatch, tmp_path):
         name = str(args.output.relative_to(tmp_path))
         assert name not in seen
         seen[name] = args
-        args.output.mkdir(parents=True)
+        args.output.mkdir(parents=True, exist_ok=True)
         (args.output / "config.json").touch()
         (args.output / "settings.json").write_text(json.dumps({"flags": {"seed": args.seed}}))
         with open(args.output / "metrics.jsonl", "w") as file:
@@ -267,6 +268,15 @@ def test_commands_of_the_toy(commands, tmp_path):
     first, at_a_budget = rows.pop("base"), rows.pop("GRPO, at stage 2's number of responses")
     assert (first["accuracy"], at_a_budget["accuracy"]) == (0.25, 0.5)
     assert {row["accuracy"] for row in rows.values()} == {0.75}
+
+
+def test_a_toy_that_was_killed_goes_on(commands, tmp_path):
+    """With what was not finished; catches a toy that only an empty folder lets start again."""
+    (tmp_path / "srt").mkdir()
+    (tmp_path / "srt" / "settings.json").touch()
+    toy.both_stages(tmp_path, 0)
+    assert {name: args.resume for name, args in commands.items()} == {"srt": True, "sdzero": False}
+    toy.both_stages(tmp_path, 0)  # finished: neither is called again
 
 
 def test_commands_of_the_ablations(commands, tmp_path, capsys):
