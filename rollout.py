@@ -103,7 +103,7 @@ def generate(
         tokens; its size is logged (INFO) before it is allocated. None: `fit_slots`, which on CUDA
         depends on the memory that is free.
     generator: the random state, on the model's device. The same state samples the same responses
-        only with the same prompts AND the same `slots`, since rows share the random numbers.
+        only with the same prompts AND the same `slots`: one stream of numbers serves all rows.
     vocab_size: ids from this one on are never sampled (output layers may be wider than tokenizers).
     progress: called with 1 whenever a response is complete.
     check_every: steps between two looks at what has ended. None: 1 on the CPU, 8 elsewhere.

@@ -251,12 +251,15 @@ def test_all_positions_of_the_model_can_be_used(family):
     assert generate(model, [], max_new_tokens=1, eos_token_ids=[1]) == []
 
 
-def test_prompts_as_tensors():
-    model, settings = build("llama"), dict(max_new_tokens=5, eos_token_ids=[1], temperature=0)
+def test_prompts_as_tensors(monkeypatch):
+    """Tensors of equal ids are equal prompts, too: each is prefilled once."""
+    model, prefilled = build("llama"), count_prefills(monkeypatch)
+    settings = dict(max_new_tokens=5, eos_token_ids=[1], temperature=0)
     expected = generate(model, PROMPTS, **settings)
-    assert (
-        generate(model, [torch.tensor(p, device=DEVICE) for p in PROMPTS], **settings) == expected
-    )
+    prefilled.clear()
+    tensors = [torch.tensor(p, device=DEVICE) for p in PROMPTS + PROMPTS]
+    assert generate(model, tensors, **settings) == expected + expected
+    assert sorted(prefilled) == sorted(map(tuple, PROMPTS))
     rectangle = torch.tensor([PROMPTS[0], PROMPTS[2][:7]], device=DEVICE)
     assert generate(model, rectangle, **settings) == generate(model, rectangle.tolist(), **settings)
 
@@ -508,6 +511,8 @@ def test_draw_takes_no_weight_of_zero_when_sums_round(monkeypatch):
     ids = draw(weights, seeded(), torch.float32)
     assert (weights.gather(1, ids) > 0).all()
     assert len(ids.unique()) == 16  # all others
+    least = torch.full((4000, 3), 1e-45, device=DEVICE)  # a random part of them can round to all
+    assert draw(least, seeded(), torch.float32).max() == 2
 
 
 def test_blocks_of_blocks():
