@@ -112,8 +112,8 @@ def extract_answer(response: str) -> str | None:
     The rule is at the top of this file. Raises TypeError when the response is no string.
     """
     _require_strings(response=response)
-    fallback = None  # a phrase that counts only when nothing better is before it
-    for match in [*_MARKER.finditer(response)][:-200:-1]:  # the last first; more is no honest text
+    fallback = None  # a phrase that counts only when no better answer is before it
+    for match in [*_MARKER.finditer(response)][:-100:-1]:  # the last first; more is no honest text
         start = match.end() if match["phrase"] else match.start()
         if _REMARK.search(response, max(0, start - 120), start):
             continue
@@ -122,7 +122,9 @@ def extract_answer(response: str) -> str | None:
             if content is None:
                 return fallback
             if not _EMPTY.fullmatch(content):
-                return content.strip()
+                end = match.end() + (0 if match["bare"] else len(content) + 1)
+                if not _DENIED.match(response, end):
+                    return content.strip()
             continue
         content = response[match.end() : match.end() + 500].lstrip(" \t#*:_")
         if _NO_ANSWER.match(content):
@@ -133,7 +135,7 @@ def extract_answer(response: str) -> str | None:
             content = _stated(content)
         if not content or _EMPTY.fullmatch(content):
             continue
-        if "would" not in match[0] and _is_definite(content):
+        if _is_definite(content) and (match["hash"] or _is_conclusion(response, match)):
             return content
         fallback = fallback or content
     return fallback
@@ -160,18 +162,28 @@ _MARKER = re.compile(
     re.IGNORECASE | re.VERBOSE,
 )
 _REMARK = re.compile(  # the end of what is before an answer that is not this response's
-    r"""(?:\b(?:wrong|incorrect|mistaken|false|common|typical|frequent|popular|tempting|naive|careless
-        |likely|plausible|another|other|different|previous|earlier|old|initial|original|first
-        |(?:student|book|author|friend|people|one|someone|everyone|many|most|some)(?:'?s'?)?
-        |his|her|their|(?:check|verify|if|whether|not)\ the|not\ my|an?)
-        (?:\ (?:wrong|incorrect|final|common|possible|first|choice|of))*\ answers?\b[^.!?\n]{0,60}
-    |\banswers?\ (?:by|of|from|given\ by|for|without|when|if)\b[^.!?\n]{0,40}
-        \b(?:mistake|error|careless|naive|wrong|forget|students?)\w*\b[^.!?\n]{0,40}
-    |\b(?:if|who|had|when)\b[^.!?\n]{0,60}
-        \b(?:forg[eo]t|ignor|overlook|neglect|omit|misread|mistake|wrong)\w*\b[^.!?\n]{0,60}
+    r"""(?:\b(?:wrong|incorrect|mistaken|false|common|typical|tempting|naive|previous|earlier|first
+        |another|other|different|students?'?|(?:check|verify|if|whether|not)\ the|not\ my|an)
+        (?:\ (?:wrong|incorrect|final|common|possible))*\ answers?\b[^.!?\n]{0,60}
+    |\bcommon\ (?:\w+\ )?(?:mistake|error|pitfall|trap)s?\b[^.!?\n]{0,30}
+    |\b(?:if|who)\b[^.!?\n]{0,60}\b(?:forg[eo]t|ignor|overlook|neglect|omit|mis)\w*\b[^.!?\n]{0,60}
     |\b(?:not|instead\ of|rather\ than|unlike|wrongly|mistakenly|incorrectly)\s
     )[\s$*:(\\]*\Z""",
     re.IGNORECASE | re.VERBOSE,
+)
+_DENIED = re.compile(  # what is after such an answer: \boxed{13} is a common mistake
+    r"[\s$)\\]*(?:is|was|would be) (?:an? |the )?(?:\w+ )?(?:wrong|incorrect|not|mistake|error)\b"
+)
+_CONCLUSION = re.compile(  # the words before "answer" in a clause that states the final one
+    r"""[\s*_\#>"'({$\\-]*(?:(?:so|thus|hence|therefore|then|and|now|wait|actually|finally|indeed|that
+    |which|this|it|we|means?|implies|gives?|get|have|find|see|conclude|shows?|follows|is|in|the|our
+    |my|its|final|correct|right|required|desired|numerical|exact|simplified|revised|corrected|new
+    |true|actual|overall|complete|short|text|boxed|conclusion|<think>|</think>|<)[\s*_{]*)*""",
+    re.IGNORECASE | re.VERBOSE,
+)
+_DOUBT = re.compile(
+    r"\b(?:if|unless|without|suppose|some\w*|students?|often|would|previous|similar|other|wrong)\b",
+    re.IGNORECASE,
 )
 _EMPTY = re.compile(  # a box, or what is after a phrase, without an answer in it
     r"(?:\\text\{)?(?:\s|\.|…|\\[lc]?dots|\\[,; ]|_|\?"
@@ -224,13 +236,28 @@ def _stated(text: str) -> str:
 def _is_definite(content: str) -> bool:
     """Mathematics, a name, or yes or no; not a long sentence, and no adjective (positive, even).
 
-    Rule: it begins with a sign or digit, or has at most three words that are not all lower case.
+    Rule: it begins with a sign, a digit or a variable, or it has at most three words of which the
+    first is no ordinary word in lower case.
     """
     if re.match(r"[-+$¤£€\\({\[.\d]", content):
         return True
-    if len(content.split()) > 3 or content.startswith(("a ", "an ")):
+    if len(content.split()) > 3:
         return False
-    return not re.fullmatch(r"(?!(?:yes|no|true|false|none)$)[a-z]{3,}(?:[ -][a-z]+)*", content)
+    return not re.match(
+        r"(?!(?:yes|no|true|false|none|sin|cos|tan|ln|log)\b)[a-z]{2,}\b|a ", content
+    )
+
+
+def _is_conclusion(response: str, match: re.Match) -> bool:
+    """Whether a phrase states the final answer, and is no remark on another one.
+
+    Rule: only words of conclusion are before "answer" in its clause (so the final answer is), and
+    none of doubt in its sentence (if, without, some, would). A box before any other phrase counts.
+    """
+    before = response[max(0, match.start() - 120) : match.start()]
+    sentence = re.split(r"[.!?]\s|\n", before)[-1]
+    clause = re.split(r"[.,;:—]", sentence)[-1]
+    return bool(_CONCLUSION.fullmatch(clause)) and not _DOUBT.search(sentence + match[0])
 
 
 # ------------------------------------------------------------------------- one spelling for answers
@@ -408,9 +435,13 @@ _TOKEN = re.compile(
 _SIDE_NAME = re.compile(  # of an equation: x, m + n, a/b, sin A, f(2), (x, y); not 2x, x + 1, x^2
     rf"(?!-)(?:(?!log|ln|exp)(?:{_NAME}|{_LETTER})(?:\(-?\d[\d./]*\))?|\\frac|[-+*/(),|{{}}⟦⟧⏎&])+"
 )
-_NUMBER_WORDS = """half halve third quarter fourth fifth sixth seventh eighth ninth tenth hundredth
-thousandth dozen hundred thousand million billion trillion ten twice thrice squared cubed factorial
-plus minus point remainder""".split()
+_NUMBER_WORD = re.compile(  # what changes the number before it, and is no unit of it
+    r"""hal(?:f|fs|ves?)|thirds?|quarters?|(?:four|fif|six|seven|eigh|nin|ten|eleven|twelf|\w+teen
+    |\w+tie|hundred|thousand|\w+illion)ths?|tens|dozens?|hundreds?|thousands?|[mbtr]+illions?|score
+    |\w+(?:teen|ty)|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|twice|thrice
+    |squared|cubed|doubled|tripled|halved|factorial|plus|minus|negative|point|remainder""",
+    re.VERBOSE,
+)
 _SCALES = {"hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9}
 _SCALES |= {"trillion": 10**12, "half": Fraction(1, 2), "halves": Fraction(1, 2), "dozen": 12}
 
@@ -476,7 +507,7 @@ def _is_wordlike(run: str) -> bool:
     """Three letters or more, with a vowel, and not in alphabetical order as factors are (abc)."""
     low = run.lower()
     in_order = list(low) == sorted(set(low)) and not low.endswith("s")  # (but chips, films)
-    return len(low) > 2 and re.search("[aeiouy]", low) is not None and not in_order
+    return len(low) > 2 and re.search("[aeiou]", low) is not None and not in_order
 
 
 def _unit(text: str, constant: bool) -> str:
@@ -490,7 +521,7 @@ def _unit(text: str, constant: bool) -> str:
         name, _, power = word.strip(".").partition("^")
         singular = name.removesuffix("s")
         known = _UNITS.get(name) or _UNITS.get(singular)
-        if name in _NUMBER_WORDS or singular in _NUMBER_WORDS:
+        if _NUMBER_WORD.fullmatch(name):
             raise _Unreadable("a number word")
         if not known and name not in ("/", "*", "-", "a", "an", "to", "by"):
             if not constant or not all(map(_is_wordlike, name.split("-"))):
@@ -924,7 +955,7 @@ class _Comparison:
         if a.operators != b.operators:
             return False
         pairs = [*zip(a.sides, b.sides)]
-        if {a.texts[0], b.texts[0]} in ({"y", f"{f}(x)"} for f in "fgh"):
+        if re.fullmatch(r"y [a-zA-Z]\(x\)|[a-zA-Z]\(x\) y", f"{a.texts[0]} {b.texts[0]}"):
             return self.same(a.sides[1], b.sides[1])
         differences = []
         for operator, *sides in zip(a.operators, a.sides, a.sides[1:], b.sides, b.sides[1:]):
@@ -1073,7 +1104,7 @@ def _same_choice(a: str, b: str) -> bool | None:
         if other.strip("( )").upper() == choice[1]:
             return True
         return True if choice[2] and _same_text(choice[2], other) else None
-    letters = [re.sub(r"[\s,;]|and", "", text) for text in (a, b)]
+    letters = [re.sub(r"[\s,;()]|and", "", text) for text in (a, b)]
     if letters == [a, b]:
         return a == b if re.fullmatch("[A-Z]{2,}", a) and re.fullmatch("[A-Z]{2,}", b) else None
     if not all(re.fullmatch("[A-J]{2,10}", text) for text in letters):
