@@ -167,8 +167,8 @@ _REMARK = re.compile(  # the end of what is before an answer that is not this re
         (?:\ (?:wrong|incorrect|final|common|possible))*\ answers?\b[^.!?\n]{0,60}
     |\bcommon\ (?:\w+\ )?(?:mistake|error|pitfall|trap)s?\b[^.!?\n]{0,30}
     |\b(?:if|who)\b[^.!?\n]{0,60}\b(?:forg[eo]t|ignor|overlook|neglect|omit|mis)\w*\b[^.!?\n]{0,60}
-    |\b(?:not|instead\ of|rather\ than|unlike|wrongly|mistakenly|incorrectly)\s
-    )[\s$*:(\\]*\Z""",
+    |\b(?:not|instead\ of|rather\ than|unlike|wrongly|mistakenly|incorrectly)\b
+    )[\ \t$*:(\\]*\Z""",
     re.IGNORECASE | re.VERBOSE,
 )
 _DENIED = re.compile(  # what is after such an answer: \boxed{13} is a common mistake
@@ -314,7 +314,7 @@ _SPELLINGS = r"""\frac frac dfrac tfrac cfrac
 ) rangle
 | | lvert rvert vert
 ∪ cup bigcup
-∖ setminus backslash
+∖ setminus backslash smallsetminus
 or lor vee
 and land wedge
 ⦃⦄ emptyset varnothing
@@ -345,15 +345,17 @@ def _repeating(match: re.Match) -> str:
 
 
 _TEXT = r"\\(?:text(?:bf|it|rm|sf|tt|up|normal)?|operatorname|mathrm|mathbf|mathsf|mbox|hbox)"
+_SEPARATOR = r"(?:\\[a-z]+)?\{\s*,?\s*(?:\\[!,])?\s*\}(?:\\[!,:; ])?|,\\!|\\!,?|\\[,;: ]"
 _REWRITES = [  # in this order; the comments run as a test
     # 1{,}234 -> 1234
-    (r"(?<=\d)(?:(?:\\text)?\{,\s*\}(?:\\[!,])?|,?\\!|\\[,;: ])\s*(?=\d{3}(?!\d))", ""),
+    (rf"(?<=\d)\s?(?:{_SEPARATOR})\s*(?=\d{{3}}(?!\d))", ""),
     # 0.1\overline{6} -> \frac{15}{90}
     (r"(\d{0,50})\.(\d{0,50})\\(?:overline|bar)\{(\d{1,50})\}", _repeating),
     (r"(?<=\d) ?x ?(?=10\^)", "*"),  # 3 x 10^5 -> 3*10^5
     (r"(?<![\\A-Za-z])(sqrt|pi|infinity)(?![A-Za-z])", r"\\\1"),  # sqrt(2) -> \sqrt(2)
     (r"\\mathbb ?\{?R\}?", r"(-\\infty,\\infty)"),  # \mathbb{R} -> (-\infty,\infty)
     (r"\)\s*-\s*(?=\\\{)", r")\\setminus"),  # (0,9) - \{1\} -> (0,9)\setminus\{1\}
+    (r"\\\{\s*\\pm\s*([^{},]+?)\s*\\\}", r"\{\1,-\1\}"),  # \{\pm 2\} -> \{2,-2\}
     (r"\\(?:text)?color\{[^{}]*\}|\\overline ?(?=\{[A-Z]{2}\})", ""),  # \overline{AB} -> {AB}
     (r"\{([^{}]*)\\over(?![a-z])([^{}]*)\}", r"{\\frac{\1}{\2}}"),  # {1\over2} -> {\frac{1}{2}}
     # {5\choose2} -> {\binom{5}{2}}
@@ -404,7 +406,8 @@ def _clean(text: str) -> str:
 
 
 _ADVERB = re.compile(
-    r"(?i)(?<=[^\s,])[ ,]*‹?(?:altogether|in total|in all|overall|combined|total)›?\Z"
+    r"(?i)(?<=[^\s,])(?:[ ,]*‹?(?:altogether|in total|in all|overall|combined|total)"
+    r"|, ?‹?(?:respectively|exactly|precisely|only|each|so far|now|of course))›?\Z"
 )
 
 
@@ -444,6 +447,9 @@ _NUMBER_WORD = re.compile(  # what changes the number before it, and is no unit 
 )
 _SCALES = {"hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9}
 _SCALES |= {"trillion": 10**12, "half": Fraction(1, 2), "halves": Fraction(1, 2), "dozen": 12}
+
+
+_LINKS = "/ * - a an to by as at on for with than from".split()  # in a unit of several words
 
 
 class _Unreadable(ValueError):
@@ -523,7 +529,7 @@ def _unit(text: str, constant: bool) -> str:
         known = _UNITS.get(name) or _UNITS.get(singular)
         if _NUMBER_WORD.fullmatch(name):
             raise _Unreadable("a number word")
-        if not known and name not in ("/", "*", "-", "a", "an", "to", "by"):
+        if not known and name not in _LINKS:
             if not constant or not all(map(_is_wordlike, name.split("-"))):
                 raise _Unreadable("no unit")
         if words and words[-1] in ("sq", "cubic"):
@@ -1005,6 +1011,8 @@ class _Comparison:
         if isinstance(node, _Group) and node.kind == "⦃⦄" and len(node.items) == 1:
             return node.items
         if isinstance(node, _Group) and node.kind == "":
+            if all(isinstance(x, _Relation) and _excludes(x) for x in node.items):
+                return [_without_points(_REALS, _Group("⦃⦄", [x.sides[1] for x in node.items]))]
             meanings = [self.interval(item) for item in node.items if isinstance(item, _Relation)]
             parts = sum(meanings, [])
             return [_Group("∪", parts)] if len(parts) == len(node.items) else []
@@ -1018,9 +1026,8 @@ class _Comparison:
                 return [sides[-1]]
             exact = self.said(sides[:-1], names[:-1])
             return [*exact, sides[-1]] if exact and _rounds(*exact, sides[-1], texts[-1]) else []
-        if operators == ["≠"] and names[0]:
-            reals = _Group("()", [_apply(neg, _symbol("∞")), _symbol("∞")])
-            return [_without_points(reals, _Group("⦃⦄", [sides[1]]))]
+        if _excludes(node):
+            return [_without_points(_REALS, _Group("⦃⦄", [sides[1]]))]
         return self.interval(node)
 
     def interval(self, node: _Relation) -> list:
@@ -1043,6 +1050,14 @@ def _is_text(node) -> bool:
 
 def _is_constant(node: _Value) -> bool:
     return len(set(node.numbers)) == 1
+
+
+_REALS = _Group("()", [_apply(neg, _symbol("∞")), _symbol("∞")])
+
+
+def _excludes(node: _Relation) -> bool:
+    """x ≠ 0."""
+    return node.operators == ["≠"] and node.names[0]
 
 
 def _are_named(items: list) -> bool:
