@@ -1307,53 +1307,51 @@ def _passed(reply: bytes, token: str, wanted: list | None) -> bool:
         return False
 
 
-def _encoded(value) -> list:
-    """A value as JSON: the name of the built-in type that it equals, and what it consists of.
+def _encoded(value):
+    """A value for JSON: as it is, or a list of the built-in type that it equals and its contents.
 
     So a Counter becomes a dict, d.keys() a set, a NumPy array a list. Runs in the child. Raises
     TypeError for what equals no built-in value.
     """
-    if value is None or value is ...:
-        return [repr(value)]
+    if value is None or isinstance(value, (str, float)):
+        return value
+    if isinstance(value, int):
+        small = int.bit_length(value) < 10_000  # Python limits the decimal digits that it reads
+        return value if small else ["int", int.__format__(value, "x")]
     if isinstance(value, dict):
         return ["dict", [[_encoded(key), _encoded(item)] for key, item in value.items()]]
-    for kind in (list, tuple):
-        if isinstance(value, kind):
-            return [kind.__name__, [*map(_encoded, value)]]
+    if isinstance(value, (list, tuple)):
+        return ["list" if isinstance(value, list) else "tuple", [*map(_encoded, value)]]
     if isinstance(value, (set, frozenset, type({}.keys()), type({}.items()))):
         return ["frozenset", [*map(_encoded, value)]]
-    if isinstance(value, str):
-        return ["str", str.__str__(value)]
     if isinstance(value, (bytes, bytearray)):
         return ["bytes", value.hex()]
-    if isinstance(value, int):
-        return ["int", int.__format__(value, "x")]
-    if isinstance(value, float):
-        return ["float", float.hex(value)]
     if isinstance(value, complex):
-        return ["complex", float.hex(value.real), float.hex(value.imag)]
+        return ["complex", [value.real, value.imag]]
     if isinstance(value, Fraction) or isinstance(value, Decimal) and value.is_finite():
-        return ["Fraction", *map(_encoded, value.as_integer_ratio())]
+        return ["Fraction", [*map(_encoded, value.as_integer_ratio())]]
+    if value is ...:
+        return ["Ellipsis", []]
     if hasattr(value, "tolist"):
         return _encoded(value.tolist())
     raise TypeError("no plain data")
 
 
-def _decoded(tree: list):
+def _decoded(tree):
     """The value that _encoded wrote down. Raises KeyError and the like for anything else."""
-    name, *parts = tree
-    if name in ("None", "Ellipsis"):
-        return {"None": None, "Ellipsis": ...}[name]
+    if not isinstance(tree, list):
+        return tree
+    name, parts = tree
+    if name == "int":
+        return int(parts, 16)
+    if name == "bytes":
+        return bytes.fromhex(parts)
     if name == "dict":
-        return {_decoded(key): _decoded(item) for key, item in parts[0]}
-    if name == "complex":
-        return complex(*map(float.fromhex, parts))
-    if name == "Fraction":
-        return Fraction(*map(_decoded, parts))
+        return {_decoded(key): _decoded(item) for key, item in parts}
+    items = map(_decoded, parts)
     if name in ("list", "tuple", "frozenset"):
-        return {"list": list, "tuple": tuple, "frozenset": frozenset}[name](map(_decoded, parts[0]))
-    readers = {"str": str, "bytes": bytes.fromhex, "float": float.fromhex}
-    return int(parts[0], 16) if name == "int" else readers[name](parts[0])
+        return {"list": list, "tuple": tuple, "frozenset": frozenset}[name](items)
+    return {"complex": complex, "Fraction": Fraction, "Ellipsis": lambda: ...}[name](*items)
 
 
 def _run(job: dict, data: bytes) -> bytes | None:
