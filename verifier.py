@@ -126,14 +126,9 @@ def extract_answer(response: str) -> str | None:
                 if not _DENIED.match(response, end):
                     return content.strip()
             continue
-        content = response[match.end() : match.end() + 500].lstrip(" \t#*:_")
-        if _NO_ANSWER.match(content):
-            continue
-        if match["hash"]:
-            content = re.split(r"\n|<[|/]", content)[0].strip(" *")  # up to <|endoftext|>
-        else:
-            content = _stated(content)
-        if not content or _EMPTY.fullmatch(content):
+        text = response[match.end() : match.end() + 500].lstrip(" \t#*:_")
+        content = _stated(text)
+        if _NO_ANSWER.match(text) or _EMPTY.fullmatch(content):
             continue
         if _is_definite(content) and (match["hash"] or _is_conclusion(response, match)):
             return content
@@ -598,6 +593,12 @@ class _Reader:
             return sides[0]
         if operators == ["∈"] and names[0]:
             return sides[1]
+        tuples = [side.items for side in sides if isinstance(side, _Group) and side.kind == "()"]
+        if operators == ["="] and names[0] and len({*map(len, tuples)}) == 1 < len(tuples):
+            each = zip(texts[0][1:-1].split(","), *tuples)  # (x, y) = (1, 2) is x = 1, y = 2
+            return _Group(
+                "", [_Relation([x, y], ["="], [n, ""], [True, False]) for n, x, y in each]
+            )
         if set(operators) <= {">", "≥"}:
             turned = ["<" if operator == ">" else "≤" for operator in operators]
             return _Relation(sides[::-1], turned[::-1], texts[::-1], names[::-1])
@@ -1094,7 +1095,10 @@ def _without_points(node, points) -> _Group:
     return _Group("∪", pieces)
 
 
-_CHOICE = re.compile(r"(?:[Oo]ption |[Cc]hoice )?\(?\s*([A-J])(?:\s*[).:]+\s*(.*))?")
+_CHOICE = re.compile(  # and its text, in which no other choice may hide: A. 12, not (A) or (B)
+    r"(?:[Oo]ption |[Cc]hoice )?\(?\s*([A-J])(?:\s*[).:]+(?!\s*(?:or|and|not|[/,])(?!\w))"
+    r"(?!.*\([A-J]\)|\s*[A-J](?:[).:,]|$))\s*(.*))?"
+)
 _FILLER = re.compile(
     r"(?i)(?:‹?\b(?:(?:the )?(?:final )?answer is|approximately|about|roughly|around|exactly|only"
     r"|just|a total of|is|equals|equal to|either|both)\b›?\s*)+"
@@ -1110,7 +1114,7 @@ def _same_choice(a: str, b: str) -> bool | None:
 
     Rule for several letters: ABC is one word, in order; the list A, C, D has no order and is ACD.
     """
-    a, b = re.sub("[‹›]", "", a).strip(), re.sub("[‹›]", "", b).strip()
+    a, b = re.sub("[‹›{}]", "", a).strip(), re.sub("[‹›{}]", "", b).strip()
     x, y = _CHOICE.fullmatch(a), _CHOICE.fullmatch(b)
     if x and y:
         return x[1] == y[1] and (not x[2] or not y[2] or _same_text(x[2], y[2]))
