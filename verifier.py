@@ -391,11 +391,14 @@ _REWRITES = [  # in this order; the comments run as a test
 ]
 
 
+_COMPILED = [(re.compile(pattern), replacement) for pattern, replacement in _REWRITES]
+
+
 def _clean(text: str) -> str:
     """The answer in one spelling, with the private characters of the top of this file."""
     text = text.translate(_UNICODE)
-    for pattern, replacement in _REWRITES:
-        text = re.sub(pattern, replacement, text)
+    for pattern, replacement in _COMPILED:
+        text = pattern.sub(replacement, text)
     text = text.lstrip(" ,;:=≈").rstrip(" .,;:")
     return _ADVERB.sub("", text)
 
