@@ -445,8 +445,6 @@ _NUMBER_WORD = re.compile(  # what changes the number before it, and is no unit 
 )
 _SCALES = {"hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9}
 _SCALES |= {"trillion": 10**12, "half": Fraction(1, 2), "halves": Fraction(1, 2), "dozen": 12}
-
-
 _LINKS = "/ * - a an to by as at on for with than from".split()  # in a unit of several words
 
 
@@ -940,16 +938,16 @@ class _Comparison:
         return all(map(self.same, x, y))
 
     def same_quantity(self, a: _Value, b: _Value) -> bool:
+        """Equal numbers, and no different units. 50% is 0.5, and also 50; 0.5% is only 0.005."""
         if a.unit and b.unit and a.unit != b.unit:
             return False
-        percent, plain = (b, a) if b.unit == "%" else (a, b)
-        factors = [1]
-        if percent.unit == "%" != plain.unit:
-            factors = [100, 1] if abs(percent.numbers[0]) >= 1 else [100]
-        for factor in factors:
-            if all(self.close(x, factor * y) for x, y in zip(percent.numbers, plain.numbers)):
-                return True
-        return False
+        equal = all(map(self.close, a.numbers, b.numbers))
+        if (a.unit == "%") == (b.unit == "%"):
+            return equal
+        percent, other = (a, b) if a.unit == "%" else (b, a)
+        if equal and abs(percent.numbers[0]) >= 1:
+            return True
+        return all(self.close(x, 100 * y) for x, y in zip(percent.numbers, other.numbers))
 
     def close(self, x: Fraction | complex, y: Fraction | complex) -> bool:
         if isinstance(x, Fraction) and isinstance(y, Fraction):
@@ -964,7 +962,6 @@ class _Comparison:
         """
         if a.operators != b.operators:
             return False
-        pairs = [*zip(a.sides, b.sides)]
         if re.fullmatch(r"y [a-zA-Z]\(x\)|[a-zA-Z]\(x\) y", f"{a.texts[0]} {b.texts[0]}"):
             return self.same(a.sides[1], b.sides[1])
         differences = []
@@ -977,8 +974,9 @@ class _Comparison:
             differences.append((x, y, operator in "<≤"))
         else:
             return all(self.proportional(*difference) for difference in differences)
-        turned = a.operators in (["="], ["≠"]) and zip(a.sides, b.sides[::-1])
-        return any(pairs and all(self.same(*pair) for pair in pairs) for pairs in (pairs, turned))
+        if all(map(self.same, a.sides, b.sides)):
+            return True
+        return a.operators in (["="], ["≠"]) and all(map(self.same, a.sides, b.sides[::-1]))
 
     def proportional(self, a: _Value, b: _Value, positive: bool) -> bool:
         """Whether a = c b for one number c, greater than zero where `positive`."""
