@@ -1,10 +1,15 @@
-"""The verifier beside math-verify 0.9.0: accuracy by category, speed, agreement on GSM8K; and the fuzzer. By hand, not part of the tests.
+"""The verifier beside math-verify 0.9.0: accuracy, speed, agreement on GSM8K; and the fuzzer.
 
-    python -m venv venv_mv && venv_mv/bin/pip install math-verify==0.9.0 antlr4-python3-runtime==4.13.2
-    venv_mv/bin/python tests/bench_verifier.py gsm8k_train.jsonl gsm8k_test.jsonl    # four minutes
-    python tests/bench_verifier.py --fuzz 120                                        # seconds; needs no math-verify
+By hand, not part of the tests:
 
-A GSM8K answer is graded against itself (must be right) and as the response to the problem before it.
+    python -m venv venv_mv
+    venv_mv/bin/pip install math-verify==0.9.0 antlr4-python3-runtime==4.13.2
+    venv_mv/bin/python tests/bench_verifier.py gsm8k_train.jsonl gsm8k_test.jsonl  # ten minutes
+    python tests/bench_verifier.py --fuzz 120  # seconds; needs no math-verify
+
+A GSM8K answer is graded against itself (must be right) and as the response to the problem before.
+
+TABLE
 """
 
 import argparse
@@ -18,11 +23,16 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import verifier
 
-CASES = [json.loads(line) for line in (Path(__file__).parent / "verifier_cases.jsonl").read_text(encoding="utf-8").splitlines()]
+CASES = [
+    json.loads(line)
+    for line in (Path(__file__).parent / "verifier_cases.jsonl")
+    .read_text(encoding="utf-8")
+    .splitlines()
+]
 
 
 def public_grader():
-    """math-verify as its README uses it: the gold answer in dollars unless it has delimiters of its own."""
+    """math-verify as its README uses it: the gold answer in dollars, or in its own delimiters."""
     from math_verify import parse, verify
 
     def grade(response: str, gold: str) -> bool:
@@ -38,38 +48,52 @@ def public_grader():
 
 def compare_cases(grade) -> None:
     total, ours, theirs = Counter(), Counter(), Counter()
-    accepted = {"this": 0, "math-verify": 0}
-    seconds = {"this": 0.0, "math-verify": 0.0}
+    accepted = {"here": 0, "math-verify": 0}
+    seconds = {"here": 0.0, "math-verify": 0.0}
     disagreements = []
     for case in CASES:
-        response, gold, correct, category = case["response"], case["gold"], case["correct"], case["category"]
-        start = time.perf_counter()
+        response, gold, correct, category = (
+            case["response"],
+            case["gold"],
+            case["correct"],
+            case["category"],
+        )
+        start = time.process_time()
         a = verifier.verify(response, gold)
-        middle = time.perf_counter()
+        middle = time.process_time()
         b = grade(response, gold)
-        seconds["this"] += middle - start
-        seconds["math-verify"] += time.perf_counter() - middle
+        seconds["here"] += middle - start
+        seconds["math-verify"] += time.process_time() - middle
         total[category] += 1
         ours[category] += a == correct
         theirs[category] += b == correct
-        accepted["this"] += a and not correct
+        accepted["here"] += a and not correct
         accepted["math-verify"] += b and not correct
         if a != b:
             truth = "right" if correct else "wrong"
-            disagreements.append(f"{category:13} {truth} this {a!s:5} math-verify {b!s:5} {gold!r} | {response[-90:]!r}")
-    print("| category | cases | verifier.py | math-verify 0.9.0 |\n| --- | --- | --- | --- |")
-    for category in total:
-        print(f"| {category} | {total[category]} | {ours[category] / total[category]:.1%} | {theirs[category] / total[category]:.1%} |")
-    n = len(CASES)
-    print(f"| all | {n} | {ours.total() / n:.1%} | {theirs.total() / n:.1%} |")
-    print(f"| accepted near misses | | {accepted['this']} | {accepted['math-verify']} |")
-    rates = {name: n / s for name, s in seconds.items()}
-    print(f"cases per second: {rates['this']:.0f} and {rates['math-verify']:.0f}, ratio {rates['this'] / rates['math-verify']:.1f}")
+            verdicts = f"{truth} here {a!s:5} math-verify {b!s:5}"
+            disagreements.append(f"{category:13} {verdicts} {gold!r} | {response[-90:]!r}")
+    print("category                  cases   here  math-verify")
+    for category, n in [*total.items(), ("all", len(CASES))]:
+        right = (
+            [ours.total(), theirs.total()]
+            if category == "all"
+            else [ours[category], theirs[category]]
+        )
+        print(f"{category:25} {n:5}  {right[0] / n:5.1%}  {right[1] / n:5.1%}")
+    print("near misses accepted:", *accepted.items())
+    rates = {name: len(CASES) / s for name, s in seconds.items()}
+    ratio = rates["here"] / rates["math-verify"]
+    print(f"cases per second: {rates}, ratio {ratio:.1f}")
     print(f"{len(disagreements)} disagreements:", *disagreements, sep="\n  ")
 
 
 def compare_gsm8k(grade, paths: list[str]) -> None:
-    answers = [json.loads(line)["answer"] for path in paths for line in Path(path).read_text(encoding="utf-8").splitlines()]
+    answers = [
+        json.loads(line)["answer"]
+        for path in paths
+        for line in Path(path).read_text(encoding="utf-8").splitlines()
+    ]
     count, agree, differences = 0, 0, []
     for answer, following in zip(answers, answers[1:] + answers[:1]):
         final = answer.rsplit("####", 1)[1].strip()
@@ -77,46 +101,81 @@ def compare_gsm8k(grade, paths: list[str]) -> None:
             a, b = verifier.verify(response, answer), grade(response, answer)
             count, agree = count + 1, agree + (a == b)
             if a != b:
-                differences.append(f"this {a!s:5} math-verify {b!s:5} gold {final!r} | {response[-70:]!r}")
+                differences.append(
+                    f"here {a!s:5} math-verify {b!s:5} gold {final!r} | {response[-70:]!r}"
+                )
     self_right = sum(verifier.verify(answer, answer) for answer in answers)
-    print(f"GSM8K: {self_right} of {len(answers)} gold answers equal themselves; {agree} of {count} verdicts agree")
+    print(f"GSM8K: {self_right} of {len(answers)} gold answers equal themselves;")
+    print(f"{agree} of {count} verdicts agree with math-verify's")
     print(*differences, sep="\n  ")
 
 
 def fuzz(seconds: float, seed: int) -> None:
-    """Random bytes, mutated LaTeX, deep nesting, towers: no exception in the parts of verify(), and the slowest input."""
+    """No exception below verify(), and the slowest input: noise, mutated LaTeX, nesting, towers."""
     rng = random.Random(seed)
     golds = [case["gold"] for case in CASES]
     texts = [case["response"] for case in CASES]
-    commands = [r"\frac", r"\sqrt", r"\boxed", r"\text", r"\left", r"\right", r"\begin{pmatrix}", r"\end{pmatrix}", r"\pm", r"\cup",
-                r"\pi", r"\infty", r"\log_", r"\sin", "####", "answer is ", "10^{10^{10}}", "9" * 50, *"!{}()[]|^_&°%", r"\\"]  # fmt: skip
+    commands = r"""\frac \sqrt \boxed \text \left \right \begin{pmatrix} \end{pmatrix} \pm \cup \pi
+        \infty \log_ \sin \setminus \approx \mathrm \\ #### answer~is~ 10^{10^{10}} f( ! { } ( ) [ ]
+        | ^ _ & ° %""".split()
+    commands = [command.replace("~", " ") for command in commands] + ["9" * 50]
 
     def mutated() -> str:
         text = list(rng.choice(texts))
         for _ in range(rng.randint(1, 12)):
             i = rng.randrange(len(text) + 1)
-            new = rng.choice(([rng.choice(commands)], list(rng.choice(golds)), [chr(rng.randrange(32, 0x250))]))
+            new = rng.choice(
+                ([rng.choice(commands)], list(rng.choice(golds)), [chr(rng.randrange(32, 0x250))])
+            )
             text[i : i + rng.choice((0, 0, 1, 3))] = new
         return "".join(text)
 
     def nested() -> str:
-        left = [r"\frac{1}{", r"\sqrt{", r"\{", "2^{", r"\boxed{", r"\text{", r"\sin ", "x/", "1,", "a_{", r"\left(", *"({[|-"]
+        left = [
+            r"\frac{1}{",
+            r"\sqrt{",
+            r"\{",
+            "2^{",
+            r"\boxed{",
+            r"\text{",
+            r"\sin ",
+            "x/",
+            "1,",
+            "a_{",
+            r"\left(",
+            *"({[|-",
+        ]
         left = rng.choice(left)
-        right = {"{": "}", "(": ")", "[": "]", "|": "|"}.get(left[-1], "") if left != r"\{" else left[0] + "}"
+        right = (
+            {"{": "}", "(": ")", "[": "]", "|": "|"}.get(left[-1], "")
+            if left != r"\{"
+            else left[0] + "}"
+        )
         n = rng.choice((3, 10, 30, 100, 1000, 10_000))
-        text = left * n + rng.choice(golds) + right * (n if rng.random() < 0.7 else rng.randrange(n))
+        text = (
+            left * n + rng.choice(golds) + right * (n if rng.random() < 0.7 else rng.randrange(n))
+        )
         return text if rng.random() < 0.3 else rf"\boxed{{{text}}}"
 
     def noise() -> str:
-        return rng.randbytes(rng.choice((5, 50, 500))).decode(rng.choice(("latin-1", "utf-16", "utf-8")), "replace")
+        return rng.randbytes(rng.choice((5, 50, 500))).decode(
+            rng.choice(("latin-1", "utf-16", "utf-8")), "replace"
+        )
 
     def soup() -> str:
-        text = "".join(rng.choices(commands + list("0123456789xyab+-*/,.;=<> $"), k=rng.choice((5, 20, 100, 400))))
+        text = "".join(
+            rng.choices(
+                commands + list("0123456789xyab+-*/,.;=<> $"), k=rng.choice((5, 20, 100, 400))
+            )
+        )
         return text if rng.random() < 0.3 else rf"\boxed{{{text}}}"
 
     def repeated() -> str:
         piece = "".join(rng.choices(commands + list("0123456789x ,.$*#\n\t:"), k=rng.randint(1, 4)))
-        return (rng.choice(("", r"\boxed{", "The answer is ", "#### ")) + piece * (100_000 // len(piece)))[:100_000]
+        return (
+            rng.choice(("", r"\boxed{", "The answer is ", "#### "))
+            + piece * (100_000 // len(piece))
+        )[:100_000]
 
     def checked(text: str, gold: str) -> None:
         for x in (text, gold):
@@ -133,7 +192,11 @@ def fuzz(seconds: float, seed: int) -> None:
         verifier.verify(text, gold)
         elapsed = time.perf_counter() - start
         if elapsed > slowest[0]:
-            slowest = (min(elapsed, *(timed(text, gold) for _ in range(2))), text) if elapsed > 0.01 else (elapsed, text)
+            slowest = (
+                (min(elapsed, *(timed(text, gold) for _ in range(2))), text)
+                if elapsed > 0.01
+                else (elapsed, text)
+            )
         try:
             checked(text, gold)
         except Exception as error:
@@ -154,7 +217,13 @@ def timed(text: str, gold: str) -> float:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("gsm8k", nargs="*", help="GSM8K files, a JSON object with `answer` a line")
-    parser.add_argument("--fuzz", type=float, default=0, metavar="SECONDS", help="fuzz for so long, and do nothing else")
+    parser.add_argument(
+        "--fuzz",
+        type=float,
+        default=0,
+        metavar="SECONDS",
+        help="fuzz for so long, and do nothing else",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the fuzzer")
     args = parser.parse_args()
     if args.fuzz:

@@ -1,35 +1,32 @@
 """The verifier against its cases, against hostile text and against hostile code."""
 
 import json
+import linecache
 import os
 import random
-import signal
+import re
 import subprocess
 import sys
 import time
-from collections import Counter
-from fractions import Fraction
 from pathlib import Path
 
 import pytest
 
 import verifier
-from verifier import extract_answer, is_equivalent, verify, verify_code
+from verifier import check_tests, extract_answer, is_equivalent, verify, verify_code
 
-CASES = [json.loads(line) for line in (Path(__file__).parent / "verifier_cases.jsonl").read_text(encoding="utf-8").splitlines()]
+SOURCE = Path(verifier.__file__).read_text(encoding="utf-8")
+CASES = Path(__file__).with_name("verifier_cases.jsonl").read_text(encoding="utf-8")
+CASES = [json.loads(line) for line in CASES.splitlines()]
 CATEGORIES = sorted({case["category"] for case in CASES})
-
-
-def test_there_are_enough_cases():
-    near_misses = Counter(case["correct"] for case in CASES)[False]
-    assert len(CASES) >= 600 and near_misses >= len(CASES) / 3
-    assert min(Counter(case["category"] for case in CASES).values()) >= 10
-    assert len({(case["response"], case["gold"]) for case in CASES}) == len(CASES)
 
 
 @pytest.mark.parametrize("category", CATEGORIES)
 def test_cases(category):
-    """Every case of the category, and no case decided by an exception (verify() hides those; the functions below it do not)."""
+    """A category's cases: a rule that was lost, or that became too wide, shows as a wrong verdict.
+
+    The functions below verify() are called as well: verify() would hide their exceptions.
+    """
     wrong = []
     for case in (case for case in CASES if case["category"] == category):
         response, gold = case["response"], case["gold"]
@@ -37,42 +34,94 @@ def test_cases(category):
         if answer is not None:
             is_equivalent(answer, extract_answer(gold) or gold)
         if verify(response, gold) is not case["correct"]:
-            wrong.append((response[-120:], gold, "accepted" if case["correct"] is False else "rejected"))
+            verdict = "rejected" if case["correct"] else "accepted"
+            wrong.append((verdict, response[-120:], gold))
     assert not wrong, wrong
 
 
 @pytest.mark.parametrize("category", CATEGORIES)
 def test_every_gold_is_itself_and_no_other(category):
-    """Both controls: each gold answer verifies against itself, and the constant answer 987654321 never does."""
-    golds = [case["gold"] for case in CASES if case["category"] == category and case["gold"].strip() and "_2" not in case["gold"]]
-    for gold in golds:
-        answer = extract_answer(gold) or gold
-        assert verify(f"Hence $\\boxed{{{answer}}}$.", gold), gold
-        assert not verify("Hence $\\boxed{987654321}$.", gold), gold
+    """Both controls: each gold answer equals itself, and the constant answer 987654321 none."""
+    for case in (case for case in CASES if case["category"] == category):
+        gold = case["gold"]
+        if gold.strip() and "_2" not in gold:  # (a number in base 2 is compared as text)
+            answer = extract_answer(gold) or gold
+            assert verify(f"Hence $\\boxed{{{answer}}}$.", gold), gold
+            assert not verify("Hence $\\boxed{987654321}$.", gold), gold
 
 
-def test_equality_is_symmetric():
+@pytest.mark.parametrize("category", sorted({*CATEGORIES} - {"extraction"}))
+def test_equality_is_symmetric(category):
     """A rule that looks at one side only would depend on which of the two the model wrote."""
-    for case in CASES:
-        answer = extract_answer(case["response"])
-        if answer and case["category"] != "extraction":
+    for case in (case for case in CASES if case["category"] == category):
+        if answer := extract_answer(case["response"]):
             gold = extract_answer(case["gold"]) or case["gold"]
             assert is_equivalent(gold, answer) == is_equivalent(answer, gold), case
 
 
-def test_irrational_numbers_are_compared_to_200_digits():
-    """Coefficients beyond the precision of floats; and the constants, which this file computes itself."""
-    assert abs(verifier._CONSTANTS["π"] - Fraction("3.1415926535897932384626433832795028841971693993751058209749")) < Fraction(1, 10**58)
-    assert abs(verifier._CONSTANTS["e"] - Fraction("2.7182818284590452353602874713526624977572470936999595749669")) < Fraction(1, 10**58)
-    for irrational in (r"\pi", r"\sqrt{2}", r"\sqrt{2 + \sqrt{3}}", "e"):
-        assert not is_equivalent("123456789012345678901" + irrational, "123456789012345678902" + irrational)
-        assert not is_equivalent("0.3333333333333333" + irrational, rf"\frac{{{irrational}}}{{3}}")
-        assert is_equivalent(rf"\frac{{2{irrational}}}{{6}}", rf"\frac{{{irrational}}}{{3}}")
-    assert is_equivalent(r"\sqrt{5 + 2\sqrt{6}}", r"\sqrt{2} + \sqrt{3}") and is_equivalent(r"(1 + \sqrt{2})(1 - \sqrt{2})", "-1")
-    for a, b in (("1 - 2^{-2009}", "1 - 2^{-2010}"), ("10^{-200}", "10^{-201}"), ("3^{-999}", "3^{-998}"), ("1.01^{200}", "1.01^{201}")):
+def rewrite_examples() -> list[tuple[str, str]]:
+    """The comments `# before -> after` of verifier._REWRITES, in their order."""
+    table = SOURCE[SOURCE.index("_REWRITES = [") : SOURCE.index("_COMPILED = [")]
+    return re.findall(r"#(?:[^\n]*:)? (\S[^\n]*?) -> ([^\n]*)", table)
+
+
+def test_every_rewrite_has_an_example():
+    assert len(rewrite_examples()) == len(verifier._REWRITES)
+
+
+@pytest.mark.parametrize("example, rewrite", [*zip(rewrite_examples(), verifier._REWRITES)])
+def test_rewrites_do_what_their_comments_say(example, rewrite):
+    """An edited pattern, or a comment that was never true."""
+    before, after = example
+    assert re.sub(*rewrite, before).strip() == after
+
+
+def test_the_worked_example_of_the_docstring():
+    """The steps that the top of the file shows are those that the code takes."""
+    response, gold = r"So it is \boxed{\frac{1}{2}\text{ cm}}.", "0.5"
+    assert repr(response)[1:-1].replace("\\\\", "\\") in SOURCE
+    cleaned = verifier._clean(extract_answer(response))
+    value = verifier._read(cleaned)
+    assert f"  _clean          {cleaned}\n" in SOURCE
+    assert " ".join(" ".join(token) for token in verifier._tokens(cleaned)) == (
+        r"command \frac sign { number 1 close } sign { number 2 close } word cm end "
+    )
+    assert value == verifier._Value((0.5, 0.5, 0.5), "cm")
+    assert verify(response, gold) is True
+
+
+def test_large_and_small_numbers():
+    """Powers and sums are exact; with floats 2^2023 - 1 and 2^2023 would be equal."""
+    for a, b in (
+        ("1 - 2^{-2009}", "1 - 2^{-2010}"),
+        ("10^{-200}", "10^{-201}"),
+        ("3^{-999}", "3^{-998}"),
+        ("1.01^{200}", "1.01^{201}"),
+        ("2^{2023} - 1", "2^{2023}"),
+    ):
         assert not is_equivalent(a, b) and is_equivalent(a + " + 1", "1 + " + a)
-    assert is_equivalent(r"\frac{1}{\sqrt{2}}", "2^{-1/2}") and is_equivalent(r"\frac{1}{\pi^3} + 1", r"1 + \pi^{-3}")
-    assert not is_equivalent("2^{2023} - 1", "2^{2023}") and is_equivalent("2^{2023} + 2^{2023}", "2^{2024}")
+    assert is_equivalent("2^{2023} + 2^{2023}", "2^{2024}")
+    assert is_equivalent(r"(1 + \sqrt{2})(1 - \sqrt{2})", "-1")
+    assert is_equivalent(r"\frac{1}{\sqrt{2}}", "2^{-1/2}")
+
+
+@pytest.mark.parametrize("value", [42, 1.5, None, ["42"], b"42"])
+def test_answers_of_another_type_raise(value):
+    """A gold answer that is a number would never be equal: the reward would be 0 for ever."""
+    for call in (
+        lambda: verify(r"\boxed{42}", value),
+        lambda: verify(value, "42"),
+        lambda: is_equivalent(value, "42"),
+        lambda: is_equivalent("42", value),
+        lambda: extract_answer(value),
+        lambda: verify_code(value, SQUARE),
+    ):
+        with pytest.raises(TypeError, match="must be a string"):
+            call()
+
+
+def test_an_answer_without_a_marker_is_none():
+    assert verify("42", "42") is False
 
 
 N = 100_000
@@ -118,7 +167,7 @@ HOSTILE = {
     "matrix": r"\boxed{\begin{pmatrix}" + "1&" * 250 + r"\end{pmatrix}}",
     "asterisks": "**" * (N // 2),
     "fences": "```\n" * (N // 4),
-    # found by tests/bench_verifier.py --fuzz and by the random test below: a tuple as divisor; reading on behind the last token
+    # found by the fuzzer: a tuple as divisor; reading on after the last token
     "number through tuple": r"\boxed{x/x/x/(1, 2)}",
     "number through interval": r"\boxed{x/(-\infty, 3)}",
     "binomial": r"\boxed{\binom{99999}{50000}}",
@@ -139,7 +188,10 @@ HOSTILE = {
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_text(name):
-    """No exception below verify(), no answer but a bool, at most 100 ms of CPU time (the best of three: a machine may be busy)."""
+    """No exception below verify(), no answer but a bool, at most 100 ms of CPU time.
+
+    The best of three, since a machine may be busy.
+    """
     text, seconds = HOSTILE[name], []
     for gold in (r"\frac{1}{2}", text[:N], text[:N].replace("1", "2"), "1, 2, 3"):
         best = 9.0
@@ -159,7 +211,15 @@ def test_random_text_never_raises():
     """A short run of the fuzzer, with the seed fixed."""
     rng = random.Random(0)
     pieces = [case["response"][-60:] for case in CASES]
-    pieces += [*r"\{}()[]^_$,;&=<>|+-*/!% 0123456789xyi", r"\frac", r"\sqrt", r"\text{", r"\boxed{", r"\pm", r"\overline{3}"]
+    pieces += [
+        *r"\{}()[]^_$,;&=<>|+-*/!% 0123456789xyi",
+        r"\frac",
+        r"\sqrt",
+        r"\text{",
+        r"\boxed{",
+        r"\pm",
+        r"\overline{3}",
+    ]
     for _ in range(1500):
         text = "".join(rng.choices(pieces, k=rng.randint(1, 30)))
         is_equivalent(text, rng.choice(CASES)["gold"])
@@ -167,62 +227,247 @@ def test_random_text_never_raises():
         assert answer is None or isinstance(answer, str)
 
 
-# ------------------------------------------------------------------------------------------------------------------------- code
+# ------------------------------------------------------------------------------------------- code
 
 SQUARE = ["assert f(2) == 4", "assert f(-3) == 9"]
+F = "def f(x):\n    return x * x"
+READS = 'import sys\nsys.stdout.write(sys.stdin.read().replace(" ", "\\f"))'
 
 
 def fenced(code: str) -> str:
     return f"Here is the program.\n\n```python\n{code}\n```\n"
 
 
-@pytest.mark.parametrize(
-    "code, tests",
-    [
-        ("def f(x):\n    return x * x", SQUARE),
-        ("def f(x):\n    return x * x", ["import math", "assert math.isclose(f(0.5), 0.25)", "assert f(3) != 8", "assert not f(0)"]),
-        ("def f(x):\n    return x * x", ["g = f(2)", "assert g == 2 + 2", "def check(f):\n    assert f(1) == 1\ncheck(f)"]),
-        ("def f(x):\n    return x * x\nif __name__ == '__main__':\n    print(f(int(input())))", SQUARE),
-        ("from collections import Counter\ndef f(s):\n    print('noise')\n    return Counter(s)", ["assert f('aab') == {'a': 2, 'b': 1}"]),
-        ("from fractions import Fraction as F\ndef f(x): return F(x)", ["from fractions import Fraction as Q\nassert f('1/2') == Q(1, 2)"]),
-        ("def f(x):\n    return (x, [x], {x})", ["assert (1, [1], {1}) == f(1)"]),
-        ("print(int(input()) ** 2)", [{"input": "3\n", "output": "9\n"}, {"input": "4", "output": "16"}]),
-        ("import sys\nprint(sys.stdin.read().upper())", [{"input": "a b \nc\n", "output": "A B\nC\n\n"}]),
-        ("import sys\nprint('hi')\nsys.exit(0)", [{"input": "", "output": "hi"}]),
-        ("print(len(input()))", [{"input": "x" * 500_000, "output": "500000"}]),
-    ],
-)
-def test_right_programs_pass(code, tests):
+RIGHT = {
+    "asserts": (F, SQUARE),
+    "other asserts": (
+        F,
+        ["import math", "assert math.isclose(f(0.5), 0.25)", "assert f(3) != 8", "assert not f(0)"],
+    ),
+    "statements": (
+        F,
+        ["g = f(2)", "assert g == 2 + 2", "def check(f):\n    assert f(1) == 1\ncheck(f)"],
+    ),
+    "a main part": (F + "\nif __name__ == '__main__':\n    print(f(int(input())))", SQUARE),
+    "a Counter": (
+        "from collections import Counter\ndef f(s):\n    print('noise')\n    return Counter(s)",
+        ["assert f('aab') == {'a': 2, 'b': 1}"],
+    ),
+    "two Fractions": (
+        "from fractions import Fraction as F\ndef f(x): return F(x)",
+        ["from fractions import Fraction as Q\nassert f('1/2') == Q(1, 2)"],
+    ),
+    "containers": ("def f(x):\n    return (x, [x], {x})", ["assert (1, [1], {1}) == f(1)"]),
+    "input": (
+        "print(int(input()) ** 2)",
+        [{"input": "3\n", "output": "9\n"}, {"input": "4", "output": "16"}],
+    ),
+    "trailing blanks": (
+        "import sys\nprint(sys.stdin.read().upper())",
+        [{"input": "a b \nc\n", "output": "A B\nC\n\n"}],
+    ),
+    "exit status 0": (
+        "import sys\nprint('hi')\nsys.exit(0)",
+        [{"input": "", "output": "hi"}],
+    ),
+    "long input": ("print(len(input()))", [{"input": "x" * 500_000, "output": "500000"}]),
+    "a form feed": (READS, [{"input": "a b\nc", "output": "a\fb\nc"}]),
+    # the solution's module is found by its name
+    "a dataclass with quoted types": (
+        "from dataclasses import dataclass\n@dataclass\nclass P:\n    x: 'int'\n"
+        "def f(x): return P(x).x",
+        ["assert f(2) == 2"],
+    ),
+    "a dataclass in a program": (
+        "from __future__ import annotations\nfrom dataclasses import dataclass, KW_ONLY\n"
+        "@dataclass\nclass P:\n    x: int\n    _: KW_ONLY\n    y: int = 1\nprint(P(2, y=3).y)",
+        [{"input": "", "output": "3"}],
+    ),
+    "pickle": (
+        "import pickle\nclass P: x = 2\ndef f(): return pickle.loads(pickle.dumps(P())).x",
+        ["assert f() == 2"],
+    ),
+    # numbers and replies of any size
+    "a long integer": ("def f(n): return 10 ** n", ["assert f(5000) == 10 ** 5000"]),
+    "a long integer, printed": (
+        "print(10 ** 5000)",
+        [{"input": "", "output": "1" + "0" * 5000}],
+    ),
+    "a long reply": (
+        "def f(n): return 'ab' * n",
+        ["assert f(10**6) == 'ab' * 10**6", "assert f(1) == 'ab'"],
+    ),
+    "a long list": ("def f(n): return list(range(n))", ["assert f(200000) == [*range(200000)]"]),
+    # equal in Python
+    "a Fraction": (
+        "from fractions import Fraction as F\ndef f(x): return F(x)",
+        ["assert f(2) == 2"],
+    ),
+    "a Decimal": (
+        "from decimal import Decimal as D\ndef f(x): return D(x)",
+        ["assert f('0.5') == 0.5"],
+    ),
+    "keys": ("def f(d): return d.keys()", ["assert f({1: 2, 3: 4}) == {3, 1}"]),
+    "items": ("def f(d): return d.items()", ["assert f({1: 2}) == {(1, 2)}"]),
+    "a bytearray": ("def f(s): return bytearray(s)", ["assert f(b'ab') == b'ab'"]),
+    "a string enum": (
+        "from enum import Enum\nclass E(str, Enum):\n    A = 'a'\ndef f(): return [E.A]",
+        ["assert f() == ['a']"],
+    ),
+    "an integer enum": (
+        "from enum import IntEnum\nclass E(IntEnum):\n    A = 1\ndef f(): return {E.A: True}",
+        ["assert f() == {1: 1}"],
+    ),
+    "sets of frozensets": (
+        "def f(): return {frozenset({1, 2}), frozenset()}",
+        ["assert f() == {frozenset(), frozenset({2, 1})}"],
+    ),
+    "a named tuple": (
+        "from collections import namedtuple\nP = namedtuple('P', 'x y')\ndef f(): return P(1, 2)",
+        ["assert f() == (1, 2)"],
+    ),
+    "None, infinity, complex": (
+        "def f(): return [None, float('inf'), 1j, -0.0, ...]",
+        ["assert f() == [None, float('inf'), 1j, 0, ...]", "assert f()[0] == None"],
+    ),
+    "objects of one class": (
+        "class P:\n    def __init__(self, x): self.x = x\n"
+        "    def __eq__(self, other): return self.x == other.x",
+        ["assert P(1) == P(1)", "assert [P(2)] == [P(2)]"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", RIGHT)
+def test_right_programs_pass(name):
+    code, tests = RIGHT[name]
     assert verify_code(fenced(code), tests) is True
 
 
-@pytest.mark.parametrize(
-    "code, tests",
-    [
-        ("def f(x):\n    return x ** 3", SQUARE),
-        ("def f(x):\n    return 4", SQUARE),  # the first test passes, the second does not
-        ("def f(x)\n    return x * x", SQUARE),
-        ("def f(x):\n    return x * x", []),
-        ("print(9)", [{"input": "3\n", "output": "9\n"}, {"input": "4\n", "output": "16\n"}]),
-        ("print(9)\nraise SystemExit(1)", [{"input": "3\n", "output": "9\n"}]),
-        ("def f(x):\n    return [x, x]", ["assert f(1) == (1, 1)"]),
-    ],
-)
-def test_wrong_programs_fail(code, tests):
+WRONG = {
+    "a wrong value": ("def f(x):\n    return x ** 3", SQUARE),
+    "the second test fails": ("def f(x):\n    return 4", SQUARE),
+    "a syntax error": ("def f(x)\n    return x * x", SQUARE),
+    "no tests": (F, []),
+    "the second input fails": (
+        "print(9)",
+        [{"input": "3\n", "output": "9\n"}, {"input": "4\n", "output": "16\n"}],
+    ),
+    "exit status 1": ("print(9)\nraise SystemExit(1)", [{"input": "3\n", "output": "9\n"}]),
+    "a list for a tuple": ("def f(x):\n    return [x, x]", ["assert f(1) == (1, 1)"]),
+    "a form feed for a line": (READS, [{"input": "a b\nc", "output": "a\nb\nc"}]),
+    "keys for a list": ("def f(d): return d.keys()", ["assert f({1: 2}) == [1]"]),
+    "another Fraction": (
+        "from fractions import Fraction as F\ndef f(x): return F(x, 3)",
+        ["assert f(2) == 0.6666666666666666"],
+    ),
+    "another frozenset": ("def f(): return {frozenset({1})}", ["assert f() == {frozenset({2})}"]),
+    "bytes for a string": ("def f(): return bytearray(b'a')", ["assert f() == 'a'"]),
+    "a plain enum": (
+        "from enum import Enum\nclass E(Enum):\n    A = 'a'\ndef f(): return E.A",
+        ["assert f() == 'a'"],
+    ),
+    "another long integer": ("def f(n): return 10 ** n + 1", ["assert f(5000) == 10 ** 5000"]),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_programs_fail(name):
+    code, tests = WRONG[name]
     assert verify_code(fenced(code), tests) is False
 
 
-def test_the_last_block_counts_and_a_cut_one_is_none():
-    good, bad = "def f(x):\n    return x * x", "def f(x):\n    return 0"
-    assert verify_code(fenced(bad) + fenced(good), SQUARE)
-    assert not verify_code(fenced(good) + fenced(bad), SQUARE)
-    assert not verify_code(fenced(good) + "```python\n" + good, SQUARE)
-    assert verify_code(fenced(good) + "It prints\n```\n4\n```\n", SQUARE)
-    assert verify_code(f"```\n{good}\n```", SQUARE)
-    assert not verify_code(good, SQUARE)
+BAD, LISTED = "def f(x):\n    return 0", "def f(x):\n       y = x * x\n       return y"
+DOCSTRING = 'def f(x):\n    """Square.\n\n    ```\n    >>> f(2)\n    ```\n    """\n    return x * x'
+TOP_DOCSTRING = '"""\n```\n>>> f(2)\n```\n"""\n' + F
 
 
-EQUAL = "class Equal:\n    def __eq__(self, other): return True\n    def __repr__(self): return 'Equal()'\ndef f(x): return Equal()"
+@pytest.mark.parametrize(
+    "response, passes",
+    [
+        (fenced(BAD) + fenced(F), True),
+        (fenced(F) + fenced(BAD), False),
+        (fenced(F) + "```python\n" + F, False),  # cut
+        (fenced(F) + "It prints\n```\n4\n```\n", True),
+        (f"```\n{F}\n```", True),
+        (F, False),
+        (f"~~~py\n{F}\n~~~", True),
+        (f"```Python title='a.py'\r\n{F}\r\n```", True),
+        (f"```python\n{F}\n```<|im_end|>", True),
+        ("1. Like this:\n\n   ```python\n   def f(x):\n       return x * x\n   ```\n", True),
+        ("- ```python\n  def f(x):\n      return x * x\n  ```\n", True),
+        ("1. Like this:\n\n\t```python\n\tdef f(x):\n\t    return x * x\n\t```\n", True),
+        ("   ```python\ndef f(x):\n   return x * x\n   ```\n", True),
+        (fenced(DOCSTRING), True),
+        (fenced(DOCSTRING).replace("\n", "\n   "), True),
+        (f"````python\n{TOP_DOCSTRING}\n````", True),
+        (f"````markdown\n{fenced(BAD)}\n````\n" + fenced(F), True),
+        (f"````markdown\n{fenced(F)}\n````\n", False),  # quoted, not given
+        (fenced(F) + "The call ```f(2)``` gives 4.\n", True),
+    ],
+)
+def test_the_last_block_counts(response, passes):
+    """Fences in lists, in docstrings and in longer fences; a block that is cut is none."""
+    assert verify_code(response, SQUARE) is passes
+
+
+@pytest.mark.parametrize(
+    "tests, error",
+    [
+        ("assert f(2) == 4", TypeError),
+        ({"input": "2", "output": "4"}, TypeError),
+        ({"inputs": ["2"], "outputs": ["4"]}, TypeError),
+        (None, TypeError),
+        ([{"inputs": ["2"], "outputs": ["4"]}], TypeError),
+        ([{"input": ["2"], "output": "4"}], TypeError),
+        ([{"input": "2", "output": 4}], TypeError),
+        ([{"input": "2"}], TypeError),
+        ([{"input": "2", "output": "4"}, "assert f(2) == 4"], TypeError),
+        (["assert f(2) == 4", {"input": "2", "output": "4"}], TypeError),
+        ([["assert f(2) == 4"]], TypeError),
+        ([4], TypeError),
+        (["assert f(2) == 4", "assert f(3 == 9"], ValueError),
+        (["assert f(2) == '\0'"], ValueError),
+    ],
+)
+def test_malformed_tests_raise(tests, error):
+    """They would give the reward 0 for ever, whatever the response."""
+    for call in (check_tests, lambda tests: verify_code("no block", tests)):
+        with pytest.raises(error, match="test"):
+            call(tests)
+
+
+def test_well_formed_tests_are_checked_without_running():
+    for tests in (SQUARE, ["raise SystemExit"], [{"input": "", "output": "", "note": 1}]):
+        assert check_tests(tests) is None
+    with pytest.raises(ValueError, match="empty"):
+        check_tests([])
+
+
+def in_a_cell(name: str, known: bool) -> dict:
+    """The namespace after verifier.py ran as a cell; IPython makes the text of cells known."""
+    if known:
+        linecache.cache[name] = len(SOURCE), None, SOURCE.splitlines(keepends=True), name
+    module = type(sys)("cell")
+    sys.modules["cell"] = module
+    exec(compile(SOURCE, name, "exec"), module.__dict__)
+    return module.__dict__
+
+
+def test_it_works_in_a_notebook():
+    """A cell has no __file__ for the child process to run."""
+    assert in_a_cell("<ipython-input-1>", known=True)["verify_code"](fenced(F), SQUARE) is True
+
+
+def test_without_its_source_it_says_so():
+    with pytest.raises(TypeError, match="source"):
+        in_a_cell("<string>", known=False)["verify_code"](fenced(F), SQUARE)
+
+
+EQUAL = """class Equal:
+    def __eq__(self, other): return True
+    def __repr__(self): return 'Equal()'
+def f(x): return Equal()"""
 ATTACKS = {
     "exit before the tests": "import sys\nsys.exit(0)",
     "os._exit before the tests": "import os\nos._exit(0)",
@@ -231,36 +476,63 @@ ATTACKS = {
     "equal to everything": EQUAL,
     "equal list": "class L(list):\n    def __eq__(self, other): return True\ndef f(x): return L()",
     "equal int": "class I(int):\n    def __eq__(self, other): return True\ndef f(x): return I(0)",
-    "patched built-ins": "import builtins as b\nb.repr = b.bool = b.eval = b.exec = b.type = lambda *a: 1\ndef f(x): return 0",
-    "patched AssertionError": "import builtins\nbuiltins.AssertionError = ZeroDivisionError\ndef f(x): return 0",
+    "prints as 4": (
+        "class P:\n    def __init__(self, x): self.x = x\n"
+        "    def __repr__(self): return str(self.x ** 2)\ndef f(x): return P(x)"
+    ),
+    "an int that formats as 4": (
+        "class I(int):\n    def __format__(self, spec): return '4'\ndef f(x): return I(0)"
+    ),
+    "patched launcher": (
+        "import __main__\n__main__._encoded = lambda value: ['int', '4']\ndef f(x): return 0"
+    ),
+    "patched built-ins": (
+        "import builtins as b\nb.repr = b.bool = b.eval = b.exec = b.type = lambda *a: 1\n"
+        "def f(x): return 0"
+    ),
+    "patched AssertionError": (
+        "import builtins\nbuiltins.AssertionError = ZeroDivisionError\ndef f(x): return 0"
+    ),
     "patched json": "import json\njson.dumps = lambda x: '[true]'\ndef f(x): return 0",
-    "writes to every descriptor": "import os\nfor n in (1, 4): os.write(n, b'[\"\",true]\\n' * 2)\nos._exit(0)",
-    "reads the tests": "import os\ndata = [os.pread(n, 9999, 0) for n in (0, 3, 4) if not os.lseek(0, 0, 0)]\ndef f(x): return data",
+    "writes to every descriptor": (
+        "import os\nfor n in (1, 4): os.write(n, b'[\"\",true]\\n' * 2)\nos._exit(0)"
+    ),
+    "reads the tests": (
+        "import os\n"
+        "data = [os.pread(n, 9999, 0) for n in (0, 3, 4) if not os.lseek(0, 0, 0)]\n"
+        "def f(x): return data"
+    ),
     "infinite loop": "while True: pass",
     "infinite loop inside": "def f(x):\n    while True: pass",
     "sleep": "import time\ntime.sleep(1000)",
     "recursion": "def f(x): return f(x)",
     "10 GB": "data = bytearray(10 * 2**30)\ndef f(x): return x * x",
     "endless output": "import os\nwhile True: os.write(1, b'x' * 65536)",
-    "ignores signals": "import signal\nfor s in signal.valid_signals() - {9, 19}:\n    signal.signal(s, signal.SIG_IGN)\nwhile True: pass",
+    "ignores signals": (
+        "import signal\nfor s in signal.valid_signals() - {9, 19}:\n"
+        "    signal.signal(s, signal.SIG_IGN)\nwhile True: pass"
+    ),
 }
 
 
 @pytest.mark.parametrize("name", ATTACKS)
 def test_attacks_fail(name):
     start = time.monotonic()
-    assert verify_code(fenced(ATTACKS[name]), SQUARE, timeout=0.6) is False
+    assert verify_code(fenced(ATTACKS[name]), ["assert f(2) == 4"], timeout=0.6) is False
     assert time.monotonic() - start < 5
 
 
 def test_an_object_that_equals_everything_equals_no_expression_either():
     """`2 + 2` is no literal: both sides are evaluated in the child, and still compared here."""
-    assert verify_code(fenced("def f(x):\n    return x * x"), ["assert f(2) == 2 + 2"]) is True
+    assert verify_code(fenced(F), ["assert f(2) == 2 + 2"]) is True
     assert verify_code(fenced(EQUAL), ["assert f(2) == 2 + 2"]) is False
-    assert verify_code(fenced(EQUAL), ["from fractions import Fraction", "assert f(2) == Fraction(1, 2)"]) is False
+    half = ["from fractions import Fraction", "assert f(2) == Fraction(1, 2)"]
+    assert verify_code(fenced(EQUAL), half) is False
 
 
-@pytest.mark.parametrize("code", ["while True: print('x' * 10000)", "import os\nos._exit(0)", "print('ok')"])
+@pytest.mark.parametrize(
+    "code", ["while True: print('x' * 10000)", "import os\nos._exit(0)", "print('ok')"]
+)
 def test_attacks_on_input_output_tests_fail(code):
     assert verify_code(fenced(code), [{"input": "", "output": "4"}], timeout=0.6) is False
 
@@ -271,25 +543,29 @@ def printed(code: str) -> str:
     return "failed" if out is None else out.decode().strip()
 
 
+PID = "import os; print(os.getpid())"
+
+
 def isolated() -> bool:
-    """Whether the kernel gives this process namespaces (documented in verify_code: without them, less is contained)."""
-    return printed("import os; print(os.getpid())") == "1"
+    """Whether the kernel gives this process namespaces (without them, less is contained)."""
+    return printed(PID) == "1"
 
 
-def test_the_environment_is_empty():
-    os.environ["VERIFIER_SECRET"] = "4"
-    try:
-        assert "VERIFIER_SECRET" not in printed("import os; print(dict(os.environ), open('/proc/self/environ').read())")
-        assert "VERIFIER_SECRET" not in printed("import os; print(dict(os.environ))") != "failed"
-    finally:
-        del os.environ["VERIFIER_SECRET"]
+def test_the_environment_is_empty(monkeypatch):
+    monkeypatch.setenv("VERIFIER_SECRET", "4")
+    own = printed("import os; print(dict(os.environ))")
+    assert own != "failed" and "VERIFIER_SECRET" not in own
+    assert "VERIFIER_SECRET" not in printed("print(open('/proc/self/environ').read())")
 
 
 def test_no_descriptors_are_inherited():
     with open(__file__) as file:
         os.set_inheritable(file.fileno(), True)
-        found = printed("import os\nfor n in range(3, 64):\n    try: os.fstat(n); print(n)\n    except OSError: pass")
-    assert found == ""
+        found = printed(
+            "import os\nfor n in range(3, 64):\n"
+            "    try: os.fstat(n); print(n)\n    except OSError: pass\nprint('done')"
+        )
+    assert found == "done"
 
 
 def test_its_folder_is_empty_and_disappears():
@@ -300,7 +576,8 @@ def test_its_folder_is_empty_and_disappears():
 def test_it_writes_nowhere_else(tmp_path):
     target = tmp_path / "evil"
     tmp_path.chmod(0o777)
-    result = printed(f"try: open({str(target)!r}, 'w').write('x')\nexcept OSError: print('refused')")
+    code = f"try: open({str(target)!r}, 'w').write('x')\nexcept OSError: print('refused')"
+    result = printed(code)
     if not isolated():
         pytest.skip("no namespaces here: only file permissions protect other folders")
     assert result == "refused" and not target.exists()
@@ -309,33 +586,29 @@ def test_it_writes_nowhere_else(tmp_path):
 def test_no_network():
     if not isolated():
         pytest.skip("no namespaces here: the network is not shut off")
-    assert "unreachable" in printed("import socket\ntry: socket.create_connection(('127.0.0.1', 9), 1)\nexcept OSError as e: print(e)")
+    code = "import socket\ntry: socket.create_connection(('127.0.0.1', 9), 1)\n"
+    assert "unreachable" in printed(code + "except OSError as error: print(error)")
 
 
-def test_killing_the_parent_kills_only_the_sandbox():
-    """The launcher stands between, and where namespaces exist not even that can be seen."""
-    assert verify_code(fenced("import os, signal\nos.kill(os.getppid(), signal.SIGKILL)\ndef f(x): return 0"), SQUARE, timeout=1.0) is False
-    code = f"import os\ntry: os.kill({os.getpid()}, 9)\nexcept OSError: print('refused')"
-    child = subprocess.run([sys.executable, "-c", PRINTED, code], capture_output=True, text=True, cwd=Path(verifier.__file__).parent)
-    assert child.returncode == 0, "the process that called the verifier was killed"
-
-
-PRINTED = """
-import os, sys, verifier
-code = "import os\\nfor pid in (os.getppid(), %d):\\n    try: os.kill(pid, 9)\\n    except OSError: pass" % os.getpid()
+KILLS = """
+import os, signal
+os.kill(os.getppid(), signal.SIGKILL)
+def f(x): return 0
+"""
+CALLER = """
+import os, verifier
+code = "import os\\nfor pid in (os.getppid(), %d):\\n    try: os.kill(pid, 9)" % os.getpid()
+code += "\\n    except OSError: pass"
 verifier._run({"code": code, "timeout": 2, "memory": 1 << 30}, b"")
 """
 
 
-def running(marker: str) -> int:
-    """Processes whose command line or environment names the marker: forks of a Python child keep its arguments."""
-    count = 0
-    for entry in filter(str.isdigit, os.listdir("/proc")):
-        try:
-            count += marker in Path(f"/proc/{entry}/cmdline").read_text()
-        except OSError:
-            pass
-    return count
+def test_killing_the_parent_kills_only_the_sandbox():
+    """The launcher is between; where namespaces exist not even that can be seen."""
+    assert verify_code(fenced(KILLS), SQUARE, timeout=1.0) is False
+    folder = Path(verifier.__file__).parent
+    child = subprocess.run([sys.executable, "-c", CALLER], capture_output=True, cwd=folder)
+    assert child.returncode == 0, "the process that called the verifier was killed"
 
 
 BOMB = """
@@ -350,34 +623,52 @@ while True:
 """
 
 
-def test_a_fork_bomb_is_contained(tmp_path):
-    """Also one whose children leave the process group: none of its processes is left when the verdict is there."""
-    marker = os.path.abspath(verifier.__file__)
-    before = running(marker)
+def running(marker: str) -> int:
+    """Processes whose command line holds the marker: forks of a Python child keep its arguments."""
+    count = 0
+    for entry in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            count += marker in Path(f"/proc/{entry}/cmdline").read_text()
+        except OSError:
+            pass
+    return count
+
+
+@pytest.mark.parametrize("namespaces", [True, False])
+def test_a_fork_bomb_is_contained(namespaces, monkeypatch):
+    """None of its processes is left when the verdict is there, not even with a session of its own.
+
+    False is the fallback for kernels that forbid namespaces: the launcher adopts and kills what
+    the solution leaves behind.
+    """
+    marker = f"# marked by {os.getpid()} {namespaces}"
+    source = f"{marker}\n{verifier._child_source()}"
+    if not namespaces:
+        source = source.replace("_launch()\n", "_isolate = lambda *_: False\n_launch()\n")
+    monkeypatch.setattr(verifier, "_child_source", lambda: source)
+    assert printed(f"import os; print({marker!r} in open('/proc/self/cmdline').read())") != "False"
+    assert namespaces or not isolated()
+    assert verify_code(fenced(F), SQUARE) is True
     start = time.monotonic()
     assert verify_code(fenced(BOMB), SQUARE, timeout=1.0) is False
     assert time.monotonic() - start < 8
     deadline = time.monotonic() + 3
-    while running(marker) > before and time.monotonic() < deadline:
+    while running(marker) and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert running(marker) <= before
+    assert running(marker) == 0
 
 
 def test_processes_are_limited():
     """Root is not bound by RLIMIT_NPROC, so the child must not be root."""
-    code = "import os, time\nn = 0\ntry:\n    while n < 200:\n        if os.fork() == 0: time.sleep(3)\n        n += 1\nexcept OSError: 0\n"
-    assert int(printed(code + "os.write(1, b'%d' % n)\nos._exit(0)")) < 64
-
-
-def test_without_namespaces_nothing_is_left_either(monkeypatch, tmp_path):
-    """The fallback for kernels that forbid namespaces: the launcher adopts and kills what the solution leaves behind."""
-    source = Path(verifier.__file__).read_text()
-    assert "isolated = _isolate(" in source
-    copy = tmp_path / "verifier.py"
-    copy.write_text(source.replace("isolated = _isolate(", "isolated = (lambda *_: False)("))
-    module = type(sys)("verifier_without_namespaces")
-    module.__file__ = str(copy)
-    exec(compile(copy.read_text(), str(copy), "exec"), module.__dict__)
-    assert module.verify_code(fenced("def f(x):\n    return x * x"), SQUARE) is True
-    assert module.verify_code(fenced(BOMB), SQUARE, timeout=1.0) is False
-    assert running(str(copy)) == 0
+    code = """
+import os, time
+n = 0
+try:
+    while n < 200:
+        if os.fork() == 0: time.sleep(3)
+        n += 1
+except OSError: 0
+os.write(1, b'%d' % n)
+os._exit(0)
+"""
+    assert 0 < int(printed(code)) < 64
