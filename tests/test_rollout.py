@@ -36,7 +36,7 @@ def test_greedy_equals_a_loop_without_cache(family):
     eos = {1, 2, 3, 14, 15}
     tolerance = 1e-6 if model.config._attn_implementation == "eager" else 1e-9  # eager attention has its softmax in fp32
     expected = [greedy_reference(model, p, 14, eos) for p in PROMPTS]
-    assert len({len(ids) for ids, _ in expected}) > 1 or family != "llama"  # rows must end at different times
+    assert len({len(ids) for ids, _ in expected}) > 1  # rows end at different times
     for slots in (1, 2, 64):  # 2: rows are reused while others go on; 64: the batch only shrinks
         got = generate(model, PROMPTS, max_new_tokens=14, eos_token_ids=eos, temperature=0, slots=slots)
         for rollout, (ids, logprobs) in zip(got, expected):
@@ -71,8 +71,11 @@ def test_eos_and_length_limit():
     for ids, rollout in zip(free, generate(model, PROMPTS, max_new_tokens=9, eos_token_ids=eos, temperature=0)):
         end = next((i + 1 for i, t in enumerate(ids) if t in eos), 9)
         assert rollout.ids == ids[:end] and rollout.finished == (ids[end - 1] in eos)
+    assert free[0][4] not in free[0][:4]
     on_the_last = generate(model, PROMPTS[:1], max_new_tokens=5, eos_token_ids=[free[0][4]], temperature=0)[0]
-    assert on_the_last.finished == (free[0].index(free[0][4]) <= 4)  # an EOS as the last allowed token still counts as an end
+    assert on_the_last.ids == free[0][:5] and on_the_last.finished is True  # an EOS as the last allowed token is an end
+    cut = generate(model, PROMPTS[:1], max_new_tokens=4, eos_token_ids=[free[0][4]], temperature=0)[0]
+    assert cut.ids == free[0][:4] and cut.finished is False
 
 
 def chi_square(counts, probabilities, n):
