@@ -72,10 +72,10 @@ def test_eos_and_length_limit():
         end = next((i + 1 for i, t in enumerate(ids) if t in eos), 9)
         assert rollout.ids == ids[:end] and rollout.finished == (ids[end - 1] in eos)
     assert free[0][4] not in free[0][:4]
-    on_the_last = generate(model, PROMPTS[:1], max_new_tokens=5, eos_token_ids=[free[0][4]], temperature=0)[0]
-    assert on_the_last.ids == free[0][:5] and on_the_last.finished is True  # an EOS as the last allowed token is an end
-    cut = generate(model, PROMPTS[:1], max_new_tokens=4, eos_token_ids=[free[0][4]], temperature=0)[0]
-    assert cut.ids == free[0][:4] and cut.finished is False
+    for limit, finished in ((5, True), (4, False)):  # an EOS as the last allowed token is an end
+        same = dict(eos_token_ids=[free[0][4]], temperature=0)
+        (last,) = generate(model, PROMPTS[:1], max_new_tokens=limit, **same)
+        assert last.ids == free[0][:limit] and last.finished is finished
 
 
 def chi_square(counts, probabilities, n):
