@@ -9,6 +9,7 @@ where it acts.
 
 import copy
 import functools
+import importlib
 import json
 import math
 import re
@@ -20,7 +21,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_scripts import call, lines_of, save_model
+from test_scripts import FLAGS, call, lines_of, save_model
+from test_scripts import base as scripts_base  # noqa: F401
+from test_scripts import data as scripts_data  # noqa: F401
 from tiny import make_tokenizer
 from transformers import AutoModelForCausalLM
 from transformers.models.llama import modeling_llama
@@ -1050,3 +1053,122 @@ def test_rejection_fine_tuning_equals_the_slow_loop(flags, group, epochs, watch,
     assert Counter(sum(rows, [])) == dict.fromkeys(known, epochs)
     batches = [[known[row] for row in batch] for batch in rows]
     assert_same_training(watch, files, slow_baseline(watch, files, "rft", batches, rate=0))
+
+
+# ------------------------------------------------------------------- resume, code, the whole toy
+
+RESUMED = {
+    "srt": "--dtype bfloat16 --batch-size 4 --problems 16 --epochs 2",
+    "sdzero": "--dtype bfloat16 --batch-size 2 --teacher ema --teacher-rate 0.3 --problems 16",
+    "sdzero, two passes": "--batch-size 4 --passes 2 --teacher ema --teacher-interval 3",
+    "rft": "--batch-size 4 --problems 16 --epochs 3",
+    "grpo": "--batch-size 4 --group 4 --problems 8 --dtype bfloat16",
+    "sdpo": "--batch-size 4 --group 4 --problems 8 --dtype bfloat16 --teacher-rate 0.3",
+}
+
+
+@pytest.mark.parametrize("case", RESUMED)
+def test_an_interrupted_run_goes_on_bit_for_bit(case, request, tmp_path, monkeypatch):
+    """With the real sampler and dropout, stopped between two checkpoints. Catches a master's lower
+    half, a teacher's average or a moment that a checkpoint does not hold."""
+    base, data = (request.getfixturevalue(name) for name in ("scripts_base", "scripts_data"))
+    script, *method = SCRIPTS[case.split(",")[0]]
+    flags = [*method, "--model", base, "--dataset", data, *FLAGS, *RESUMED[case].split()]
+    call(script, *flags, "--output", tmp_path / "whole")
+    steps = []
+
+    def stop(parameters, limit):
+        steps.append(limit)
+        if len(steps) == 6:
+            raise KeyboardInterrupt
+        return clip_grad_norm_(parameters, limit)
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", stop)
+    with pytest.raises(KeyboardInterrupt):
+        call(script, *flags, "--output", tmp_path / "out")
+    assert [p.name for p in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-4"]
+    call(script, *flags, "--output", tmp_path / "out", "--resume")
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    assert lines_of(out / "metrics.jsonl") == lines_of(whole / "metrics.jsonl")
+    assert (out / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    assert len(steps) < 6 + len(
+        [x for x in lines_of(out / "metrics.jsonl") if x["kind"] == "train"]
+    )
+
+
+CODE_TESTS = {
+    "json": lambda i: json.dumps([{"input": str(k), "output": str(k + i)} for k in range(2)]),
+    "list": lambda i: [f"assert f({k}) == {k + i}" for k in range(2)],
+}
+
+
+@pytest.mark.parametrize("kind", CODE_TESTS)
+def test_code_through_the_scripts(kind, files, tmp_path, monkeypatch):
+    """Tests as a JSON string, as data sets have them, or as a list of asserts; first attempts are
+    right for even problems, revisions always. Catches tests of another problem."""
+    lines = [{"problem": f"{i}?", "tests": CODE_TESTS[kind](i)} for i in range(6)]
+    (tmp_path / "code.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    def generate(model, prompts, **rest):
+        found = []
+        for text in map(TOKENIZER.decode, prompts):
+            i = problem_of(text)
+            added = i if text.endswith("\n\n") or i % 2 == 0 else i + 1
+            body = (
+                f"print(int(input()) + {added})" if kind == "json" else f"f = lambda x: x + {added}"
+            )
+            found.append(response(f"```python\n{body}\n```", True, i, 0))
+        return found
+
+    monkeypatch.setattr(common, "generate", generate)
+    flags = ["--model", files / "base", "--dataset", tmp_path / "code.jsonl", "--verifier", "code"]
+    flags += "--eval-problems 2 --eval-samples 1 --max-new-tokens 64 --device cpu".split()
+    call(
+        srt, *flags, *"--problems 4 --revisions 1 --epochs 1".split(), "--output", tmp_path / "srt"
+    )
+    traces = lines_of(tmp_path / "srt" / "traces.jsonl")
+    assert len(traces) == 4 and all(t["reward"] == 1 - problem_of(t["problem"]) % 2 for t in traces)
+    assert lines_of(tmp_path / "srt" / "metrics.jsonl")[0]["revised_accuracy"] == 1
+    call(sdzero, *flags, "--output", tmp_path / "sdzero")
+    right = {problem_of(t["problem"]): t["reward"] for t in traces}
+    (train,) = [x for x in lines_of(tmp_path / "sdzero" / "metrics.jsonl") if x["kind"] == "train"]
+    assert train["reward"] == sum(right.values()) / 4
+    seen = [problem_of(t["problem"]) for t in traces]
+    (first, _) = [x for x in lines_of(tmp_path / "sdzero" / "metrics.jsonl") if x["kind"] == "eval"]
+    assert first["accuracy"] == sum(1 - i % 2 for i in range(6) if i not in seen) / 2
+
+
+def test_the_toy_in_small(tmp_path, monkeypatch, capsys):
+    """examples/toy.py from nothing to its table with the baselines, each script called here and not
+    in a process of its own. That it learns anything is not asked of so small a version."""
+    import toy
+
+    small = dict(DOCUMENTS=1000, SIZES=dict(stage1=24, stage2=96, heldout=6))
+    small["MODEL"] = {**toy.MODEL, "hidden_size": 32, "num_hidden_layers": 1}
+    for name, value in small.items():
+        monkeypatch.setattr(toy, name, value)
+    monkeypatch.setattr(sys, "argv", ["toy.py", "--out", str(tmp_path), "--baselines"])
+    called = []
+
+    def in_process(name, *flags):
+        called.append(name)
+        importlib.import_module(Path(name).stem).main([str(flag) for flag in flags])
+
+    monkeypatch.setattr(toy, "call", in_process)
+    toy.main()
+    table = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line[:2] == "| "]
+    rows = {cells[0].strip("| "): cells[1:] for cells in table[2:]}
+    assert {"base", "SRT", "SD-Zero", "RFT", "GRPO", "SDFT", "SDPO"} <= rows.keys() and len(
+        rows
+    ) == 13
+    for cells in rows.values():
+        assert 0 <= float(cells[0]) <= 100 and 0 < float(cells[-1].strip("| ")) <= 64
+    goods = []
+    for name, size in toy.SIZES.items():
+        problems = [json.loads(line) for line in open(tmp_path / f"{name}.jsonl")]
+        assert len(problems) == size
+        for p in problems:
+            goods.append(frozenset(re.findall(r"[a-z]{4}", p["problem"].split(" of ")[1])))
+            assert p["solution"].endswith(f"#### {p['answer']}")
+    assert len(set(goods)) == len(goods)
+    assert {"srt.py", "sdzero.py", "examples/baselines.py", "examples/localize.py"} <= set(called)
