@@ -1,3 +1,4 @@
 import torch
 
-torch.set_num_threads(1)  # tiny tensors: a second thread costs more than it brings, and much more beside another process
+# Tiny tensors: a second thread costs more than it brings, and much more beside another process.
+torch.set_num_threads(1)

@@ -39,10 +39,9 @@ def make_tokenizer():
     pattern = Regex("|".join([*(phrase.replace(".", r"\.") for phrase in phrases), "."]))
     backend.pre_tokenizer = pre_tokenizers.Split(pattern, behavior="isolated")
     backend.decoder = decoders.Fuse()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, unk_token="<|unk|>", eos_token="<|end|>", pad_token="<|end|>",
-        additional_special_tokens=special,
-    )  # fmt: skip
+    names = dict(unk_token="<|unk|>", eos_token="<|end|>", pad_token="<|end|>")
+    names["additional_special_tokens"] = special
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **names)
     tokenizer.chat_template = "<|user|>{{ messages[0].content }}<|assistant|>"
     return tokenizer
 
