@@ -276,6 +276,8 @@ def load_lm(args: argparse.Namespace) -> LM:
     near = Path(args.model).parent.is_dir() and "/" in args.model  # runs/typo beside runs/srt
     if "/" in args.model and not Path(args.model).is_dir() and (looks_like_a_folder or near):
         fail(f"no such model folder: {args.model}")
+    if args.device.startswith("mps") and not torch.backends.mps.is_available():
+        fail("--device mps: torch finds no GPU of Apple's here")
     try:
         torch.empty(0, device=args.device)
         # cuDNN's attention plans anew for every shape, and ours change at every step
