@@ -281,6 +281,8 @@ def choose_dtype(args: argparse.Namespace) -> torch.dtype:
 def load_lm(args: argparse.Namespace) -> LM:
     """The model in --dtype on --device. Fails where it cannot be loaded, sampled from, told when
     to stop, or saved again."""
+    if args.device.startswith("mps") and not torch.backends.mps.is_available():
+        fail("--device mps: torch finds no GPU of Apple's here")
     try:
         torch.empty(0, device=args.device)
         # cuDNN's attention plans anew for every shape, and ours change at every step
@@ -574,6 +576,8 @@ def load_verifier(name: str) -> Callable[[list[str], list], list[int]]:
     if name == "math":
         verify = verifier.verify
     elif name == "code":
+        if sys.platform != "linux":
+            fail("--verifier code needs Linux, whose kernel contains what it runs")
         verify = verifier.verify_code
     else:
         try:

@@ -67,10 +67,8 @@ def by_chunks(loss, rows, against=True):
     "given",
     [
         (),
-        ("--alpha", "0.3"),
         ("--objective", "topk_logits", "--topk", "8", "--importance-cap", "2"),
         ("--objective", "sampled_token", "--temperature", "0.7"),
-        ("--objective", "mixed_kl", "--topk", "8"),
     ],
 )
 def test_compiled_losses_are_captured_whole_and_once(given, monkeypatch):
