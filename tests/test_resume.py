@@ -24,16 +24,13 @@ from test_scripts import (
     ROWS,
     STAGE_1,
     STAGE_2,
-    as_flags,
-    call,
-    ended,  # noqa: F401
     lines_of,
     log_of,
     read,
     save_model,
     save_rows,
 )
-from tiny import CHAT_TEMPLATE, make_tokenizer
+from tiny import CHAT_TEMPLATE, as_flags, call, make_tokenizer
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 import common
@@ -314,7 +311,7 @@ FIXED = {
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_what_changes_the_result_is_refused_and_named(name, stopped, ended):  # noqa: F811
+def test_what_changes_the_result_is_refused_and_named(name, stopped, ended):
     folder, flags = stopped(name)
     before = ending(folder)
     for change in FIXED[name].split(";"):
@@ -346,7 +343,7 @@ def test_another_model_other_data_and_other_traces_are_refused(
     small,
     tmp_path,
     monkeypatch,
-    ended,  # noqa: F811
+    ended,
 ):
     """By content: the names are the same, and one weight, one answer, one trace differ."""
     folder, flags = stopped("sdzero")
@@ -439,7 +436,7 @@ def test_a_run_that_was_killed_before_its_settings_starts_again(left, small, qui
     assert (out / "config.json").exists() and not (out / "settings.json.tmp").exists()
 
 
-def test_two_processes_in_one_folder(stopped, ended):  # noqa: F811
+def test_two_processes_in_one_folder(stopped, ended):
     """The second one is told so, writes nothing, and the first one ends as usual."""
     folder, flags = stopped("sdzero")
     args = sdzero.parse_arguments(as_flags(flags, dict(output=folder, resume=True)))
@@ -587,7 +584,7 @@ def test_bad_input_and_ctrl_c_of_a_real_process(runs, tmp_path):
 
 
 @pytest.mark.parametrize("script", SCRIPTS.values())
-def test_ctrl_c_while_evaluating_advises_nothing(script, runs, ended, monkeypatch):  # noqa: F811
+def test_ctrl_c_while_evaluating_advises_nothing(script, runs, ended, monkeypatch):
     def interrupted(*args, **rest):
         raise KeyboardInterrupt
 
@@ -613,7 +610,7 @@ def test_the_last_checkpoint_is_kept_and_the_advice_works(
     quick,
     tmp_path,
     monkeypatch,
-    ended,  # noqa: F811
+    ended,
 ):
     """One line, the checkpoint of the step before, and a run that --resume brings to its end."""
     error, code, advice = FAILURES[failure]
@@ -635,7 +632,7 @@ def test_the_last_checkpoint_is_kept_and_the_advice_works(
 
 
 @pytest.mark.parametrize("script, name", [(srt, "srt"), (sdzero, "sdzero")])
-def test_weights_that_are_no_numbers_stop_the_run(script, name, small, quick, tmp_path, ended):  # noqa: F811
+def test_weights_that_are_no_numbers_stop_the_run(script, name, small, quick, tmp_path, ended):
     """The loss itself is looked at, before the optimizer."""
     flags = [*SMALL, *OWN[name], "--model", small[name], "--dataset", "x", "--lr", "1e38"]
     code, _, err = ended(script, *flags, output=tmp_path / "out")
