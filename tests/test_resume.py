@@ -24,17 +24,14 @@ from test_scripts import (
     ROWS,
     STAGE_1,
     STAGE_2,
-    as_flags,
-    call,
-    ended,  # noqa: F401: a fixture
     lines_of,
     log_of,
     read,
     save_model,
     save_rows,
 )
-from tiny import CHAT_TEMPLATE, make_tokenizer
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from tiny import CHAT_TEMPLATE, as_flags, call, make_tokenizer
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 import common
 import sdzero
@@ -56,8 +53,8 @@ SCRIPTS = {"srt": srt, "sdzero": sdzero}
 
 
 class Snapshots:
-    """What kill -9 leaves behind: a copy of the run's folder before each of its file operations, or,
-    if torn, when that operation is half done."""
+    """What kill -9 leaves behind: a copy of the run's folder before each of its file operations,
+    or, if torn, when that operation is half done."""
 
     def __init__(self, monkeypatch, out, copies, torn):
         self.out, self.copies, self.torn, self.names = out, copies, torn, []
@@ -134,16 +131,19 @@ def sampled(model, prompts, *, max_new_tokens, eos_token_ids, generator, **rest)
     return responses
 
 
+ROWS_BY = {name: [row[i] for row in ROWS[:20]] for i, name in enumerate(("problem", "answer"))}
+
+
 class Rows:
     """A data set without the data-set library, which would take most of the time here."""
 
     column_names = ["problem", "answer"]
 
     def __len__(self):
-        return len(ROWS[:20])
+        return 20
 
     def __getitem__(self, name):
-        return [row[name == "answer"] for row in ROWS[:20]]
+        return ROWS_BY[name]
 
 
 def ending(folder):
@@ -223,3 +223,417 @@ def test_killed_at_every_file_operation(name, torn, small, quick, tmp_path, monk
         except (Exception, SystemExit) as error:
             failed.append((n, operation, repr(error)[:300]))
     assert failed == []
+
+
+# ------------------------------------------------------------- what may change, and what may not
+
+
+@pytest.fixture
+def stopped(small, quick, tmp_path, monkeypatch):
+    """Runs of both stages that were killed in their third step: stopped(name) -> folder, flags."""
+
+    def make(name, *more):
+        folder = tmp_path / name
+        flags = [*SMALL, *OWN[name], "--model", small[name], "--dataset", "x", *more]
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            patch.setattr(common.Run, "log", killed_after(3))
+            call(SCRIPTS[name], *flags, output=folder)
+        return folder, flags
+
+    return make
+
+
+class Killed(BaseException):
+    """Nothing catches it, as nothing catches kill -9."""
+
+
+def killed_after(last):
+    log = common.Run.log
+
+    def killed(run, kind, step, values):
+        log(run, kind, step, values)
+        if (kind, step) == ("train", last):
+            raise Killed
+
+    return killed
+
+
+def without_dropout(folder, copy):
+    """Dropout depends on how a step is cut into micro-batches."""
+    shutil.copytree(folder, copy)
+    config = read(copy / "config.json")
+    config.update(attn_pdrop=0, embd_pdrop=0, resid_pdrop=0)
+    (copy / "config.json").write_text(json.dumps(config))
+    return copy
+
+
+def notes_of(folder):
+    return [line["changed"] for line in log_of(folder, "note")]
+
+
+FREE = "--micro-tokens 9 --gradient-checkpointing --save-every 2 --eval-every 1"
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_what_changes_memory_saving_and_logging_may_change(name, stopped, small, tmp_path):
+    """The advice of the messages (less --micro-tokens, say) is taken by --resume, without a note;
+    results are the same up to rounding."""
+    model = without_dropout(small[name], tmp_path / "model")
+    folder, flags = stopped(name, "--model", model)
+    whole = shutil.copytree(folder, folder.with_name("whole"))
+    call(SCRIPTS[name], *flags, output=whole, resume=True)
+    call(SCRIPTS[name], *flags, *shlex.split(FREE), output=folder, resume=True)
+    a, b = (log_of(path, "train") for path in (whole, folder))
+    assert [x["step"] for x in a] == [x["step"] for x in b]
+    assert [x["loss"] for x in a] == pytest.approx([x["loss"] for x in b], rel=1e-4)
+    assert notes_of(folder) == []
+
+
+def test_rate_and_slots_may_change_with_a_note(stopped):
+    """The note says what was; a second --resume with the new flags adds no other."""
+    folder, flags = stopped("sdzero")
+    more = dict(output=folder, resume=True)
+    call(sdzero, *flags, "--lr", "1e-5", "--slots", "3", **more)
+    (slots, rate) = sorted(notes_of(folder), reverse=True)
+    assert slots.startswith("--slots was") and rate == "--lr was 0.01"
+    rates = [x["lr"] for x in log_of(folder, "train")]
+    assert rates == pytest.approx([1e-2, 1e-2, 1e-5])
+    before = ending(folder)
+    call(sdzero, *flags, "--lr", "1e-5", "--slots", "3", **more)
+    assert_same_ending(folder, before)
+
+
+FIXED = {
+    "srt": "--seed 1;--revisions 2;--temperature 0.5;--terms revision;--epochs 2;--top-p 0.5",
+    "sdzero": "--seed 1;--alpha 0;--teacher-rate 0.5;--batch-size 3;--max-new-tokens 5;"
+    "--warmup 2;--phrase-wrong Nope. --force;--eval-samples 2;--passes 2",
+}
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_what_changes_the_result_is_refused_and_named(name, stopped, ended):
+    folder, flags = stopped(name)
+    before = ending(folder)
+    for change in FIXED[name].split(";"):
+        change = shlex.split(change)
+        code, _, err = ended(SCRIPTS[name], *flags, *change, output=folder, resume=True)
+        assert code == 2 and f"{change[0]} was" in err, err
+    assert_same_ending(folder, before)
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_folders_may_move_and_the_run_may_start_elsewhere(
+    name, stopped, small, tmp_path, monkeypatch
+):
+    """Model and output under other names, relative to another working directory."""
+    folder, _ = stopped(name)
+    whole = shutil.copytree(folder, tmp_path / "whole")
+    flags = [*SMALL, *OWN[name], "--dataset", "x", "--resume"]
+    call(SCRIPTS[name], *flags, model=small[name], output=whole)
+    elsewhere = tmp_path / "else" / "where"
+    shutil.move(folder, elsewhere / "moved")
+    shutil.copytree(small[name], elsewhere / "copy")
+    monkeypatch.chdir(elsewhere)
+    call(SCRIPTS[name], *flags, model="./copy", output="moved")
+    assert_same_ending(elsewhere / "moved", ending(whole))
+
+
+def test_another_model_other_data_and_other_traces_are_refused(
+    stopped,
+    small,
+    tmp_path,
+    monkeypatch,
+    ended,
+):
+    """By content: the names are the same, and one weight, one answer, one trace differ."""
+    folder, flags = stopped("sdzero")
+    model = AutoModelForCausalLM.from_pretrained(small["sdzero"])
+    other = shutil.copytree(small["sdzero"], tmp_path / "other")
+    model.transformer.ln_f.weight.data[3] += 0.01
+    model.save_pretrained(other)
+    code, _, err = ended(sdzero, *flags, "--model", other, output=folder, resume=True)
+    assert code == 2 and "--resume needs the model that the run began with" in err
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Rows, "__getitem__", lambda self, name: [x + "0" for x in ROWS_BY[name]])
+        code, _, err = ended(sdzero, *flags, output=folder, resume=True)
+    assert code == 2 and "--resume needs the problems that the run began with" in err
+
+    collected = dict(collect_only=True, output=tmp_path / "collected")
+    call(srt, *SMALL, model=small["srt"], dataset="x", **collected)
+    traces = tmp_path / "collected" / "traces.jsonl"
+    folder, flags = stopped("srt", "--traces", str(traces), "--epochs", "5")
+    lines = traces.read_text().splitlines()
+    traces.write_text("\n".join(lines[1:]) + "\n")
+    code, _, err = ended(srt, *flags, output=folder, resume=True)
+    assert code == 2 and "--resume needs the traces that the run began with" in err
+
+
+# --------------------------------------------------------------------------- the state of a folder
+
+
+def test_a_complete_run_stays_as_it_is(stopped):
+    """--resume once more, with other flags: nothing is logged, trained or written again."""
+    folder, flags = stopped("sdzero")
+    call(sdzero, *flags, output=folder, resume=True)
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    call(sdzero, *flags, "--lr", "5", output=folder, resume=True)
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+
+
+CUTS = {
+    "half of the last line": lambda text: text[: -len(text.splitlines()[-1]) // 2],
+    "the last newline": lambda text: text[:-1],
+    "zeros at the end": lambda text: text + "\0" * 50,
+    "zeros instead of a line": lambda text: text[:-100] + "\0" * 100,
+    "two lines less than the checkpoint knows": lambda text: lines_less(text, 2),
+    "half of the file": lambda text: text[: len(text) // 2],
+    "everything": lambda text: "",
+}
+
+
+def lines_less(text, n):
+    return "\n".join(text.splitlines()[:-n]) + "\n"
+
+
+@pytest.mark.parametrize("cut", CUTS)
+def test_a_torn_log_is_no_dead_end(cut, stopped):
+    """The lines that are there stay, those of steps to come are logged, and the file has only
+    whole lines. The weights are those of the run with its log."""
+    folder, flags = stopped("sdzero")
+    whole = shutil.copytree(folder, folder.with_name("whole"))
+    call(sdzero, *flags, output=whole, resume=True)
+    path = folder / "metrics.jsonl"
+    path.write_text(CUTS[cut](path.read_text()))
+    call(sdzero, *flags, output=folder, resume=True)
+    assert "\0" not in path.read_text()
+    found, wanted = lines_of(path), lines_of(whole / "metrics.jsonl")
+    assert found[-1] == wanted[-1] and [x for x in wanted if x in found] == found
+    weights = "model.safetensors"
+    assert (folder / weights).read_bytes() == (whole / weights).read_bytes()
+
+
+def test_a_users_own_files_survive(stopped):
+    """checkpoint-3-mine is no checkpoint of ours: neither removed nor resumed from."""
+    folder, flags = stopped("sdzero")
+    for name in ("checkpoint-3-mine", "checkpoint-best", "my-checkpoint-9", "checkpoint-"):
+        (folder / name).mkdir()
+        (folder / name / "notes.txt").write_text("mine")
+    call(sdzero, *flags, output=folder, resume=True)
+    assert len(list(folder.glob("*/notes.txt"))) == 4 and (folder / "config.json").exists()
+    assert [x["step"] for x in log_of(folder, "train")] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("left", [[], [".lock"], [".lock", "settings.json.tmp"]])
+def test_a_run_that_was_killed_before_its_settings_starts_again(left, small, quick, tmp_path):
+    """It left nothing but a lock and a torn file: a fresh start takes the folder."""
+    out = tmp_path / "out"
+    out.mkdir()
+    for name in left:
+        (out / name).write_text('{"fla')
+    flags = [*SMALL, *OWN["sdzero"], "--model", small["sdzero"], "--dataset", "x"]
+    call(sdzero, *flags, output=out)
+    assert (out / "config.json").exists() and not (out / "settings.json.tmp").exists()
+
+
+def test_two_processes_in_one_folder(stopped, ended):
+    """The second one is told so, writes nothing, and the first one ends as usual."""
+    folder, flags = stopped("sdzero")
+    args = sdzero.parse_arguments(as_flags(flags, dict(output=folder, resume=True)))
+    first = common.Run(args, common.setup(args))
+    before = ending(folder)
+    code, _, err = ended(sdzero, *flags, output=folder, resume=True)
+    assert code == 2 and f"another process is at work in {folder}" in err
+    assert_same_ending(folder, before)
+    first.lock.close()
+    call(sdzero, *flags, output=folder, resume=True)
+
+
+# ------------------------------------------------------------------------------- the day of the run
+
+DATED = "{{ strftime_now('%d %b %Y') }} " + CHAT_TEMPLATE
+
+
+@pytest.fixture
+def dated(tmp_path, monkeypatch):
+    """A model whose template shows today's date, and a way to change the day."""
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = DATED
+    monkeypatch.setattr(common, "load_rows", lambda *rest: Rows())
+    monkeypatch.setattr(common, "generate", sampled)
+    real = time.strftime
+
+    def set_day(day):
+        now = time.strptime(day, "%Y-%m-%d")
+        monkeypatch.setattr(time, "strftime", lambda form, *when: real(form, *(when or (now,))))
+
+    return save_model(tmp_path / "base", tokenizer=tokenizer), set_day
+
+
+def prompts_of(folder):
+    tokenizer = make_tokenizer()
+    return [tokenizer.decode(t["prompt_ids"]) for t in lines_of(folder / "traces.jsonl")]
+
+
+def test_the_day_of_the_first_stage_stays(dated, tmp_path, monkeypatch):
+    """Stage 2, --resume and --traces on other days ask as stage 1 did, and a model without a past
+    as of today. Catches prompts that change from one day to the next."""
+    base, set_day = dated
+    flags = [*SMALL, "--dataset", "x", "--batch-size", "2", "--problems", "6"]
+    asked = []
+
+    def noted(model, prompts, **rest):
+        asked.extend(make_tokenizer().decode(p)[:11] for p in prompts)
+        return sampled(model, prompts, **rest)
+
+    monkeypatch.setattr(common, "generate", noted)
+    set_day("2026-03-01")
+    collected, one = tmp_path / "collected", tmp_path / "one"
+    call(srt, *flags, model=base, output=collected, collect_only=True)
+    assert set(asked) == {"01 Mar 2026"}
+    set_day("2026-03-02")
+    traces = collected / "traces.jsonl"
+    call(srt, *flags, model=base, output=one, traces=traces, epochs=1)
+    set_day("2027-01-01")
+    call(sdzero, *flags, model=one, output=tmp_path / "two")
+    assert set(asked) == {"01 Mar 2026"}
+    assert {prompt[:11] for prompt in prompts_of(collected)} == {"01 Mar 2026"}
+    for folder in (one, tmp_path / "two"):
+        assert read(folder / "srt.json")["prompt"]["date"] == "2026-03-01"
+
+    asked.clear()
+    out = tmp_path / "resumed"
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(common.Run, "log", killed_after(2))
+        call(sdzero, *flags, model=base, output=out)
+    set_day("2027-12-31")
+    call(sdzero, *flags, model=base, output=out, resume=True)
+    assert set(asked) == {"01 Jan 2027"}
+
+
+# ---------------------------------------------------------------------------------- real processes
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Both stages, uninterrupted, with the real sampler; and what they were made from."""
+    folder = tmp_path_factory.mktemp("runs")
+    data = save_rows(folder / "data.jsonl", ROWS)
+    base = save_model(folder / "base")
+    call(srt, *FLAGS, *STAGE_1, model=base, dataset=data, output=folder / "srt")
+    call(sdzero, *FLAGS, *STAGE_2, model=folder / "srt", dataset=data, output=folder / "sdzero")
+    return folder
+
+
+def start(script, *flags, **named):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "tests"), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, ROOT / script, *as_flags(flags, named)],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def wait_for(process, condition):
+    deadline = time.time() + 120
+    while not condition():
+        assert process.poll() is None and time.time() < deadline, "it ended too early"
+        time.sleep(0.002)
+
+
+def kill_when(process, condition):
+    wait_for(process, condition)
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_killed_run_goes_on_bit_for_bit(name, runs, tmp_path):
+    """kill -9 while the traces are sampled (stage 1) and after a checkpoint, in processes of their
+    own; everything equals the run that nobody touched."""
+    out = tmp_path / "out"
+    flags = [*FLAGS, *(STAGE_1 if name == "srt" else STAGE_2), "--dataset", runs / "data.jsonl"]
+    flags += ["--model", runs / ("base" if name == "srt" else "srt"), "--output", out]
+    first = start(f"{name}.py", *flags)
+    if name == "srt":
+        kill_when(first, (out / "settings.json").exists)
+        first = start("srt.py", *flags, "--resume")
+    kill_when(first, lambda: any(out.glob("checkpoint-[46]")))
+    assert not (out / "config.json").exists()
+    last = start(f"{name}.py", *flags, "--resume")
+    assert last.communicate()[1] == "" and last.returncode == 0
+    assert_same_ending(out, ending(runs / name))
+
+
+def test_bad_input_and_ctrl_c_of_a_real_process(runs, tmp_path):
+    """No traceback, exit codes 2 and 130; --resume is advised only where there is a run."""
+    process = start("srt.py", "--model", "./nowhere", "--dataset", "x.jsonl")
+    assert process.communicate()[1] == "srt.py: no such model folder: ./nowhere\n"
+    assert process.returncode == 2
+
+    flags = [*FLAGS, "--dataset", runs / "data.jsonl", "--model", runs / "base"]
+    out = tmp_path / "out"
+    process = start("srt.py", *flags, *STAGE_1, "--epochs", "1000", "--output", out)
+    wait_for(process, lambda: any(out.glob("checkpoint-*")))
+    process.send_signal(signal.SIGINT)
+    assert re.fullmatch(r"srt.py: interrupted; .*--resume.*\n", process.communicate()[1])
+    assert process.returncode == 130
+
+
+@pytest.mark.parametrize("script", SCRIPTS.values())
+def test_ctrl_c_while_evaluating_advises_nothing(script, runs, ended, monkeypatch):
+    def interrupted(*args, **rest):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(common, "generate", interrupted)
+    flags = dict(model=runs / "srt", dataset=runs / "data.jsonl")
+    code, _, err = ended(script, *FLAGS, **flags, eval_only=True)
+    assert code == 130 and err.endswith(f"{script.__name__}.py: interrupted\n")
+
+
+FAILURES = {
+    "a loss that is no number": (FloatingPointError, 1, "lower --lr"),
+    "out of memory": (torch.OutOfMemoryError, 1, "lower --slots"),
+    "Ctrl-C": (KeyboardInterrupt, 130, "--resume goes on from the last checkpoint"),
+}
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("failure", FAILURES)
+def test_the_last_checkpoint_is_kept_and_the_advice_works(
+    failure,
+    name,
+    small,
+    quick,
+    tmp_path,
+    monkeypatch,
+    ended,
+):
+    """One line, the checkpoint of the step before, and a run that --resume brings to its end."""
+    error, code, advice = FAILURES[failure]
+    flags = [*SMALL, *OWN[name], "--model", small[name], "--dataset", "x"]
+    real, out = common.Optimizer.step, tmp_path / "out"
+
+    def failing(self, lr):
+        if (out / "checkpoint-1").exists():
+            raise error("the loss is nan")
+        return real(self, lr)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(common.Optimizer, "step", failing)
+        found, _, err = ended(SCRIPTS[name], *flags, output=out)
+    assert found == code and re.fullmatch(rf"{name}\.py: [^\n]+{advice}[^\n]*\n", err), err
+    assert [path.name for path in out.glob("checkpoint-*")] == ["checkpoint-1"]
+    call(SCRIPTS[name], *flags, output=out, resume=True)
+    assert (out / "config.json").exists()
+
+
+@pytest.mark.parametrize("script, name", [(srt, "srt"), (sdzero, "sdzero")])
+def test_weights_that_are_no_numbers_stop_the_run(script, name, small, quick, tmp_path, ended):
+    """The loss itself is looked at, before the optimizer."""
+    flags = [*SMALL, *OWN[name], "--model", small[name], "--dataset", "x", "--lr", "1e38"]
+    code, _, err = ended(script, *flags, output=tmp_path / "out")
+    assert code == 1 and "is nan" in err and "--resume with a lower --lr" in err

@@ -10,7 +10,7 @@ import shlex
 
 import pytest
 import torch
-from tiny import make_tokenizer, odd, tiny
+from tiny import as_flags, call, make_tokenizer, odd, tiny
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import common
@@ -48,36 +48,6 @@ def save_rows(path, rows):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
-
-
-def as_flags(flags, named):
-    """call(srt, *FLAGS, model=base, collect_only=True): each as the command line has it."""
-    flags = [str(f) for f in flags]
-    for name, value in named.items():
-        name = f"--{name.replace('_', '-')}"
-        flags += [name] if value is True else [name, str(value)]
-    return flags
-
-
-def call(script, *flags, **named):
-    script.main(as_flags(flags, named))
-
-
-@pytest.fixture
-def ended(monkeypatch, capfd):
-    """A script as the shell sees it: ended(script, *flags, **named) -> (exit code, out, err)."""
-
-    def run(script, *flags, **named):
-        monkeypatch.setattr("sys.argv", [f"{script.__name__}.py", *as_flags(flags, named)])
-        capfd.readouterr()
-        code = 0
-        try:
-            common.entry(script.main)
-        except SystemExit as stop:
-            code = stop.code
-        return code, *capfd.readouterr()
-
-    return run
 
 
 def task_of(script, *flags, **named):

@@ -105,3 +105,16 @@ def make_tokenizer(eos: bool = True, template: bool = True, adds: str = ""):
 def odd(response: str, answer) -> bool:
     """A verifier that a random model satisfies about half of the time."""
     return sum(map(ord, response)) % 2 == 1
+
+
+def as_flags(flags, named):
+    """call(srt, *FLAGS, model=base, collect_only=True): each as the command line has it."""
+    flags = [str(f) for f in flags]
+    for name, value in named.items():
+        name = f"--{name.replace('_', '-')}"
+        flags += [name] if value is True else [name, str(value)]
+    return flags
+
+
+def call(script, *flags, **named):
+    script.main(as_flags(flags, named))

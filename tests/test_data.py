@@ -1,0 +1,567 @@
+"""Problems, prompts and what a model remembers: the held-out set, every form of row, tokenizers.
+
+Most tests stop after `common.setup`, which is all that a run does before its first sample.
+"""
+
+import json
+import random
+import socket
+from datetime import date
+from decimal import Decimal
+
+import datasets
+import pytest
+import transformers
+from test_scripts import (
+    FLAGS,
+    ROWS,
+    keys,
+    log_of,
+    read,
+    save_model,
+    save_rows,
+    task_of,
+)
+from tiny import call, make_tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import common
+import sdzero
+import srt
+import verifier
+from common import key_of
+from rollout import Rollout
+
+transformers.utils.logging.disable_progress_bar()
+
+SCRIPTS = {"srt": srt, "sdzero": sdzero}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return save_model(tmp_path_factory.mktemp("model") / "base")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return save_rows(tmp_path_factory.mktemp("data") / "problems.jsonl", ROWS)
+
+
+@pytest.fixture(scope="module")
+def lineage(base, data, tmp_path_factory):
+    """Stage 1, stage 2 with fewer held-out problems, and stage 2 once more."""
+    out = tmp_path_factory.mktemp("lineage")
+    flags = [*FLAGS, "--dataset", data, "--batch-size", "8"]
+    flags1 = ["--problems", "20", "--epochs", "1"]
+    call(srt, *flags, *flags1, model=base, output=out / "one")
+    few = ["--eval-problems", "2", "--problems", "10"]
+    call(sdzero, *flags, *few, model=out / "one", output=out / "two")
+    call(sdzero, *flags, *few, "--seed", "3", model=out / "two", output=out / "three")
+    call(srt, *flags, *flags1, "--seed", "5", model=out / "two", output=out / "again")
+    return out
+
+
+# -------------------------------------------------------------------------------- the held-out set
+
+WAYS = {
+    "another limit": ["--max-new-tokens", "243"],
+    "another prompt": ["--prompt-suffix", "x" * 235],
+    "another template": ["--prompt-template", "Q: {problem} A:" + "y" * 232],
+    "another seed": ["--seed", "7"],
+    "fewer to train on": ["--problems", "3"],
+    "another verifier": ["--verifier", "math"],
+    "another temperature": ["--temperature", "0.3"],
+}
+
+
+@pytest.mark.parametrize("script", SCRIPTS.values())
+@pytest.mark.parametrize("way", WAYS)
+def test_the_held_out_set_does_not_depend_on_flags(way, script, base, data):
+    """It is chosen before anything is dropped: what does not fit is missing from it, and nothing
+    takes its place; none of it is trained on. Catches a set chosen among problems that fit."""
+    flags = [*FLAGS, "--model", base, "--dataset", data, "--eval-problems", "20"]
+    usual, task = task_of(script, *flags), task_of(script, *flags, *WAYS[way])
+    assert len(usual.held_out) == 20
+    assert keys(task.held_out) <= keys(usual.held_out)
+    assert not keys(task.problems) & keys(usual.held_out)
+    if way in ("another limit", "another prompt", "another template"):
+        assert 0 < task.counts["eval_too_long"] == 20 - len(task.held_out) < 20
+        assert task.counts["too_long"] > 0
+    else:
+        assert keys(task.held_out) == keys(usual.held_out)
+
+
+def shuffled(rows):
+    return random.Random(0).sample(rows, len(rows))
+
+
+FORMS = {
+    "in another order": shuffled(ROWS),
+    "with blanks at the end": [(x + " \n", y) for x, y in ROWS],
+    "with blanks inside": [(x.replace(" ", "  ") + "\t", y) for x, y in ROWS],
+    "twice, with a blank more": [(x + " " * n, y) for x, y in ROWS for n in range(2)],
+    "incomplete rows between": [row for x, y in ROWS for row in ((x, y), (x + "!", None))],
+    "more columns": [{"problem": x, "answer": y, "other": 1} for x, y in ROWS],
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_held_out_set_does_not_depend_on_the_form_of_the_rows(form, base, data, tmp_path):
+    """The same problems with other blanks, in another order: the same set, and no problem on both
+    sides."""
+    other = save_rows(tmp_path / "other.jsonl", FORMS[form])
+    flags = [*FLAGS, "--model", base, "--eval-problems", "20", "--dataset"]
+    usual, task = task_of(sdzero, *flags, data), task_of(sdzero, *flags, other)
+    assert keys(task.held_out) == keys(usual.held_out)
+    assert keys(task.problems) == keys(usual.problems) and len(task.problems) == 40
+    left_out = task.counts["duplicates"] + task.counts["incomplete"]
+    assert left_out == len(FORMS[form]) - 60
+
+
+def test_a_larger_set_contains_the_smaller_one(base, data):
+    flags = [*FLAGS, "--model", base, "--dataset", data, "--eval-problems"]
+    sets = [keys(task_of(srt, *flags, n).held_out) for n in (3, 10, 30)]
+    assert sets[0] < sets[1] < sets[2] and [len(s) for s in sets] == [3, 10, 30]
+
+
+# ---------------------------------------------------------------------------- what was trained on
+
+
+def remembered(folder):
+    saved = read(folder / "srt.json")
+    return set(saved["trained"]), set(saved["problems"])
+
+
+def test_every_problem_ever_trained_on_is_remembered(lineage, base, data):
+    """Of all ancestors, over both stages; "problems" are those of the stages 1, which a stage 2
+    leaves out."""
+    trained, of_stage_1 = zip(*(remembered(lineage / n) for n in ("one", "two", "three", "again")))
+    assert len(trained[0]) == 20 and trained[0] == of_stage_1[0]
+    assert len(trained[1]) == 30 and trained[0] < trained[1] and of_stage_1[1] == of_stage_1[0]
+    assert trained[1] < trained[2] and of_stage_1[2] == of_stage_1[0]
+    assert trained[1] <= trained[3] and of_stage_1[0] <= of_stage_1[3]
+    for name, count in (("two", 20), ("three", 20)):
+        assert len(of_stage_1[("one", "two", "three").index(name)]) == count
+
+
+@pytest.mark.parametrize("name", ["one", "two", "three", "again"])
+@pytest.mark.parametrize("script", SCRIPTS.values())
+def test_nothing_trained_on_is_evaluated_without_a_word(name, script, lineage, data, capfd):
+    """--eval-problems 40 of 60, after up to 50 were trained on: they are left out, counted, and a
+    warning says how many. Catches srt.py --eval-only without a list, and lists of one stage only.
+    """
+    trained, _ = remembered(lineage / name)
+    evaluated = []
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(common, "evaluate", lambda *args: evaluated.extend(args[3]) or {"sample": ""})
+        flags = dict(model=lineage / name, dataset=data, eval_problems=40, eval_only=True)
+        call(script, *FLAGS, **flags)
+    first = set(sorted(key_of(x) for x, _ in ROWS)[:40])
+    assert keys(evaluated) == first - trained and evaluated
+    warning = f"{len(first & trained)} of 40 held-out problems are left out"
+    assert warning in capfd.readouterr().err
+
+
+def test_a_further_stage_trains_and_evaluates_on_other_problems(lineage, data):
+    """Stage 2 leaves out what stage 1 had; a run evaluates nothing that an ancestor had."""
+    trained, of_stage_1 = remembered(lineage / "two")
+    task = task_of(sdzero, *FLAGS, model=lineage / "two", dataset=data, eval_problems=30)
+    assert not keys(task.problems) & of_stage_1 and not keys(task.held_out) & trained
+    assert task.counts["eval_trained_on"] == 30 - len(task.held_out) > 0
+    held_out = set(sorted(key_of(x) for x, _ in ROWS)[:30])
+    assert not keys(task.problems) & held_out
+
+
+def test_the_problems_of_given_traces_are_remembered_and_not_evaluated(base, data, tmp_path):
+    """Also those that were tried without a trace: traces.jsonl has a srt.json beside it."""
+    first = tmp_path / "collected"
+    flags = [*FLAGS, "--model", base, "--dataset", data, "--eval-samples", "1"]
+    flags += ["--eval-every", "99", "--batch-size", "32"]
+    call(srt, *flags, "--problems", "20", "--eval-problems", "2", collect_only=True, output=first)
+    tried = set(read(first / "srt.json")["problems"])
+    traces, out = first / "traces.jsonl", tmp_path / "out"
+    call(srt, *flags, "--eval-problems", "30", traces=traces, output=out, epochs=1)
+    assert len(tried) == 20 and remembered(out) == (tried, tried)
+    held_out = set(sorted(key_of(x) for x, _ in ROWS)[:30]) - tried
+    assert {e["problems"] for e in log_of(out, "eval")} == {len(held_out)}
+
+
+# ----------------------------------------------------------------------------- the evaluation set
+
+
+def test_losses_of_the_evaluation_set_are_counted(base, data, tmp_path):
+    """Incomplete, twice, too long, with names of their own beside those of --dataset."""
+    rows = [(f"{n}?", "1") for n in range(5)] + [("0? ", "1"), ("", "1"), ("z" * 300, "1")]
+    path = save_rows(tmp_path / "eval.jsonl", [*rows, ("5?", None)])
+    task = task_of(
+        srt, *FLAGS, "--eval-problems", "50", model=base, dataset=data, eval_dataset=path
+    )
+    assert len(task.held_out) == 5
+    counts = {k: v for k, v in task.counts.items() if k.startswith("eval_")}
+    assert counts == dict(eval_rows=9, eval_incomplete=2, eval_duplicates=1, eval_too_long=1)
+    assert task.counts["rows"] == 60 and task.counts["held_out"] == 5
+
+
+def test_problems_of_the_evaluation_set_are_never_trained_on(base, data, tmp_path):
+    """Whatever blanks they have."""
+    path = save_rows(tmp_path / "eval.jsonl", [(x + "  ", y) for x, y in ROWS[:15]])
+    flags = dict(model=base, dataset=data, eval_dataset=path, eval_problems=15)
+    task = task_of(sdzero, *FLAGS, **flags)
+    assert keys(task.held_out) == {key_of(x) for x, _ in ROWS[:15]}
+    assert keys(task.problems) == {key_of(x) for x, _ in ROWS[15:]}
+
+
+def test_each_data_set_has_its_own_split_and_configuration(base, tmp_path):
+    """FOLDER@SPLIT and NAME:CONFIG@SPLIT; without one, "train" and, to evaluate, "test"."""
+    for name, rows in (("train", ROWS[:30]), ("test", ROWS[30:40]), ("validation", ROWS[40:45])):
+        save_rows(tmp_path / "set" / f"{name}.jsonl", rows)
+    flags = [*FLAGS, "--model", base, "--eval-problems", "60", "--dataset", tmp_path / "set"]
+    for split, count in (("", 10), ("@validation", 5), ("@test", 10)):
+        task = task_of(sdzero, *flags, "--eval-dataset", f"{tmp_path / 'set'}{split}")
+        assert (len(task.held_out), len(task.problems)) == (count, 30)
+    asked = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets, "load_dataset", lambda **source: asked.append(source) or ROWS)
+        common.load_rows("openai/gsm8k:main@test[:9]", "train")
+        common.load_rows("HuggingFaceH4/MATH-500", "test")
+    assert asked == [
+        dict(path="openai/gsm8k", name="main", split="test[:9]"),
+        dict(path="HuggingFaceH4/MATH-500", name=None, split="test"),
+    ]
+
+
+# --------------------------------------------------------------------------------- rows and answers
+
+
+@pytest.mark.parametrize("suffix", ["csv", "json", "parquet"])
+def test_other_data_files_and_columns(suffix, base, tmp_path):
+    columns = {"question": [f"{i}?" for i in range(20)], "solution": list(range(20))}
+    table = datasets.Dataset.from_dict({**columns, "other": ["x"] * 20})
+    path = tmp_path / f"p.{suffix}"
+    getattr(table, f"to_{suffix}")(path)
+    task = task_of(srt, *FLAGS, "--verifier", "math", model=base, dataset=path)
+    problems = task.problems + task.held_out
+    assert {(p.text, p.answer) for p in problems} <= {(f"{i}?", str(i)) for i in range(20)}
+    flags = ["--problem-column", "other", "--answer-column", "question"]
+    assert task_of(srt, *FLAGS, *flags, model=base, dataset=path, eval_problems=0).problems
+
+
+# verifier: rows whose third is of another form, each with what the message names
+MALFORMED = {
+    "math": [["5"], {"answer": 5}, True, [], {}],
+    "code": [
+        "assert f(1) == 2",
+        "[1",
+        ["assert f(1) =="],
+        {"inputs": ["1"], "outputs": ["2"]},
+        [{"input": "1"}],
+        [{"input": 1, "output": "1"}],
+        [1],
+        5,
+        True,
+    ],
+}
+GOOD_ANSWERS = {"math": "5", "code": ["assert f(1) == 2"]}
+CASES = [(name, i) for name, bad in MALFORMED.items() for i in range(len(bad))]
+
+
+@pytest.mark.parametrize("name, case", CASES)
+def test_a_malformed_answer_is_found_before_the_first_sample(
+    name,
+    case,
+    base,
+    tmp_path,
+    ended,
+):
+    """One line that names the row; nothing is written. Catches reward 0 for ever, and tracebacks
+    hours later."""
+    if name == "code" and check_tests_is_a_stub():
+        pytest.skip("verifier.check_tests is not here yet")
+    # a column has one type: JSON text carries what does not go into it
+    bad, good = MALFORMED[name][case], GOOD_ANSWERS[name]
+    rows = Rows([("1?", good), ("2?", good), ("3?", bad), ("4?", good)])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(common, "load_rows", lambda *rest: rows)
+        flags = dict(model=base, dataset="x", verifier=name, output=tmp_path / "out")
+        code, _, err = ended(srt, *FLAGS, "--eval-problems", "1", **flags)
+    if bad in ([], {}):  # no answer at all
+        assert code in (0, 2) and "Traceback" not in err
+    else:
+        assert code == 2 and f"srt.py: row 3 of x, for --verifier {name}: " in err, err
+        assert not (tmp_path / "out").exists()
+
+
+def check_tests_is_a_stub():
+    try:
+        verifier.check_tests(5)
+    except (TypeError, ValueError, SyntaxError):
+        return False
+    return True
+
+
+class Rows:
+    """A data set with columns of any type."""
+
+    column_names = ["problem", "answer"]
+
+    def __init__(self, rows):
+        self.rows = rows
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, name):
+        return [row[name == "answer"] for row in self.rows]
+
+
+@pytest.mark.parametrize(
+    "answer", [date(2026, 1, 2), Decimal("1.50"), b"12"], ids=lambda x: type(x).__name__
+)
+@pytest.mark.parametrize("verify", ["math", "tiny:odd"])
+def test_answers_that_json_cannot_hold(answer, verify, base, tmp_path, ended):
+    """From Parquet: found at once, not after the first chunk of traces."""
+    path = tmp_path / "rows.parquet"
+    datasets.Dataset.from_dict({"problem": ["1?", "2?"], "answer": [answer] * 2}).to_parquet(path)
+    flags = dict(model=base, dataset=path, verifier=verify, output=tmp_path / "out")
+    code, _, err = ended(srt, *FLAGS, "--eval-problems", "1", **flags)
+    assert code == 2 and f"row 1 of {path}, for --verifier {verify}: " in err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("answer", ["5", 5, 5.5, "\\boxed{5}"])
+def test_numbers_are_answers_too(answer, base, tmp_path):
+    rows = Rows([("1?", answer), ("2?", answer)])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(common, "load_rows", lambda *rest: rows)
+        flags = dict(model=base, dataset="x", verifier="math", eval_problems=0)
+        task = task_of(sdzero, *FLAGS, **flags)
+    assert {p.answer for p in task.problems} == {str(answer)}
+    assert task.verify_all([f"The answer is {answer}"], [str(answer)]) == [1]
+
+
+def test_the_cause_of_a_broken_file_is_named(base, tmp_path, ended):
+    """Not the library's "An error occurred while generating the dataset"."""
+    (tmp_path / "a.jsonl").write_text('{"problem": "1", "answer": "1"}\n{"problem": \n')
+    (tmp_path / "b.jsonl").write_text('{"problem": "1", "answer": "1"}\n', encoding="utf-16")
+    (tmp_path / "c.parquet").write_text("no parquet")
+    (tmp_path / "d.csv").write_text('problem,answer\n"1,2\n')
+    for name in ("a.jsonl", "b.jsonl", "c.parquet"):
+        code, _, err = ended(srt, *FLAGS, model=base, dataset=tmp_path / name)
+        assert code == 2 and err.startswith(f"srt.py: cannot load the data set {tmp_path / name}: ")
+        assert "generating the dataset" not in err and len(err) > 90, err
+
+
+# ------------------------------------------------------------------------------ prompts, tokenizers
+
+
+@pytest.mark.parametrize("adds", ["", "bos", "eos", "bos eos"])
+def test_a_prompt_template_with_every_kind_of_tokenizer(adds, tmp_path):
+    """A BOS where the tokenizer wants one, once; never an EOS, behind which every response would be
+    sampled."""
+    tokenizer = make_tokenizer(adds=adds)
+    lm = common.LM(None, tokenizer, {0}, 99, 256)
+    args = srt.parse_arguments(["--model", "m", "--dataset", "d"])
+    args.prompt_suffix, bos = " Think.", "<|user|>"
+    for template in ("Q: {problem}\nA:", bos + "Q: {problem}\nA:"):
+        args.prompt_template = template
+        text = tokenizer.decode(common.render(lm, "1+1", args))
+        wanted = bos if "bos" in adds or template.startswith(bos) else ""
+        assert text == wanted + "Q: 1+1 Think.\nA:"
+    assert lm.phrase_ids("No.") == tokenizer.convert_tokens_to_ids(list("\n\nNo.\n\n"))
+
+
+def test_a_chat_template_renders_the_users_side_only(base):
+    """Its switches reach it, and what the tokenizer adds elsewhere does not."""
+    args = srt.parse_arguments(["--model", "m", "--dataset", "d"])
+    args.prompt_template, args.prompt_suffix, args.date = "", " Think.", "2026-01-01"
+    args.template_kwargs = {"mark": "#"}
+    for adds in ("", "bos eos"):
+        lm = common.LM(None, make_tokenizer(adds=adds), {0}, 99, 256)
+        text = lm.tokenizer.decode(common.render(lm, "1+1", args))
+        assert text == "<|user|>1+1 Think.<|im_end|><|assistant|>#"
+
+
+DATES = {
+    "%d %b %Y": "03 Feb 2026",
+    "%Y-%m-%d": "2026-02-03",
+    "%B %-d, %Y": "February 3, 2026",
+    "%A, %d/%m/%y": "Tuesday, 03/02/26",
+}
+
+
+@pytest.mark.parametrize("form", DATES)
+def test_a_template_shows_the_day_of_the_first_stage(form):
+    """Templates ask whether the function is there; blanks and lines around it stay as they are."""
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = (
+        "\n  {%- if strftime_now is defined %}\n  {%- set day = strftime_now('" + form + "') %}\n"
+        "  {%- endif %} {{ day }}\n{{ messages[0].content }}"
+    )
+    lm = common.LM(None, tokenizer, {0}, 99, 256)
+    args = srt.parse_arguments(["--model", "m", "--dataset", "d"])
+    args.prompt_template = args.prompt_suffix = ""
+    args.date, args.template_kwargs = "2026-02-03", {}
+    text = tokenizer.decode(common.render(lm, "1+1", args))
+    plain = tokenizer.chat_template.replace(f"strftime_now('{form}')", f"'{DATES[form]}'")
+    plain = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "1+1"}],
+        chat_template=plain,
+        add_generation_prompt=True,
+        tokenize=False,
+    )
+    assert text == plain and DATES[form] in text
+
+
+def test_texts_are_decoded_without_clean_up():
+    """Tokenizers that ask for it would turn "1 != 2" into "1!= 2" before the verifier reads it."""
+    tokenizer = make_tokenizer()
+    tokenizer.clean_up_tokenization_spaces = True
+    lm = common.LM(None, tokenizer, {0}, 99, 256)
+    for text in ("1 != 2", "a , b .", "x ' s , y ?"):
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        assert lm.text(ids + [0]) == text
+
+
+def test_stop_tokens_end_responses_and_are_remembered(base, data, tmp_path):
+    """A token that the model's configuration does not know as EOS; the second stage needs no
+    flag, and another one is refused."""
+    stops, out = "a b c d e f 1 2 3 <|user|>", tmp_path / "out"
+    ids = set(make_tokenizer().convert_tokens_to_ids(stops.split()))
+    few = ["--eval-problems", "0", "--max-new-tokens", "20", "--problems", "12", "--epochs", "1"]
+    call(srt, *FLAGS, *few, "--stop-tokens", stops, model=base, dataset=data, output=out)
+    traces = [json.loads(line) for line in open(out / "traces.jsonl")]
+    ends = {t["revision_ids"][-1] for t in traces if t["finished"]}
+    assert len(ends & ids) > 1 and ends <= ids | {0}
+    assert all(not (ids | {0}) & set(t["revision_ids"][:-1]) for t in traces)
+    task = task_of(sdzero, *FLAGS, model=out, dataset=data)
+    assert task.lm.eos_ids == ids | {0}
+    with pytest.raises(SystemExit):
+        task_of(sdzero, *FLAGS, "--stop-tokens", "a", model=out, dataset=data)
+
+
+def test_the_prompt_is_inherited_and_contradictions_are_refused(base, data, tmp_path, ended):
+    """Every flag of the prompt: as stage 1 had it unless --force is given; nothing of it is lost on
+    the way through a second stage."""
+    out, two = tmp_path / "one", tmp_path / "two"
+    prompt = {
+        "prompt_suffix": " Think.",
+        "template_kwargs": '{"mark": "#"}',
+        "phrase_wrong": "No.",
+        "phrase_right": "Yes.",
+    }
+    few = ["--problems", "12", "--eval-problems", "1", "--epochs", "1"]
+    call(srt, *FLAGS, *few, model=base, dataset=data, output=out, **prompt)
+    call(sdzero, *FLAGS, *few[:4], model=out, dataset=data, output=two)
+    expected = {**prompt, "template_kwargs": {"mark": "#"}, "prompt_template": ""}
+    for folder in (out, two):
+        saved = read(folder / "srt.json")["prompt"]
+        assert expected.items() <= saved.items()
+    for name, value in {**prompt, "prompt_template": "{problem}"}.items():
+        other = value.replace("#", "!").replace(".", "!")
+        flags = {name: other, "model": two, "dataset": data}
+        code, _, err = ended(sdzero, *FLAGS, **flags, output=tmp_path / "no")
+        assert code == 2 and f"--{name.replace('_', '-')} is" in err, err
+    task = task_of(sdzero, *FLAGS, "--force", phrase_wrong="Hm.", model=two, dataset=data)
+    assert task.lm.tokenizer.decode(task.problems[0].prompt_ids).endswith(
+        "Think.<|im_end|><|assistant|>#"
+    )
+
+
+# ------------------------------------------------------------- what is certain to fail, and no-ops
+
+CONFIGS = {
+    "a negative padding id": {"pad_token_id": -1},
+    "top-k without sampling": {"top_k": 5, "do_sample": False},
+    "a temperature without sampling": {"temperature": 0.6, "do_sample": False},
+    "top-p without sampling": {"top_p": 0.9},
+    "a valid one": {"temperature": 0.6, "do_sample": True},
+    "none": None,
+}
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("config", CONFIGS)
+def test_a_model_with_any_generation_config_can_be_saved(config, name, base, data, tmp_path, capfd):
+    """Saved again, with its EOS; a valid configuration stays as it is, and one that had no sampling
+    gets none."""
+    folder, out, content = tmp_path / "model", tmp_path / "out", CONFIGS[config]
+    AutoModelForCausalLM.from_pretrained(base).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(base).save_pretrained(folder)
+    path = folder / "generation_config.json"
+    if content is None:
+        path.unlink()
+    else:
+        path.write_text(json.dumps({"eos_token_id": 0, **content}))
+    few = ["--problems", "8", "--eval-problems", "0", "--batch-size", "8"]
+    call(SCRIPTS[name], *FLAGS, *few, model=folder, dataset=data, output=out)
+    saved = AutoModelForCausalLM.from_pretrained(out).generation_config
+    assert saved.eos_token_id == 0
+    assert bool(saved.do_sample) == bool(content and content.get("do_sample"))
+    if config == "a valid one":
+        assert saved.temperature == 0.6 and "generation config" not in capfd.readouterr().err
+
+
+def test_a_stage_2_in_which_no_response_fits_twice_is_refused(tmp_path, data, ended):
+    """Before the first sample, when even the shortest response cannot fit; both phrases count, and
+    what --skip-first leaves."""
+    base = save_model(tmp_path / "short", n_positions=60, max_position_embeddings=60)
+    flags = dict(model=base, dataset=data, output=tmp_path / "out", eval_problems=0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(common, "generate", None)  # nothing is sampled
+        long = dict(phrase_wrong="x" * 50, phrase_right="y" * 50)
+        code, _, err = ended(sdzero, *FLAGS, **flags, **long)
+        assert code == 2 and "no response fits twice" in err
+        skip = dict(skip_first=8)
+        code, _, err = ended(sdzero, *FLAGS, **flags, **skip)
+        assert code == 2 and "--skip-first leaves nothing" in err
+        code, _, err = ended(srt, *FLAGS, **flags, **long)
+        assert code == 2 and "no attempt can be revised" in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_that_trained_on_no_token_does_not_say_saved(base, data, tmp_path, ended):
+    """All responses are dropped, which was not certain before: exit code 1, no model."""
+    flags = ["--drop-truncated", "--problems", "4", "--eval-problems", "0", "--batch-size", "2"]
+    out = tmp_path / "out"
+
+    def cut_off(model, prompts, *, max_new_tokens, **rest):
+        return [Rollout([5] * max_new_tokens, [-1.0] * max_new_tokens, False) for _ in prompts]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(common, "generate", cut_off)
+        code, stdout, err = ended(sdzero, *FLAGS, *flags, model=base, dataset=data, output=out)
+    assert code == 1 and "sdzero.py: not one token was trained on" in err
+    assert "saved" not in stdout and not (out / "config.json").exists()
+    assert [x["loss_tokens"] for x in log_of(out, "train")] == [0, 0]
+
+
+@pytest.mark.parametrize("name", ["runs/str", "./runs/str", "/nowhere/model", "a/b/c", "~/model"])
+@pytest.mark.parametrize("script", SCRIPTS.values())
+def test_a_mistyped_folder_is_not_looked_up_on_the_hub(
+    name,
+    script,
+    tmp_path,
+    ended,
+    monkeypatch,
+):
+    """Without a network that takes more than a minute, and ends in a word about the hub."""
+
+    def lookup(*args, **rest):
+        raise AssertionError(f"a look at the network: {args[:2]}")
+
+    (tmp_path / "runs" / "srt").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(socket, "getaddrinfo", lookup)
+    code, _, err = ended(script, model=name, dataset="x.jsonl")
+    assert code == 2 and err == f"{script.__name__}.py: no such model folder: {name}\n"
+
+
+def test_a_model_that_may_be_of_the_hub_is_also_called_no_folder(tmp_path, ended, monkeypatch):
+    def offline(*args, **rest):
+        raise OSError("we are offline")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(common.transformers.utils, "cached_file", lambda *args, **rest: None)
+    monkeypatch.setattr(common.transformers.AutoTokenizer, "from_pretrained", offline)
+    code, _, err = ended(srt, model="some/model", dataset="x.jsonl")
+    assert code == 2 and "no such folder is here" in err and "we are offline" in err
