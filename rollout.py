@@ -388,9 +388,10 @@ class SlotCache(HuggingFaceCache):
         self.starts = starts.view(slots, heads)
 
     def point(self, positions: torch.Tensor, length: int):
-        """The next forward writes row i at positions[i] and reads the first `length` indices."""
+        """The next forward writes each row at its position ([rows, 1]) and attends to the first
+        `length` indices."""
         self.rows, self.length = len(positions), length
-        self.where = (self.starts[: self.rows] + positions[:, None]).view(-1)  # [rows * heads]
+        self.where = (self.starts[: self.rows] + positions).view(-1)  # [rows * heads]
 
     def update(self, key: torch.Tensor, value: torch.Tensor, layer: int, *args, **kwargs):
         seen = []
@@ -439,16 +440,16 @@ class Decoder:
 
         The layers find the place of their keys and values through `self.cache`, which is pointed
         at this step's positions before the forward. The host must not read any tensor in here."""
-        position = self.position[:n]
+        position = self.position[:n].unsqueeze(1)  # [n, 1], a view: it changes in place below
         self.cache.point(position, length)
-        token = self.tokens[:n].gather(1, position[:, None])  # [n, 1]
-        logits = forward(self.model, self.cache, token, position[:, None], length)
-        ids, logprobs = self.sampler(logits)
+        token = self.tokens[:n].gather(1, position)
+        ids, logprobs = self.sampler(forward(self.model, self.cache, token, position, length))
+        ids = ids.unsqueeze(1)  # [n, 1]
         # The clamp keeps rows inside the cache that fixed shapes drag along unused.
         position.add_(1).clamp_(max=self.last)
-        self.tokens[:n].scatter_(1, position[:, None], ids[:, None])
-        self.logprobs[:n].scatter_(1, position[:, None], logprobs[:, None])
-        self.ended[:n] |= (ids[:, None] == self.eos).any(-1)
+        self.tokens[:n].scatter_(1, position, ids)
+        self.logprobs[:n].scatter_(1, position, logprobs.unsqueeze(1))
+        self.ended[:n] |= (ids == self.eos).any(-1)
 
 
 @dataclass
