@@ -684,21 +684,24 @@ def test_fp32_gradients_of_bf16_weights_with_a_bias(device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_under_autocast(device):
-    """As others' trainers call it: fp32 weights, hidden states that are fp32 or bf16. The out=
-    products are not autocast: catches their complaint about two dtypes."""
-    for dtype in (torch.float32, torch.bfloat16):
-        model = tiny("llama", dtype=torch.float32).to(device)
-        hidden = torch.randn(9, 32, device=device).to(dtype).requires_grad_()
-        with torch.autocast(device, torch.bfloat16):
-            layer = OutputLayer(model, 37)
-            whole = against_mirror(layer(hidden))
-            values = backward_by_chunks(against_mirror, layer, hidden * 1, divisor=1)
-        grads = torch.autograd.grad(whole.sum(), [hidden, model.lm_head.weight])
-        torch.testing.assert_close(values, whole.detach(), rtol=0.1, atol=0.1)
-        for p, wanted in zip((hidden, model.lm_head.weight), grads):
-            assert p.grad.dtype == p.dtype
-            torch.testing.assert_close(p.grad, wanted, rtol=0.1, atol=0.1)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("inside", [True, False])
+def test_hidden_states_of_autocast(inside, dtype, device):
+    """As others' trainers call it: fp32 weights, hidden states in fp32 or bf16, and the backward
+    pass inside of autocast or after it. Catches complaints about two dtypes: products with out= are
+    not autocast."""
+    model = tiny("llama", dtype=torch.float32).to(device)
+    hidden = torch.randn(9, 32, device=device).to(dtype).requires_grad_()
+    with torch.autocast(device, torch.bfloat16):
+        layer = OutputLayer(model, 37)
+        whole = against_mirror(layer(hidden))
+    with torch.autocast(device, torch.bfloat16, enabled=inside):
+        values = backward_by_chunks(against_mirror, layer, hidden * 1, divisor=1)
+    grads = torch.autograd.grad(whole.sum(), [hidden, model.lm_head.weight])
+    torch.testing.assert_close(values, whole.detach(), rtol=0.1, atol=0.1)
+    for p, wanted in zip((hidden, model.lm_head.weight), grads):
+        assert p.grad.dtype == p.dtype
+        torch.testing.assert_close(p.grad, wanted, rtol=0.1, atol=0.1)
 
 
 def test_chunks_without_a_token_give_zero_gradients():
