@@ -1008,7 +1008,7 @@ class _Comparison:
         """What an answer may mean beside itself, when the other one is no relation.
 
         {5} and x = 5 mean 5; x > 3 means (3, oo), x < 1 or x > 2 a union, x ≠ 0 all but 0.
-        Rule for 2/3 ≈ 0.67: either side, if the second is the first rounded to its last place.
+        Rule for 2/3 ≈ 0.67: either side, if what is after ≈ is the first one rounded.
         """
         if isinstance(node, _Group) and node.kind == "⦃⦄" and len(node.items) == 1:
             return node.items
@@ -1023,11 +1023,13 @@ class _Comparison:
         sides, operators, texts, names = node
         if set(operators) == {"="}:
             return self.said(sides, names)
-        if operators[-1] == "≈" and set(operators[:-1]) <= {"="}:
-            if all(names[:-1]):
-                return [sides[-1]]
-            exact = self.said(sides[:-1], names[:-1])
-            return [*exact, sides[-1]] if exact and _rounds(*exact, sides[-1], texts[-1]) else []
+        if "≈" in operators and set(operators) <= {"=", "≈"}:
+            n = operators.index("≈") + 1
+            if all(names[:n]):
+                return [sides[-1]] if len(sides) == n + 1 else []
+            exact = self.said(sides[:n], names[:n])
+            rounded = exact and all(map(_rounds, exact * len(sides), sides[n:], texts[n:]))
+            return [*exact, sides[-1]] if rounded else []
         if _excludes(node):
             return [_without_points(_REALS, _Group("⦃⦄", [sides[1]]))]
         return self.interval(node)
@@ -1063,14 +1065,21 @@ def _excludes(node: _Relation) -> bool:
 
 
 def _are_named(items: list) -> bool:
-    """Whether the values of a list have different names: x = 1, y = 2; not x = 1, x = 2."""
-    if not all(isinstance(x, _Relation) and x.names[0] and x.operators[0] == "=" for x in items):
-        return False
-    return len({x.texts[0] for x in items}) > 1
+    """Whether the values of a list have different names (x = 1, y = 2) or units (3 m, 4 s)."""
+    names = []
+    for item in items:
+        if isinstance(item, _Relation) and item.names[0] and item.operators[0] == "=":
+            names.append(item.texts[0])
+        else:
+            names.append(item.unit if isinstance(item, _Value) else "")
+    return all(names) and len(set(names)) > 1
 
 
 def _rounds(exact, rounded, text: str) -> bool:
-    """Whether `rounded`, written as this text, is off by less than one in its last place."""
+    """Whether `rounded`, written as this text, is the other one to its last place.
+
+    From the second decimal on it may be cut off (pi ≈ 3.1415), before it must be rounded.
+    """
     match = re.fullmatch(r"[¤£€]?-?(?=\.?\d)\d*\.?(\d*)(?:\*10\^\{?(-?\d+)\}?)?[^\d+*/^-]*", text)
     if not (
         match and isinstance(exact, _Value) and isinstance(rounded, _Value) and _is_constant(exact)
@@ -1079,17 +1088,18 @@ def _rounds(exact, rounded, text: str) -> bool:
     x, y = exact.numbers[0], rounded.numbers[0]
     if rounded.unit == "%" != exact.unit:
         x = 100 * x
-    return abs(x - y) < Fraction(10) ** (int(match[2] or 0) - len(match[1]))
+    place = Fraction(10) ** (int(match[2] or 0) - len(match[1]))
+    return abs(x - y) <= place * (1 if match[1][1:] else Fraction(1, 2))
 
 
 def _without_points(node, points) -> _Group:
     """An interval without a set of points: (-oo, oo) without {0} is (-oo, 0) ∪ (0, oo)."""
-    kinds = getattr(node, "kind", ""), getattr(points, "kind", "")
-    if kinds[0] not in ("()", "(]", "[)", "[]") or kinds[1] != "⦃⦄" or len(node.items) != 2:
-        raise _Unreadable("no interval without points")
-    if not all(isinstance(point, _Value) for point in points.items):
+    items = points.items if isinstance(points, _Group) and points.kind == "⦃⦄" else [points]
+    if node.kind not in ("()", "(]", "[)", "[]") or len(node.items) != 2:
+        raise _Unreadable("no interval")
+    if not all(isinstance(point, _Value) for point in items):
         raise _Unreadable("points that are no numbers")
-    inner = sorted(points.items, key=lambda point: point.numbers[0].real)
+    inner = sorted(items, key=lambda point: point.numbers[0].real)
     ends = [node.items[0], *inner, node.items[1]]
     brackets = node.kind[0] + ")(" * len(inner) + node.kind[1]
     pieces = [_Group(brackets[2 * i : 2 * i + 2], ends[i : i + 2]) for i in range(len(ends) - 1)]
