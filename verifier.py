@@ -1089,7 +1089,7 @@ def _rounds(exact, rounded, text: str) -> bool:
     if rounded.unit == "%" != exact.unit:
         x = 100 * x
     place = Fraction(10) ** (int(match[2] or 0) - len(match[1]))
-    return abs(x - y) <= place * (1 if match[1][1:] else Fraction(1, 2))
+    return abs(x - y) < place * (1 if match[1][1:] else Fraction(1, 2))
 
 
 def _without_points(node, points) -> _Group:
