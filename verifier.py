@@ -71,7 +71,7 @@ import tempfile
 import types
 from decimal import Decimal
 from fractions import Fraction
-from operator import mul, neg, sub, truediv
+from operator import mul, neg, truediv
 from typing import NamedTuple
 
 
@@ -968,7 +968,9 @@ class _Comparison:
         for operator, *sides in zip(a.operators, a.sides, a.sides[1:], b.sides, b.sides[1:]):
             if not all(isinstance(side, _Value) for side in sides):
                 break
-            x, y = _apply(sub, *sides[:2]), _apply(sub, *sides[2:])
+            x, y = (
+                _apply(_add, left, _apply(neg, right)) for left, right in (sides[:2], sides[2:])
+            )
             if _is_constant(x) or _is_constant(y) or any(side.unit for side in sides):
                 break
             differences.append((x, y, operator in "<≤"))
