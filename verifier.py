@@ -702,23 +702,20 @@ class _Reader:
         Rule: f, g, F, G (and f^{-1}) before a bracket are functions, every other letter is one
         before a bracket with a single number or letter: P(x), a(3), not n(n+1).
         """
-        start, simple = self.at, [kind for kind, _ in self.tokens[self.at : self.at + 3]]
-        exponent = ""
-        if name[0] in "fgFG":
-            if self.accept("^"):
-                exponent = f"^{self.atom()}"
-            called = self.sees("(")
-        else:
-            called = self.sees("(") and simple[1:] in (["number", "close"], ["name", "close"])
-        if called and name not in _CONSTANTS:
-            argument = self.atom()
-            if not isinstance(argument, _Value):
-                self.fail()
-            points = [f"{complex(number):.9g}" for number in argument.numbers]
-            draws = [_symbol(f"{name}{exponent}({point})").numbers[0] for point in points]
-            return _Value(tuple(draws))
-        self.at = start
-        return _symbol(name)
+        start, exponent = self.at, ""
+        inside = [kind for kind, _ in self.tokens[start + 1 : start + 3]]
+        if name[0] in "fgFG" and self.accept("^"):
+            exponent = f"^{self.atom()}"
+        is_function = name[0] in "fgFG" or inside in (["number", "close"], ["name", "close"])
+        if name in _CONSTANTS or not is_function or not self.sees("("):
+            self.at = start
+            return _symbol(name)
+        argument = self.atom()
+        if not isinstance(argument, _Value):
+            self.fail()
+        points = [f"{complex(number):.9g}" for number in argument.numbers]
+        calls = [_symbol(f"{name}{exponent}({point})") for point in points]
+        return _Value(tuple(call.numbers[0] for call in calls))
 
     def function(self, name: str) -> _Value:
         scripts = {}
