@@ -147,7 +147,7 @@ def _require_strings(**arguments) -> None:
 _MARKER = re.compile(
     r"""(?P<box>\\f?box(?:ed)?(?:\s*(?:\{|\Z)|\s?(?P<bare>\d+)))
     |(?P<hash>\#{4,})
-    |(?P<phrase>\b(?<!</)(?<!\{)(?<!\{the\ )(?<!\{final\ )(?<!\{the\ final\ )answers?\b(?:
+    |(?P<phrase>\b(?<!</)answers?\b(?:
         (?:[^\n.:=\\]|\\(?!f?box)){0,60}?\s(?:is|are|was|equals|(?:would|should|will|must)\s+be)\b
             (?:\s+(?:therefore|thus|simply|indeed|then|just|clearly)\b)?[*:\s]*
             (?:(?<=\n)-\ )?         # the answer, in dollars, is therefore (a list of one)
@@ -170,10 +170,10 @@ _DENIED = re.compile(  # what is after such an answer: \boxed{13} is a common mi
     r"[\s$)\\]*(?:is|was|would be) (?:an? |the )?(?:\w+ )?(?:wrong|incorrect|not|mistake|error)\b"
 )
 _CONCLUSION = re.compile(  # the words before "answer" in a clause that states the final one
-    r"""[\s*_\#>"'({$\\-]*(?:(?:so|thus|hence|therefore|then|and|now|wait|actually|finally|indeed|that
+    r"""[\s*_\#>"'($\\-]*(?:(?:so|thus|hence|therefore|then|and|now|wait|actually|finally|indeed|that
     |which|this|it|we|means?|implies|gives?|get|have|find|see|conclude|shows?|follows|is|in|the|our
     |my|its|final|correct|right|required|desired|numerical|exact|simplified|revised|corrected|new
-    |true|actual|overall|complete|short|text|boxed|conclusion|<think>|</think>|<)[\s*_{]*)*""",
+    |true|actual|overall|complete|short|text|boxed|conclusion|<think>|</think>|<)[\s*_]*)*""",
     re.IGNORECASE | re.VERBOSE,
 )
 _DOUBT = re.compile(
