@@ -71,7 +71,7 @@ import tempfile
 import types
 from decimal import Decimal
 from fractions import Fraction
-from operator import mul, neg, sub, truediv
+from operator import mul, neg, truediv
 from typing import NamedTuple
 
 
@@ -147,7 +147,7 @@ def _require_strings(**arguments) -> None:
 _MARKER = re.compile(
     r"""(?P<box>\\f?box(?:ed)?(?:\s*(?:\{|\Z)|\s?(?P<bare>\d+)))
     |(?P<hash>\#{4,})
-    |(?P<phrase>\b(?<!</)(?<!\{)(?<!\{the\ )(?<!\{final\ )(?<!\{the\ final\ )answers?\b(?:
+    |(?P<phrase>\b(?<!</)answers?\b(?:
         (?:[^\n.:=\\]|\\(?!f?box)){0,60}?\s(?:is|are|was|equals|(?:would|should|will|must)\s+be)\b
             (?:\s+(?:therefore|thus|simply|indeed|then|just|clearly)\b)?[*:\s]*
             (?:(?<=\n)-\ )?         # the answer, in dollars, is therefore (a list of one)
@@ -170,10 +170,10 @@ _DENIED = re.compile(  # what is after such an answer: \boxed{13} is a common mi
     r"[\s$)\\]*(?:is|was|would be) (?:an? |the )?(?:\w+ )?(?:wrong|incorrect|not|mistake|error)\b"
 )
 _CONCLUSION = re.compile(  # the words before "answer" in a clause that states the final one
-    r"""[\s*_\#>"'({$\\-]*(?:(?:so|thus|hence|therefore|then|and|now|wait|actually|finally|indeed|that
+    r"""[\s*_\#>"'($\\-]*(?:(?:so|thus|hence|therefore|then|and|now|wait|actually|finally|indeed|that
     |which|this|it|we|means?|implies|gives?|get|have|find|see|conclude|shows?|follows|is|in|the|our
     |my|its|final|correct|right|required|desired|numerical|exact|simplified|revised|corrected|new
-    |true|actual|overall|complete|short|text|boxed|conclusion|<think>|</think>|<)[\s*_{]*)*""",
+    |true|actual|overall|complete|short|text|boxed|conclusion|<think>|</think>|<)[\s*_]*)*""",
     re.IGNORECASE | re.VERBOSE,
 )
 _DOUBT = re.compile(
@@ -702,23 +702,20 @@ class _Reader:
         Rule: f, g, F, G (and f^{-1}) before a bracket are functions, every other letter is one
         before a bracket with a single number or letter: P(x), a(3), not n(n+1).
         """
-        start, simple = self.at, [kind for kind, _ in self.tokens[self.at : self.at + 3]]
-        exponent = ""
-        if name[0] in "fgFG":
-            if self.accept("^"):
-                exponent = f"^{self.atom()}"
-            called = self.sees("(")
-        else:
-            called = self.sees("(") and simple[1:] in (["number", "close"], ["name", "close"])
-        if called and name not in _CONSTANTS:
-            argument = self.atom()
-            if not isinstance(argument, _Value):
-                self.fail()
-            points = [f"{complex(number):.9g}" for number in argument.numbers]
-            draws = [_symbol(f"{name}{exponent}({point})").numbers[0] for point in points]
-            return _Value(tuple(draws))
-        self.at = start
-        return _symbol(name)
+        start, exponent = self.at, ""
+        inside = [kind for kind, _ in self.tokens[start + 1 : start + 3]]
+        if name[0] in "fgFG" and self.accept("^"):
+            exponent = f"^{self.atom()}"
+        is_function = name[0] in "fgFG" or inside in (["number", "close"], ["name", "close"])
+        if name in _CONSTANTS or not is_function or not self.sees("("):
+            self.at = start
+            return _symbol(name)
+        argument = self.atom()
+        if not isinstance(argument, _Value):
+            self.fail()
+        points = [f"{complex(number):.9g}" for number in argument.numbers]
+        calls = [_symbol(f"{name}{exponent}({point})") for point in points]
+        return _Value(tuple(call.numbers[0] for call in calls))
 
     def function(self, name: str) -> _Value:
         scripts = {}
@@ -968,7 +965,9 @@ class _Comparison:
         for operator, *sides in zip(a.operators, a.sides, a.sides[1:], b.sides, b.sides[1:]):
             if not all(isinstance(side, _Value) for side in sides):
                 break
-            x, y = _apply(sub, *sides[:2]), _apply(sub, *sides[2:])
+            x, y = (
+                _apply(_add, left, _apply(neg, right)) for left, right in (sides[:2], sides[2:])
+            )
             if _is_constant(x) or _is_constant(y) or any(side.unit for side in sides):
                 break
             differences.append((x, y, operator in "<≤"))
@@ -1008,7 +1007,7 @@ class _Comparison:
         """What an answer may mean beside itself, when the other one is no relation.
 
         {5} and x = 5 mean 5; x > 3 means (3, oo), x < 1 or x > 2 a union, x ≠ 0 all but 0.
-        Rule for 2/3 ≈ 0.67: either side, if the second is the first rounded to its last place.
+        Rule for 2/3 ≈ 0.67: either side, if what is after ≈ is the first one rounded.
         """
         if isinstance(node, _Group) and node.kind == "⦃⦄" and len(node.items) == 1:
             return node.items
@@ -1023,11 +1022,13 @@ class _Comparison:
         sides, operators, texts, names = node
         if set(operators) == {"="}:
             return self.said(sides, names)
-        if operators[-1] == "≈" and set(operators[:-1]) <= {"="}:
-            if all(names[:-1]):
-                return [sides[-1]]
-            exact = self.said(sides[:-1], names[:-1])
-            return [*exact, sides[-1]] if exact and _rounds(*exact, sides[-1], texts[-1]) else []
+        if "≈" in operators and set(operators) <= {"=", "≈"}:
+            n = operators.index("≈") + 1
+            if all(names[:n]):
+                return [sides[-1]] if len(sides) == n + 1 else []
+            exact = self.said(sides[:n], names[:n])
+            rounded = exact and all(map(_rounds, exact * len(sides), sides[n:], texts[n:]))
+            return [*exact, sides[-1]] if rounded else []
         if _excludes(node):
             return [_without_points(_REALS, _Group("⦃⦄", [sides[1]]))]
         return self.interval(node)
@@ -1063,14 +1064,21 @@ def _excludes(node: _Relation) -> bool:
 
 
 def _are_named(items: list) -> bool:
-    """Whether the values of a list have different names: x = 1, y = 2; not x = 1, x = 2."""
-    if not all(isinstance(x, _Relation) and x.names[0] and x.operators[0] == "=" for x in items):
-        return False
-    return len({x.texts[0] for x in items}) > 1
+    """Whether the values of a list have different names (x = 1, y = 2) or units (3 m, 4 s)."""
+    names = []
+    for item in items:
+        if isinstance(item, _Relation) and item.names[0] and item.operators[0] == "=":
+            names.append(item.texts[0])
+        else:
+            names.append(item.unit if isinstance(item, _Value) else "")
+    return all(names) and len(set(names)) > 1
 
 
 def _rounds(exact, rounded, text: str) -> bool:
-    """Whether `rounded`, written as this text, is off by less than one in its last place."""
+    """Whether `rounded`, written as this text, is the other one to its last place.
+
+    From the second decimal on it may be cut off (pi ≈ 3.1415), before it must be rounded.
+    """
     match = re.fullmatch(r"[¤£€]?-?(?=\.?\d)\d*\.?(\d*)(?:\*10\^\{?(-?\d+)\}?)?[^\d+*/^-]*", text)
     if not (
         match and isinstance(exact, _Value) and isinstance(rounded, _Value) and _is_constant(exact)
@@ -1079,17 +1087,18 @@ def _rounds(exact, rounded, text: str) -> bool:
     x, y = exact.numbers[0], rounded.numbers[0]
     if rounded.unit == "%" != exact.unit:
         x = 100 * x
-    return abs(x - y) < Fraction(10) ** (int(match[2] or 0) - len(match[1]))
+    place = Fraction(10) ** (int(match[2] or 0) - len(match[1]))
+    return abs(x - y) < place * (1 if match[1][1:] else Fraction(1, 2))
 
 
 def _without_points(node, points) -> _Group:
     """An interval without a set of points: (-oo, oo) without {0} is (-oo, 0) ∪ (0, oo)."""
-    kinds = getattr(node, "kind", ""), getattr(points, "kind", "")
-    if kinds[0] not in ("()", "(]", "[)", "[]") or kinds[1] != "⦃⦄" or len(node.items) != 2:
-        raise _Unreadable("no interval without points")
-    if not all(isinstance(point, _Value) for point in points.items):
+    items = points.items if isinstance(points, _Group) and points.kind == "⦃⦄" else [points]
+    if node.kind not in ("()", "(]", "[)", "[]") or len(node.items) != 2:
+        raise _Unreadable("no interval")
+    if not all(isinstance(point, _Value) for point in items):
         raise _Unreadable("points that are no numbers")
-    inner = sorted(points.items, key=lambda point: point.numbers[0].real)
+    inner = sorted(items, key=lambda point: point.numbers[0].real)
     ends = [node.items[0], *inner, node.items[1]]
     brackets = node.kind[0] + ")(" * len(inner) + node.kind[1]
     pieces = [_Group(brackets[2 * i : 2 * i + 2], ends[i : i + 2]) for i in range(len(ends) - 1)]

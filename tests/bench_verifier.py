@@ -188,9 +188,9 @@ def fuzz(seconds: float, seed: int) -> None:
     while time.monotonic() < end:
         text = rng.choice((mutated, nested, noise, soup, repeated))()
         gold = rng.choice((rng.choice(golds), text[-500:]))
-        start = time.perf_counter()
+        start = time.thread_time()
         verifier.verify(text, gold)
-        elapsed = time.perf_counter() - start
+        elapsed = time.thread_time() - start
         if elapsed > slowest[0]:
             slowest = (
                 (min(elapsed, *(timed(text, gold) for _ in range(2))), text)
@@ -209,9 +209,9 @@ def fuzz(seconds: float, seed: int) -> None:
 
 
 def timed(text: str, gold: str) -> float:
-    start = time.perf_counter()
+    start = time.thread_time()
     verifier.verify(text, gold)
-    return time.perf_counter() - start
+    return time.thread_time() - start
 
 
 if __name__ == "__main__":
