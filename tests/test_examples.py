@@ -19,7 +19,7 @@ import toy
 
 import sdzero
 import srt
-from common import Problem, Run
+from common import Problem
 from losses import OutputLayer
 from rollout import Rollout
 
@@ -115,22 +115,16 @@ def command(method, model, data, out, *flags):  # noqa: F811
     call(baselines, *sources, *FLAGS, *own, *flags)
 
 
-@pytest.fixture(scope="module", params=["rft", "grpo", "sdft", "sdpo"])
-def whole(request, base, data, tmp_path_factory):  # noqa: F811
-    """(a method, the folder of its uninterrupted run)."""
-    folder = tmp_path_factory.mktemp("baselines") / request.param
-    command(request.param, base, data, folder)
-    return request.param, folder
-
-
 def weights(folder):
     model = AutoModelForCausalLM.from_pretrained(folder)
     return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
-def test_command_line(whole, base):  # noqa: F811
+@pytest.mark.parametrize("method", ["rft", "grpo", "sdft", "sdpo"])
+def test_command_line(method, base, data, tmp_path):  # noqa: F811
     """A whole run: what it logs, that it moves the weights, and what srt.json remembers."""
-    method, folder = whole
+    folder = tmp_path / "out"
+    command(method, base, data, folder)
     lines = lines_of(folder / "metrics.jsonl")
     train = [x for x in lines if x["kind"] == "train"]
     evals = [x for x in lines if x["kind"] == "eval"]
@@ -143,27 +137,6 @@ def test_command_line(whole, base):  # noqa: F811
     assert not torch.equal(weights(base), weights(folder))
     saved = json.loads((folder / "srt.json").read_text())
     assert len(saved["trained"]) == 12 and not saved["problems"]
-
-
-def test_resume(whole, base, data, tmp_path, monkeypatch):  # noqa: F811
-    """Interrupted after a checkpoint and resumed: the same weights, bit for bit, and the same log.
-    Catches a teacher or an optimizer that starts anew, problems in another order, a collection
-    that is sampled or logged twice."""
-    method, folder = whole
-
-    def interrupted(run, step, total, passes=1, end_step=Run.end_step):
-        end_step(run, step, total, passes)
-        if step == 3:  # --save-every is 2
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Run, "end_step", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            command(method, base, data, tmp_path / "cut")
-    command(method, base, data, tmp_path / "cut", "--resume")
-    logs = [lines_of(path / "metrics.jsonl") for path in (folder, tmp_path / "cut")]
-    assert logs[0] == logs[1]
-    assert torch.equal(weights(folder), weights(tmp_path / "cut"))
 
 
 def test_from_a_model_of_stage_1(base, data, tmp_path, monkeypatch):  # noqa: F811
