@@ -9,7 +9,62 @@ By hand, not part of the tests:
 
 A GSM8K answer is graded against itself (must be right) and as the response to the problem before.
 
-TABLE
+Right verdicts in percent on tests/verifier_cases.jsonl (1,758 cases, of which 730 near misses), by
+the third command without GSM8K, 2026-11-26, on the project's machine (Xeon, 2 cores, Python 3.11).
+`before` is verifier.py of commit c4b0e6d; the cases from "hedging" on are the kinds of issue 16.
+
+    category                     cases  before  here  math-verify
+    integers                        44   100.0   100         88.6
+    decimals                        35   100.0   100         88.6
+    fractions                       37   100.0   100         86.5
+    percentages                     28   100.0   100         89.3
+    powers                          43   100.0   100         95.3
+    surds                           37   100.0   100         94.6
+    pi                              20   100.0   100         90.0
+    functions                       23   100.0   100         87.0
+    degrees                         17   100.0   100         82.4
+    units                           40   100.0   100         70.0
+    currency                        27   100.0   100         55.6
+    assignments                     36   100.0   100         91.7
+    tuples                          29   100.0   100         86.2
+    intervals                       27   100.0   100         77.8
+    sets                            35   100.0   100         88.6
+    matrices                        15   100.0   100         93.3
+    expressions                     46   100.0   100         89.1
+    equations                       19   100.0   100         89.5
+    inequalities                    28   100.0   100         82.1
+    choices                         29   100.0   100         72.4
+    words                           33   100.0   100         72.7
+    varied                         230   100.0   100         80.0
+    extraction                     305   100.0   100         78.4
+    hedging                         42    57.1   100         71.4
+    decimal point                   21    81.0   100         95.2
+    letters as units                49    57.1   100         69.4
+    labels on both sides            36    69.4   100         83.3
+    relations between constants     29    48.3   100         44.8
+    commas between brackets         29    48.3   100         86.2
+    functions are no products       37    75.7   100         89.2
+    order and names                 58    74.1   100         70.7
+    small numbers                   27    81.5   100         88.9
+    number words and signs          35    71.4   100         77.1
+    later remarks                   34    17.6   100         55.9
+    two letters                     24    54.2   100         91.7
+    box before the verb             10    20.0   100         90.0
+    prose after the box             19    63.2   100         63.2
+    chains                          27    74.1   100         85.2
+    roman letters                   24    66.7   100         62.5
+    numbers after powers            19    57.9   100        100.0
+    set differences                 22    54.5   100         77.3
+    adverbs and separators          33    54.5   100         60.6
+    all                           1758    87.2   100         79.9
+
+The 100% are no surprise: the file was mended until it had them. On 334 other cases of these kinds
+and ordinary ones, written by the same hand before the mending and run once after it: 333 (99.7%;
+before 237, 71.0%), no near miss accepted (before 58). Near misses of the file that math-verify accepts: 106. Speed: 31
+times math-verify's, in CPU time on the same cases. On GSM8K all 8,792 gold answers equal themselves
+and only those neighbours that have the same number; of 2,638 verdicts on its test set math-verify
+has 2,634 (it rejects four gold answers as responses to themselves).
+Fuzzing (`--fuzz 240 --seed 17`): FUZZ
 """
 
 import argparse
