@@ -1,5 +1,5 @@
 """The README keeps true: its commands have flags that exist, the functions that it names are there,
-its program runs, its counts of lines are right."""
+its program runs."""
 
 import ast
 import re
@@ -39,7 +39,7 @@ def test_functions_that_it_names_exist():
     text = re.sub(r"```.*?```", "", README, flags=re.DOTALL)
     named = re.findall(r"`(\w+)\.(\w+(?:\.\w+)?)(?:\([^`]*\))?`", text)
     named = [(module, name) for module, name in named if module in MODULES and name != "py"]
-    assert len(named) > 0
+    assert len(named) > 5
     wrong = [(m, name) for m, name in named if name not in names_in(MODULES[m])]
     assert wrong == []
 
@@ -53,24 +53,15 @@ def test_files_that_it_names_exist():
     assert [file for file in files if not (ROOT / file).exists()] == []
 
 
-def test_line_counts():
-    """Of the table of files, if it has them."""
-    counts = re.findall(r"^\| `([\w/]+\.py)` \| (\d+) \|", README, re.MULTILINE)
-    lines = {
-        file: len((ROOT / file).read_text(encoding="utf-8").splitlines()) for file, _ in counts
-    }
-    assert [(file, n, lines[file]) for file, n in counts if lines[file] != int(n)] == []
+COMMANDS = []
+for language, block in BLOCKS:
+    if language in ("", "sh", "bash", "shell", "console"):
+        for line in block.replace("\\\n", " ").splitlines():
+            if re.match(r"(\$ )?python (srt|sdzero)\.py", line):
+                COMMANDS.append(line.removeprefix("$ "))
 
 
-def commands():
-    for language, block in BLOCKS:
-        if language in ("", "sh", "bash", "shell", "console"):
-            for line in block.replace("\\\n", " ").splitlines():
-                if re.match(r"(\$ )?python (srt|sdzero)\.py", line):
-                    yield line.removeprefix("$ ")
-
-
-@pytest.mark.parametrize("command", commands())
+@pytest.mark.parametrize("command", COMMANDS)
 def test_commands_have_flags_that_exist(command, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # an output folder of the same name may be here
     script, *flags = shlex.split(command, comments=True)[1:]
@@ -78,7 +69,7 @@ def test_commands_have_flags_that_exist(command, tmp_path, monkeypatch):
 
 
 def test_there_are_commands_and_a_program():
-    assert len(list(commands())) >= 3
+    assert len(COMMANDS) >= 3
     assert [language for language, _ in BLOCKS].count("python") >= 1
 
 
