@@ -205,15 +205,13 @@ def make_parser(description: str, own: list[tuple], **defaults) -> argparse.Argu
         default = defaults.get(name.replace("-", "_"), default)
         if default not in (None, False, REQUIRED, ""):
             text += f" (default: {default})"
-        help = text.replace("{problems}", problems).replace("%", "%%")
+        text = text.replace("{problems}", problems).replace("%", "%%")
         if kind is bool:
-            parser.add_argument(f"--{name}", action="store_true", help=help)
-        elif isinstance(kind, list):
-            parser.add_argument(f"--{name}", choices=kind, default=default, help=help)
-        elif default is REQUIRED:
-            parser.add_argument(f"--{name}", type=kind, required=True, help=help)
-        else:
-            parser.add_argument(f"--{name}", type=kind, default=default, help=help)
+            parser.add_argument(f"--{name}", action="store_true", help=text)
+            continue
+        kinds = {"choices": kind} if isinstance(kind, list) else {"type": kind}
+        given = {"required": True} if default is REQUIRED else {"default": default}
+        parser.add_argument(f"--{name}", help=text, **kinds, **given)
     return parser
 
 
@@ -383,7 +381,7 @@ def inherit_prompt(args: argparse.Namespace) -> dict:
         args.date = json.loads(beside.read_text())["prompt"]["date"]
     if args.resume:
         args.date = json.loads((args.output / "settings.json").read_text())["flags"]["date"]
-    return {"prompt": prompt, "problems": [], "trained": [], **saved}
+    return {"problems": [], "trained": [], **saved, "prompt": prompt}
 
 
 # --------------------------------------------------------------------------------------- problems

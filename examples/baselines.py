@@ -36,6 +36,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import (
     LM,
+    REQUIRED,
     SHOW_EVERY,
     Optimizer,
     Problem,
@@ -64,7 +65,7 @@ from teacher import Teacher
 
 GROUP = {"rft": 4, "grpo": 8, "sdft": 1, "sdpo": 8}  # the default of --group
 FLAGS = [
-    ("method", list(GROUP), None, "see the top of the file"),
+    ("method", list(GROUP), REQUIRED, "see the top of the file"),
     ("group", count, None, "responses per problem (default: rft 4, grpo and sdpo 8, sdft 1)"),
     (
         "generations",
@@ -363,8 +364,6 @@ def parse_arguments(argv: list[str] | None = None) -> Namespace:
     )
     args = parser.parse_args(argv)
     check_flags(args)
-    if not args.method:
-        fail(f"the following arguments are required: --method, one of {', '.join(GROUP)}")
     for name, methods in BELONGS_TO.items():
         if getattr(args, name) is not None and args.method not in methods:
             fail(f"--{name.replace('_', '-')} belongs to --method {' and '.join(methods)}")
