@@ -28,9 +28,11 @@ from typing import NoReturn
 import numpy as np
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 import verifier
+from lora import adapter_config, adapter_state, add_lora, load_adapter, merged_state_dict
 from losses import CHUNK, OutputLayer
 from rollout import Rollout, cache_bytes_per_token, check_supported, generate
 
@@ -63,6 +65,7 @@ PROMPT_DEFAULTS = {
 PLACES = {"model", "dataset", "eval_dataset", "traces", "output", "device", "resume"}
 FREE = {"micro_tokens", "gradient_checkpointing", "save_every", "eval_every"} | PLACES
 NOTED = {"slots", "lr", "cache_bytes", "collect_bytes"}
+ADAPTER = "adapter/adapter_model.safetensors"  # in a model's folder, what PEFT and vLLM read
 DATA_FILES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 MAX_SLOTS = 64  # more sequences at once hardly decode faster
 SHOW_EVERY = 10  # optimizer steps between two responses shown in the log
@@ -142,6 +145,7 @@ share = number(float, 0, 1, above=True)
 
 # name, kind (a list: a choice; bool: a switch), default, help, in the order of a run. A script may
 # have other defaults: see `make_parser`.
+LR = 5e-6  # of full fine-tuning, the paper's; adapters need about ten times that
 REQUIRED = object()
 INHERITED = "(default: what the model was trained with, else"
 FLAGS = [
@@ -164,7 +168,9 @@ FLAGS = [
     ("slots", count, None, f"sequences decoded at once (default: what fits, at most {MAX_SLOTS})"),
     ("cuda-graphs", ["on", "off"], "off", "sample by replaying CUDA graphs: not run on a GPU yet"),
     ("batch-size", count, 128, "problems (stage 1: traces) per optimizer step"),
-    ("lr", positive, 5e-6, "peak learning rate"),
+    ("lora", count, None, "train LoRA adapters of this rank, 64 say (default: all weights)"),
+    ("lora-alpha", count, None, "their scale is alpha / rank (default: twice the rank)"),
+    ("lr", positive, None, f"peak learning rate (default: {LR}; with --lora {10 * LR})"),
     ("lr-schedule", ["cosine", "constant"], "constant", "after the warm-up; cosine ends at 0"),
     ("warmup", at_least_0, 20.0, "linear: steps, or below 1 a share of all steps"),
     ("micro-tokens", count, 16384, "tokens per forward pass: changes memory, not results"),
@@ -217,6 +223,8 @@ def check_flags(args: argparse.Namespace) -> None:
         fail("--prompt-template replaces the chat template: it has no --template-kwargs")
     if args.eval_only and (args.resume or not args.eval_problems):
         fail("--eval-only contradicts --resume and --eval-problems 0")
+    if args.lora_alpha and not args.lora:
+        fail("--lora-alpha belongs to --lora")
     if args.eval_only:
         return
     begun = (args.output / "settings.json").exists()
@@ -229,6 +237,11 @@ def check_flags(args: argparse.Namespace) -> None:
     if not args.resume and args.output.exists() and {p.name for p in args.output.iterdir()} - ours:
         how = "go on with its run with --resume" if begun else "empty it"
         fail(f"{args.output} already holds something: name another --output, or {how}")
+    if args.lora and not args.lora_alpha:
+        args.lora_alpha = 2 * args.lora
+    if args.lr is None:
+        args.lr = 10 * LR if args.lora else LR
+        print(f"learning rate: {args.lr}" + ", ten times the usual one, for LoRA" * bool(args.lora))
 
 
 # ------------------------------------------------------------------------------------------ model
@@ -286,6 +299,8 @@ def load_lm(args: argparse.Namespace) -> LM:
         ).to(args.device)
         check_supported(model)
         OutputLayer(model)
+        if args.lora and not args.eval_only:
+            add_lora(model, args.lora, args.lora_alpha, seed_of(args.seed, "lora"))
     except (OSError, ValueError, RuntimeError, KeyError, ImportError, AssertionError) as error:
         here = "" if Path(args.model).is_dir() else " (of the hub: no such folder is here)"
         fail(f"cannot use the model {args.model}{here} on {args.device}: {last_cause(error)}")
@@ -713,6 +728,10 @@ def estimate_memory(
     """
     config, size = lm.model.config, lm.model.dtype.itemsize
     parameters = sum(p.numel() for p in lm.model.parameters())
+    # with LoRA only the adapters are trained, in fp32, and the base teacher takes nothing
+    adapters = sum(factor.numel() for factor in adapter_state(lm.model).values())
+    trained, in_fp32 = adapters or parameters, size == 4 or adapters > 0
+    copies = {"base": 0 if adapters else size, "ema": 4 if in_fp32 else 6}
     generate_length = longest_prompt + args.max_new_tokens  # x + y
     phrase = len(lm.phrase_ids(args.phrase_wrong))
     revise_length = min(generate_length + phrase + args.max_new_tokens, lm.context)
@@ -732,10 +751,10 @@ def estimate_memory(
     per_token += (3 * inner + 2 * width) * size  # the gradients inside the layer that is at work
     chunk, chunks = CHUNK.get(lm.model.device.type, CHUNK["cuda"])
     return {
-        "weights": parameters * size,
-        "optimizer": parameters * (8 if size == 4 else 10),
-        "gradients": parameters * 4,
-        "teacher": parameters * {"base": size, "ema": 4 if size == 4 else 6}.get(teacher, 0),
+        "weights": (parameters - adapters) * size + adapters * 4,
+        "optimizer": trained * (8 if in_fp32 else 10),
+        "gradients": trained * 4,
+        "teacher": trained * copies.get(teacher, 0),
         "activations": tokens * per_token,
         "logits": (12 * 4 + 2 * chunks * size) * chunk,
         "slot": cache_bytes_per_token(lm.model) * revise_length,
@@ -1099,10 +1118,18 @@ class Run:
 
     def save(self, name: str, state: dict | None = None) -> None:
         """The model as an ordinary transformers folder, with the training state if there is one,
-        written elsewhere and then renamed."""
-        temporary = self.folder / "saving"
+        written elsewhere and then renamed. Adapters are merged, and saved in a folder of their own
+        besides: transformers would take a model beside an adapter_config.json for their base. A
+        checkpoint has only the adapters."""
+        temporary, model = self.folder / "saving", self.task.lm.model
         shutil.rmtree(temporary, ignore_errors=True)
-        self.task.lm.model.save_pretrained(temporary)
+        if self.args.lora:
+            (temporary / "adapter").mkdir(parents=True)
+            config = json.dumps(adapter_config(model, self.args.model), indent=1)
+            (temporary / "adapter" / "adapter_config.json").write_text(config)
+            save_file(adapter_state(model), temporary / ADAPTER)
+        if not self.args.lora or state is None:
+            model.save_pretrained(temporary, state_dict=merged_state_dict(model))
         self.task.lm.tokenizer.save_pretrained(temporary)
         (temporary / "srt.json").write_text(json.dumps(self.task.saved))
         if state is not None:
@@ -1129,8 +1156,11 @@ class Run:
         if not step:
             return 0
         path, model = self.checkpoints()[step], self.task.lm.model
-        saved = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=model.dtype)
-        model.load_state_dict(saved.state_dict())
+        if self.args.lora:
+            load_adapter(model, load_file(path / ADAPTER))
+        else:
+            saved = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=model.dtype)
+            model.load_state_dict(saved.state_dict())
         # on the CPU: each part copies what it needs, so that no second state stays on the GPU
         state = torch.load(path / "training_state.pt", map_location="cpu")
         for name, part in parts.items():
