@@ -241,7 +241,8 @@ def check_flags(args: argparse.Namespace) -> None:
         args.lora_alpha = 2 * args.lora
     if args.lr is None:
         args.lr = 10 * LR if args.lora else LR
-        print(f"learning rate: {args.lr}" + ", ten times the usual one, for LoRA" * bool(args.lora))
+        if args.lora:
+            print(f"learning rate {args.lr}: for --lora ten times that of full fine-tuning")
 
 
 # ------------------------------------------------------------------------------------------ model
