@@ -4,11 +4,22 @@ import argparse
 import copy
 import json
 import math
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_training import EXAMPLES, VOCAB, as_lm, bytes_of, gradients, memory_flags, settings
+from test_training import (
+    EXAMPLES,
+    VOCAB,
+    Live,
+    as_lm,
+    bytes_of,
+    gradients,
+    memory_flags,
+    settings,
+)
 from tiny import make_tokenizer, tiny
 from transformers import AutoModelForCausalLM
 
@@ -27,10 +38,13 @@ from lora import (
     merged_state_dict,
     round_at_random,
 )
-from losses import OutputLayer
+from losses import OutputLayer, hidden_states
 from rollout import FAMILIES, generate
 from sdzero import distill_step
 from teacher import Teacher
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
+import baselines
 
 IDS = torch.tensor([[5, 9, 3, 7, 2, 8, 11]])
 REFUSED = {"gpt2": "Conv1D", "mixtral": "Mixtral", "olmoe": "Olmoe", "qwen2_moe": "Qwen2Moe"}
@@ -412,6 +426,26 @@ def test_the_estimate_of_what_stays_is_what_is_allocated(dtype):
         assert estimate_memory(lm, memory_flags(), 3, kind)["teacher"] == bytes_of(own), kind
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_activations_stay_below_the_estimate(dtype, checkpointing):
+    """The adapters' own ones fit into what the estimate allows for a frozen layer."""
+    rows, length = 4, 128  # x 40, y 88
+    sizes = dict(hidden_size=64, intermediate_size=192, head_dim=8, num_hidden_layers=6)
+    model = tiny("qwen3", dtype=dtype, max_position_embeddings=length, **sizes).train()
+    add_lora(model, 2, 4)
+    args = memory_flags(max_new_tokens=88, batch_size=rows, gradient_checkpointing=checkpointing)
+    if checkpointing:
+        checkpoint_layers(model)
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p) if p.requires_grad else None
+    known = [*model.parameters(), *(p.grad for p in model.parameters() if p.requires_grad)]
+    with Live(known) as live:
+        hidden_states(model, [[3] * length] * rows).sum().backward()
+    estimate = estimate_memory(as_lm(model, length), args, 40)["activations"]
+    assert 0.6 * estimate < live.peak < estimate, live.peak / estimate
+
+
 # -------------------------------------------------------------------------------------- scripts
 
 
@@ -520,13 +554,25 @@ def test_a_killed_run_goes_on_bit_for_bit(name, runs, files, tmp_path, monkeypat
     assert logs[0] == logs[1]
 
 
+@pytest.mark.parametrize("method", ["rft", "grpo", "sdft"])
+def test_the_baselines_with_adapters(method, files, tmp_path):
+    """They run to the end, and every adapted matrix of what they save has moved."""
+    flags = ["--method", method, "--model", files / "llama", "--dataset", files / "data.jsonl"]
+    flags += [*FLAGS, "--batch-size", "8", "--output", tmp_path / "out"]
+    baselines.main([str(flag) for flag in flags])
+    base = AutoModelForCausalLM.from_pretrained(files / "llama").state_dict()
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    moved = [n for n, x in model.state_dict().items() if not torch.equal(x, base[n])]
+    assert len(moved) == 3 * 7 and (tmp_path / "out" / "adapter").is_dir()
+
+
 def test_flags(files, tmp_path, capsys):
     """The learning rate's default, said; alpha's; what contradicts; a family that is refused."""
     needed = ["--model", "m", "--dataset", "d", "--output", str(tmp_path / "new")]
     for script in (srt, sdzero):
         args = script.parse_arguments([*needed, "--lora", "16"])
         assert args.lora_alpha == 32 and args.lr == pytest.approx(5e-5)
-        assert "5e-05, ten times" in capsys.readouterr().out
+        assert "5e-05: for --lora ten times" in capsys.readouterr().out
         args = script.parse_arguments([*needed, "--lora", "16", "--lr", "1e-3"])
         assert args.lr == 1e-3 and "times" not in capsys.readouterr().out
         assert script.parse_arguments(needed).lr == 5e-6
