@@ -300,8 +300,6 @@ def load_lm(args: argparse.Namespace) -> LM:
         ).to(args.device)
         check_supported(model)
         OutputLayer(model)
-        if args.lora and not args.eval_only:
-            add_lora(model, args.lora, args.lora_alpha, seed_of(args.seed, "lora"))
     except (OSError, ValueError, RuntimeError, KeyError, ImportError, AssertionError) as error:
         here = "" if Path(args.model).is_dir() else " (of the hub: no such folder is here)"
         fail(f"cannot use the model {args.model}{here} on {args.device}: {last_cause(error)}")
@@ -958,6 +956,12 @@ def setup(args: argparse.Namespace, half: bool = False) -> Task:
         raise SystemExit(0)
     saved["prompt"] = {name: getattr(args, name) for name in (*PROMPT_DEFAULTS, "date")}
     print(f"problems: {json.dumps(counts)}")
+    if args.lora:  # stage 2 begins with other factors than stage 1, which leaves srt.json behind
+        seed = seed_of(args.seed, "lora", len(saved["trained"]))
+        try:
+            add_lora(lm.model, args.lora, args.lora_alpha, seed)
+        except ValueError as error:
+            fail(f"--lora cannot be used with {args.model}: {error}")
     fit_memory(lm, args, problems)
     return Task(lm, verify_all, problems, held_out, saved, counts)
 
