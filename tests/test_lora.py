@@ -493,7 +493,7 @@ def runs(request, files, tmp_path_factory):
 def test_both_stages_save_merged_models_and_adapters(runs, files):
     """The folder loads as the base did and equals base and adapter together; in bf16 each weight
     is one of the two neighbours. Stage 2's adapter belongs to stage 1's merged model."""
-    before = files / "llama"
+    before, factors = files / "llama", []
     for name in STAGES:
         folder, dtype = runs.out / name, getattr(torch, runs.dtype)
         assert (folder / "config.json").exists() and not (folder / "adapter_config.json").exists()
@@ -511,9 +511,13 @@ def test_both_stages_save_merged_models_and_adapters(runs, files):
             moved += not torch.equal(x, frozen[n])
         assert moved == 3 * 7
         before = folder
+        first = next(n for n in load_file(folder / common.ADAPTER) if n.endswith("lora_A.weight"))
+        factors.append(load_file(folder / common.ADAPTER)[first])
         steps = [json.loads(line) for line in open(folder / "metrics.jsonl")]
         steps = [line for line in steps if line["kind"] == "train"]
         assert len(steps) > 4 and all(math.isfinite(line["grad_norm"]) for line in steps)
+    one, two = (x.flatten() / x.norm() for x in factors)
+    assert abs(one @ two) < 0.5  # stage 2 does not begin with the A that stage 1 began with
 
 
 class Killed(BaseException):
