@@ -28,9 +28,11 @@ from typing import NoReturn
 import numpy as np
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 import verifier
+from lora import adapter_config, adapter_state, add_lora, load_adapter, merged_state_dict
 from losses import CHUNK, OutputLayer
 from rollout import Rollout, cache_bytes_per_token, check_supported, generate
 
@@ -71,6 +73,7 @@ FIXED_DATE = (
     "{% set text.now = text.now.replace(code, value) %}{% endfor %}{{ text.now }}{% endmacro %}\n"
 )
 DATE_CODES = ("%a", "%A", "%b", "%B", "%d", "%-d", "%e", "%j", "%m", "%-m", "%y", "%Y", "%F", "%D")
+ADAPTER = "adapter/adapter_model.safetensors"  # in a model's folder, what PEFT and vLLM read
 DATA_FILES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 MAX_SLOTS = 64  # more sequences at once hardly decode faster
 SHOW_EVERY = 10  # optimizer steps between two responses shown in the log
@@ -150,6 +153,7 @@ share = number(float, 0, 1, above=True)
 
 # name, kind (a list: a choice; bool: a switch), default, help, in the order of a run. A script may
 # have other defaults: see `make_parser`.
+LR = 5e-6  # of full fine-tuning, the paper's; adapters need about ten times that
 REQUIRED = object()
 INHERITED = "(default: what the model was trained with, else"
 FLAGS = [
@@ -172,7 +176,9 @@ FLAGS = [
     ("slots", count, None, f"sequences decoded at once (default: what fits, at most {MAX_SLOTS})"),
     ("cuda-graphs", ["on", "off"], "off", "sample by replaying CUDA graphs: not run on a GPU yet"),
     ("batch-size", count, 128, "problems (stage 1: traces) per optimizer step"),
-    ("lr", positive, 5e-6, "peak learning rate"),
+    ("lora", count, None, "train LoRA adapters of this rank, 64 say (default: all weights)"),
+    ("lora-alpha", count, None, "their scale is alpha / rank (default: twice the rank)"),
+    ("lr", positive, None, f"peak learning rate (default: {LR}; with --lora {10 * LR})"),
     ("lr-schedule", ["cosine", "constant"], "constant", "after the warm-up; cosine ends at 0"),
     ("warmup", at_least_0, 20.0, "linear: steps, or below 1 a share of all steps"),
     ("micro-tokens", count, 16384, "tokens per forward pass: changes memory, not results"),
@@ -223,6 +229,8 @@ def check_flags(args: argparse.Namespace) -> None:
         fail("--prompt-template replaces the chat template: it has no --template-kwargs")
     if args.eval_only and (args.resume or not args.eval_problems):
         fail("--eval-only contradicts --resume and --eval-problems 0")
+    if args.lora_alpha and not args.lora:
+        fail("--lora-alpha belongs to --lora")
     if args.eval_only:
         return
     begun = (args.output / "settings.json").exists()
@@ -235,6 +243,12 @@ def check_flags(args: argparse.Namespace) -> None:
     if not args.resume and args.output.exists() and {p.name for p in args.output.iterdir()} - ours:
         how = "go on with its run with --resume" if begun else "empty it"
         fail(f"{args.output} already holds something: name another --output, or {how}")
+    if args.lora and not args.lora_alpha:
+        args.lora_alpha = 2 * args.lora
+    if args.lr is None:
+        args.lr = 10 * LR if args.lora else LR
+        if args.lora:
+            print(f"learning rate {args.lr}: for --lora ten times that of full fine-tuning")
 
 
 # ------------------------------------------------------------------------------------------ model
@@ -725,6 +739,10 @@ def estimate_memory(
     """
     config, size = lm.model.config, lm.model.dtype.itemsize
     parameters = sum(p.numel() for p in lm.model.parameters())
+    # with LoRA only the adapters are trained, in fp32, and the base teacher takes nothing
+    adapters = sum(factor.numel() for factor in adapter_state(lm.model).values())
+    trained, in_fp32 = adapters or parameters, size == 4 or adapters > 0
+    copies = {"base": 0 if adapters else size, "ema": 4 if in_fp32 else 6}
     generate_length = longest_prompt + args.max_new_tokens  # x + y
     phrase = len(lm.phrase_ids(args.phrase_wrong))
     revise_length = min(generate_length + phrase + args.max_new_tokens, lm.context)
@@ -744,10 +762,10 @@ def estimate_memory(
     per_token += (3 * inner + 2 * width) * size  # the gradients inside the layer that is at work
     chunk, chunks = CHUNK.get(lm.model.device.type, CHUNK["cuda"])
     return {
-        "weights": parameters * size,
-        "optimizer": parameters * (8 if size == 4 else 10),
-        "gradients": parameters * 4,
-        "teacher": parameters * {"base": size, "ema": 4 if size == 4 else 6}.get(teacher, 0),
+        "weights": (parameters - adapters) * size + adapters * 4,
+        "optimizer": trained * (8 if in_fp32 else 10),
+        "gradients": trained * 4,
+        "teacher": trained * copies.get(teacher, 0),
         "activations": tokens * per_token,
         "logits": (12 * 4 + 2 * chunks * size) * chunk,
         "slot": cache_bytes_per_token(lm.model) * revise_length,
@@ -950,6 +968,12 @@ def setup(args: argparse.Namespace, half: bool = False) -> Task:
         raise SystemExit(0)
     saved["prompt"] = {name: getattr(args, name) for name in (*PROMPT_DEFAULTS, "date")}
     print(f"problems: {json.dumps(counts)}")
+    if args.lora:  # stage 2 begins with other factors than stage 1, which leaves srt.json behind
+        seed = seed_of(args.seed, "lora", len(saved["trained"]))
+        try:
+            add_lora(lm.model, args.lora, args.lora_alpha, seed)
+        except ValueError as error:
+            fail(f"--lora cannot be used with {args.model}: {error}")
     fit_memory(lm, args, problems)
     return Task(lm, verify_all, problems, held_out, saved, counts)
 
@@ -1111,10 +1135,18 @@ class Run:
 
     def save(self, name: str, state: dict | None = None) -> None:
         """The model as an ordinary transformers folder, with the training state if there is one,
-        written elsewhere and then renamed."""
-        temporary = self.folder / "saving"
+        written elsewhere and then renamed. Adapters are merged, and saved in a folder of their own
+        besides: transformers would take a model beside an adapter_config.json for their base. A
+        checkpoint has only the adapters."""
+        temporary, model = self.folder / "saving", self.task.lm.model
         shutil.rmtree(temporary, ignore_errors=True)
-        self.task.lm.model.save_pretrained(temporary)
+        if self.args.lora:
+            (temporary / "adapter").mkdir(parents=True)
+            config = json.dumps(adapter_config(model, self.args.model), indent=1)
+            (temporary / "adapter" / "adapter_config.json").write_text(config)
+            save_file(adapter_state(model), temporary / ADAPTER)
+        if not self.args.lora or state is None:
+            model.save_pretrained(temporary, state_dict=merged_state_dict(model))
         self.task.lm.tokenizer.save_pretrained(temporary)
         (temporary / "srt.json").write_text(json.dumps(self.task.saved))
         if state is not None:
@@ -1141,8 +1173,11 @@ class Run:
         if not step:
             return 0
         path, model = self.checkpoints()[step], self.task.lm.model
-        saved = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=model.dtype)
-        model.load_state_dict(saved.state_dict())
+        if self.args.lora:
+            load_adapter(model, load_file(path / ADAPTER))
+        else:
+            saved = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=model.dtype)
+            model.load_state_dict(saved.state_dict())
         # on the CPU: each part copies what it needs, so that no second state stays on the GPU
         state = torch.load(path / "training_state.pt", map_location="cpu")
         for name, part in parts.items():

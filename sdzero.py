@@ -60,6 +60,7 @@ from common import (
     shown,
     warn,
 )
+from lora import LoraTeacher
 from losses import OutputLayer, backward_by_chunks, micro_batches, predicting_last
 from rollout import Rollout
 from teacher import Teacher
@@ -178,7 +179,7 @@ def make_loss(args: Namespace):
 
 def distill(
     student: torch.nn.Module,
-    teacher: Teacher,
+    teacher: Teacher | LoraTeacher,
     student_layer: OutputLayer,
     teacher_layer: OutputLayer,
     examples: list[Example],
@@ -222,7 +223,7 @@ def distill(
 
 def distill_step(
     student: torch.nn.Module,
-    teacher: Teacher,
+    teacher: Teacher | LoraTeacher,
     student_layer: OutputLayer,
     teacher_layer: OutputLayer,
     examples: list[Example],
@@ -325,7 +326,8 @@ def main(argv: list[str] | None = None) -> None:
     run = Run(args, task)
     if run.complete:
         return
-    teacher = Teacher(student, args.teacher, args.teacher_rate, args.teacher_interval)
+    make_teacher = LoraTeacher if args.lora else Teacher
+    teacher = make_teacher(student, args.teacher, args.teacher_rate, args.teacher_interval)
     optimizer = Optimizer(student, BETAS, WEIGHT_DECAY)
     done = run.restore(optimizer=optimizer, teacher=teacher)
     if args.gradient_checkpointing:

@@ -57,6 +57,7 @@ from common import (
     share,
     shown,
 )
+from lora import LoraTeacher
 from losses import OutputLayer, backward_by_chunks, micro_batches, predicting_last, token_logprobs
 from rollout import Rollout
 from sdzero import BETAS, WEIGHT_DECAY, Example, distill_step
@@ -280,7 +281,8 @@ def load_solutions(task: Task, args: Namespace) -> dict[str, list[int]]:
 def from_a_teacher(task: Task, args: Namespace, run: Run, make_examples: Callable) -> None:
     """sdft and sdpo. make_examples(groups): what student and teacher read."""
     lm, model = task.lm, task.lm.model
-    teacher = Teacher(model, args.teacher, args.teacher_rate)
+    make_teacher = LoraTeacher if args.lora else Teacher
+    teacher = make_teacher(model, args.teacher, args.teacher_rate)
     layers = OutputLayer(model, lm.vocab_size), OutputLayer(teacher.module, lm.vocab_size)
     batches = plan_batches(task, args)
 
@@ -332,7 +334,7 @@ def train(
     run: Run,
     learn: Callable[[int], dict],
     total: int,
-    teacher: Teacher | None = None,
+    teacher: Teacher | LoraTeacher | None = None,
 ) -> None:
     """`total` optimizer steps. learn(step): adds its gradient to the model's, returns metrics."""
     model = task.lm.model
