@@ -241,8 +241,8 @@ def micro_batches(lengths: list[int], budget: int) -> list[list[int]]:
                 if rows > 1 and (rows * longest > budget or rows * longest - real > room):
                     break
                 cost, padding, _ = best[start]
-                padded = rows * longest - real
-                options.append((cost + padded + price, padding + padded, start))
+                cost = cost + rows * longest - real + price
+                options.append((cost, padding + rows * longest - real, start))
             best.append(min(options))
         if best[-1][1] <= room:
             break
