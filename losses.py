@@ -224,33 +224,24 @@ def predicting_last(model, sequences: list[list[int]], counts: list[int]) -> tor
 def micro_batches(lengths: list[int], budget: int) -> list[list[int]]:
     """Indices of sequences in groups of similar length, each for one forward and backward pass.
 
-    budget: rows x longest of a group, in positions; a longer sequence gets a group of its own.
-    At least 90% of all positions are real. It is the cheapest cut of the sorted lengths where a
-    group costs `price` positions and a position of padding costs one; `price` falls until padding
-    is at most 10%.
+    lengths: of the sequences, in ids; budget: positions of a group, rows x longest. A sequence that
+    is longer gets a group of its own.
+
+    Longest first, each sequence joins the last group, unless that would exceed the budget or make
+    more than 10% of all positions so far padding: at least 90% of the positions are real. Fewer
+    groups may allow this too: about 5% fewer for 9 random lengths, 25% for 128.
     """
-    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    room = price = sum(lengths) / 9  # a tenth of all positions is a ninth of the real ones
-    while True:
-        best = [(0.0, 0, 0)]  # of the j longest: (cost, padding, where their last group begins)
-        for end in range(1, len(order) + 1):
-            real, options = 0, []
-            for start in range(end - 1, -1, -1):
-                longest, rows = lengths[order[start]], end - start
-                real += longest
-                if rows > 1 and (rows * longest > budget or rows * longest - real > room):
-                    break
-                cost, padding, _ = best[start]
-                cost = cost + rows * longest - real + price
-                options.append((cost, padding + rows * longest - real, start))
-            best.append(min(options))
-        if best[-1][1] <= room:
-            break
-        price *= 0.8
-    groups, end = [], len(order)
-    while end:
-        groups.insert(0, order[best[end][2] : end])
-        end = best[end][2]
+    groups, real, positions = [], 0, 0
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        real += lengths[i]
+        longest = lengths[groups[-1][0]] if groups else 0
+        in_budget = groups and (len(groups[-1]) + 1) * longest <= budget
+        if in_budget and 10 * real >= 9 * (positions + longest):
+            groups[-1].append(i)
+            positions += longest
+        else:
+            groups.append([i])
+            positions += lengths[i]
     return groups
 
 
