@@ -1291,7 +1291,7 @@ def _code_block(response: str) -> str | None:
             lines.append(line)
     if opening:
         blocks.append((opening["language"].lower(), None))
-    marked = [code for language, code in blocks if language in ("python", "python3", "py")]
+    marked = [code for language, code in blocks if language in ("python", "python3", "py", "py3")]
     unmarked = [code for language, code in blocks if language == ""]
     return (marked or unmarked or [None])[-1]
 
@@ -1348,7 +1348,7 @@ def _encoded(value):
         return ["list" if isinstance(value, list) else "tuple", [*map(_encoded, value)]]
     if isinstance(value, (set, frozenset, type({}.keys()), type({}.items()))):
         return ["frozenset", [*map(_encoded, value)]]
-    if isinstance(value, (bytes, bytearray)):
+    if isinstance(value, (bytes, bytearray, memoryview)):
         return ["bytes", value.hex()]
     if isinstance(value, complex):
         return ["complex", [value.real, value.imag]]
