@@ -594,12 +594,8 @@ class _Reader:
             return sides[0]
         if operators == ["∈"] and names[0]:
             return sides[1]
-        tuples = [side.items for side in sides if isinstance(side, _Group) and side.kind == "()"]
-        if operators == ["="] and names[0] and len({*map(len, tuples)}) == 1 < len(tuples):
-            each = zip(texts[0][1:-1].split(","), *tuples)  # (x, y) = (1, 2) is x = 1, y = 2
-            return _Group(
-                "", [_Relation([x, y], ["="], [n, ""], [True, False]) for n, x, y in each]
-            )
+        if operators == ["="] and names[0] and _are_tuples(sides):
+            return _one_by_one(texts[0], *sides)
         if set(operators) <= {">", "≥"}:
             turned = ["<" if operator == ">" else "≤" for operator in operators]
             return _Relation(sides[::-1], turned[::-1], texts[::-1], names[::-1])
@@ -755,6 +751,20 @@ class _Reader:
         if kind == "[]" and all(isinstance(row, _Group) and row.kind == "[]" for row in items):
             return _Group("matrix", [_Group("row", row.items) for row in items])  # [[1, 2], [3, 4]]
         return _Group("" if kind == "{}" else kind, items)
+
+
+def _are_tuples(sides: list) -> bool:
+    """Whether both are tuples of the same length."""
+    kinds = [side.kind for side in sides if isinstance(side, _Group)]
+    return kinds == ["()", "()"] and len(sides[0].items) == len(sides[1].items)
+
+
+def _one_by_one(text: str, left: _Group, right: _Group) -> _Group:
+    """(x, y) = (1, 2) -> x = 1, y = 2."""
+    relations = []
+    for name, x, y in zip(text[1:-1].split(","), left.items, right.items):
+        relations.append(_Relation([x, y], ["="], [name, ""], [True, False]))
+    return _Group("", relations)
 
 
 def _read(text: str):
@@ -1281,7 +1291,7 @@ def _code_block(response: str) -> str | None:
             lines.append(line)
     if opening:
         blocks.append((opening["language"].lower(), None))
-    marked = [code for language, code in blocks if language in ("python", "python3", "py")]
+    marked = [code for language, code in blocks if language in ("python", "python3", "py", "py3")]
     unmarked = [code for language, code in blocks if language == ""]
     return (marked or unmarked or [None])[-1]
 
@@ -1338,7 +1348,7 @@ def _encoded(value):
         return ["list" if isinstance(value, list) else "tuple", [*map(_encoded, value)]]
     if isinstance(value, (set, frozenset, type({}.keys()), type({}.items()))):
         return ["frozenset", [*map(_encoded, value)]]
-    if isinstance(value, (bytes, bytearray)):
+    if isinstance(value, (bytes, bytearray, memoryview)):
         return ["bytes", value.hex()]
     if isinstance(value, complex):
         return ["complex", [value.real, value.imag]]

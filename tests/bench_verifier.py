@@ -60,11 +60,11 @@ the third command without GSM8K, 2026-11-26, on the project's machine (Xeon, 2 c
 
 The 100% are no surprise: the file was mended until it had them. On 334 other cases of these kinds
 and ordinary ones, written by the same hand before the mending and run once after it: 333 (99.7%;
-before 237, 71.0%), no near miss accepted (before 58). Near misses of the file that math-verify accepts: 106. Speed: 31
-times math-verify's, in CPU time on the same cases. On GSM8K all 8,792 gold answers equal themselves
-and only those neighbours that have the same number; of 2,638 verdicts on its test set math-verify
-has 2,634 (it rejects four gold answers as responses to themselves).
-Fuzzing (`--fuzz 240 --seed 17`): FUZZ
+before 237, 71.0%), no near miss accepted (before 58). Of the file's near misses math-verify accepts
+106. Speed: 31 times math-verify's, in CPU time on the same cases. On GSM8K all 8,792 gold answers
+equal themselves and only those neighbours that have the same number; math-verify gives 2,634 of the
+2,638 verdicts on the test set (in the other four it rejects a right answer).
+Fuzzing (`--fuzz 240 --seed 17`): 9,458 inputs, no exception, the slowest 42 ms of CPU time.
 """
 
 import argparse
