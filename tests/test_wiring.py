@@ -48,10 +48,8 @@ PHRASES = (
 )
 SHORT = ("No.", "Yes.")  # the phrases of most runs here: a character is a token
 TOKENIZER = make_tokenizer()
-AdamW, clip_grad_norm_ = (
-    torch.optim.AdamW,
-    torch.nn.utils.clip_grad_norm_,
-)  # a `watch` replaces them
+AdamW = torch.optim.AdamW  # a `watch` replaces both in torch
+clip_grad_norm_ = torch.nn.utils.clip_grad_norm_
 EOS, VOCAB = 0, len(TOKENIZER)  # the model's output layer is three rows wider
 
 # -------------------------------------------------------------------------------------- the rule
@@ -87,7 +85,7 @@ def revision(i, shown, fits, n):
 def response(text, finished, i, n):
     """Every token has a log-probability of its own, which no other response has at its place."""
     y = ids_of(text) + [EOS] * finished
-    return Rollout(y, [-1 - (3 * i + 5 * n + 7 * t) % 8 / 4 for t in range(len(y))], finished)
+    return Rollout(y, [-2 - 2 * ((3 * i + 5 * n + 7 * t) % 8) for t in range(len(y))], finished)
 
 
 def answered(prompt, n, phrases):
@@ -323,9 +321,8 @@ def slow_training(files, batches, loss, rates, betas, weight_decay, rate=0.0, in
             with torch.no_grad():
                 for a, b in zip(teacher.parameters(), parameters):
                     a.copy_((1 - rate) * a + rate * b)
-    return found, torch.cat(
-        [(b - a).detach().flatten() for a, b in zip(old.parameters(), parameters)]
-    )
+    moved = [(b - a).detach().flatten() for a, b in zip(old.parameters(), parameters)]
+    return found, torch.cat(moved)
 
 
 def assert_same_training(w, files, expected, metric="loss"):
@@ -349,6 +346,7 @@ def stage_2_loss(
     skip_first=0,
     drop_truncated=False,
     cap=None,
+    limit=math.inf,
 ):
     """The mean of D(pi, pi_bar) over all response tokens of a step."""
 
@@ -363,6 +361,8 @@ def stage_2_loss(
             p = logits(student, x + y.ids, n, temperature)
             with torch.no_grad():
                 told = x + ids_of(text) + ids_of(f"\n\n{phrases[r]}\n\n")
+                if len(told + y.ids) > limit:
+                    continue
                 q = logits(teacher, told + y.ids, n, temperature)
             value = objective(p, q, torch.tensor(ids))
             if cap:
@@ -442,10 +442,14 @@ STAGE_2 = {
     f"{MIXED} --alpha 0.2 --topk 3": objective("mixed_kl", w=0.2, k=3),
     "--skip-first 5": dict(skip_first=5),
     "--drop-truncated": dict(drop_truncated=True),
+    "--max-length 25": dict(limit=25),
     "--teacher live": dict(rate=None),
     "--teacher ema": dict(rate=0.05),
     "--teacher ema --teacher-rate 0.6": dict(rate=0.6),
     "--teacher ema --teacher-rate 0.6 --teacher-interval 2": dict(rate=0.6, interval=2),
+    "--teacher ema --teacher-rate 0.6 --teacher-interval 3 --passes 2": dict(
+        rate=0.6, interval=3, passes=2
+    ),
 }
 
 
