@@ -90,10 +90,12 @@ def warn(message: str) -> None:
 
 
 def last_cause(error: BaseException) -> str:
-    """The first line of the innermost exception: libraries wrap the one that says what is wrong."""
+    """The first line of the innermost exception: libraries wrap the one that says what is wrong.
+    Where that line ends with a colon, the second one belongs to it."""
     while inner := error.__cause__ or (not error.__suppress_context__ and error.__context__):
         error = inner
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return " ".join(lines[:2]) if lines[0].rstrip().endswith(":") else lines[0]
 
 
 def progress(items: Iterable, label: str, **settings) -> tqdm:
