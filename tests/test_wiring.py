@@ -574,9 +574,9 @@ def test_stage_1_equals_the_slow_loop(flags, watch, files):
 def test_traces_and_what_stage_1_logs(watch, files):
     """Catches verdicts against another problem's answer, revisions that were sampled after one
     phrase and stored with the other, counts of right for wrong."""
-    run(watch, files, "srt", "--attempts", "2")
-    traces, expected = lines_of(watch.out / "traces.jsonl"), expected_traces(2, 2)
-    assert len(traces) == len(expected) == 36
+    run(watch, files, "srt", "--attempts", "2", "--revisions", "3")
+    traces, expected = lines_of(watch.out / "traces.jsonl"), expected_traces(3, 2)
+    assert len(traces) == len(expected) == 42  # every third revision is like its first
     for t in traces:
         i, new = problem_of(t["problem"]), t["revision_text"]
         r, phrase = expected[i, t["init_text"], new, t["finished"]]
@@ -587,7 +587,7 @@ def test_traces_and_what_stage_1_logs(watch, files):
         assert t["revision_ids"] == ids_of(new) + [EOS] * t["finished"]
     (asked,), (revised,) = watch.asked(), watch.asked(revisions=True)
     assert Counter(map(problem_of, asked.texts)) == dict.fromkeys(range(12), 2)
-    assert set(Counter(revised.texts).values()) == {2} and len(revised.texts) == 2 * 2 * 12
+    assert set(Counter(revised.texts).values()) == {3} and len(revised.texts) == 3 * 2 * 12
     tried = [attempt(i, n) for i in range(12) for n in range(2)]
     right = sum(verdict(attempt(i, n)[0], i) for i in range(12) for n in range(2))
     kept = Counter(r for r, _ in expected.values())
@@ -598,13 +598,13 @@ def test_traces_and_what_stage_1_logs(watch, files):
         "right": right,
         "cut_off": sum(not finished for _, finished in tried),
         "too_long": 0,
-        "revisions_of_wrong": 2 * (24 - right),
+        "revisions_of_wrong": 3 * (24 - right),
         "kept_of_wrong": kept[0],
-        "revisions_of_right": 2 * right,
+        "revisions_of_right": 3 * right,
         "kept_of_right": kept[1],
     }
     assert right != 12 and kept[0] != kept[1]
-    (values, _), steps = slow_stage_1(watch, files, weights=GENERATION, n=2)
+    (values, _), steps = slow_stage_1(watch, files, weights=GENERATION, n=2, m=3)
     first, new = watch.log("train")[0], [new for _, _, new in steps[0]]
     phrases = [TOKENIZER.decode(shown).split("\n\n")[1] for _, shown, _ in steps[0]]
     assert first["nll"] == pytest.approx(
@@ -733,17 +733,23 @@ def test_the_seed(name, watch, files):
     assert len(set(seeds)) == len(seeds) and orders[0] != orders[1]
 
 
-@ALL
+@FOUR
 def test_the_number_of_problems(name, watch, files):
-    more = ["--generations", "64"] if name == "sdpo" else []
-    run(watch, files, name, "--problems", "8", *more)
-    assert len(problems_of(watch.asked())) == 8
+    """Which ones they are depends on the seed."""
+    chosen = []
+    for seed in (0, 1):
+        watch.again(str(seed))
+        run(watch, files, name, "--problems", "8", "--seed", seed)
+        chosen.append(problems_of(watch.asked()))
+        assert len(chosen[-1]) == 8
+    assert chosen[0] != chosen[1]
 
 
 PROMPTS = {
     "<|user|>{i}? Think.<|im_end|><|assistant|>": ["--prompt-suffix", " Think."],
     "<|user|>{i}?<|im_end|><|assistant|>#": ["--template-kwargs", '{"mark": "#"}'],
     "Q: {i}?\nA:": ["--prompt-template", "Q: {problem}\nA:"],
+    "Q: {i}?!\nA:": ["--prompt-template", "Q: {problem}\nA:", "--prompt-suffix", "!"],
 }
 
 
@@ -757,7 +763,7 @@ def test_prompt_flags(name, prompt, watch, files):
         assert text.startswith(prompt.replace("{i}", str(problem_of(text))))
     assert trained and watch.asked(True)
     kept = json.loads((watch.out / "srt.json").read_text())["prompt"]
-    flag, value = PROMPTS[prompt]
+    flag, value = PROMPTS[prompt][:2]
     assert kept[flag[2:].replace("-", "_")] == (json.loads(value) if "kwargs" in flag else value)
 
 
