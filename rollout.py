@@ -11,7 +11,7 @@ SLOTS. Some responses are ten times as long as others. A slot is one row of the 
 response ends, the next prompt takes its place while the other rows go on. When no prompt is left,
 the last row moves into the gap: the rows in use are always the first ones, and the batch shrinks.
 
-CACHE. Each layer has one tensor of keys and one of values, allocated once and written by index.
+CACHE. Each layer has one tensor of keys and values, allocated once and written by index.
 Position t of a sequence is index t of its row, whatever the other rows do, and a row at position p
 attends to the indices <= p: what an earlier sequence left after them is never seen.
 
@@ -356,16 +356,16 @@ class Recorder(HuggingFaceCache):
     """Records the keys and values of whole prompts, which attend only to themselves."""
 
     def __init__(self):
-        self.written: list[torch.Tensor] = []  # layer i: keys at 2i, values at 2i + 1
+        self.written: list[torch.Tensor] = []  # for each layer [B, 2, heads, T, size]
 
     def update(self, key: torch.Tensor, value: torch.Tensor, layer: int, *args, **kwargs):
-        self.written += [key, value]  # [B, heads, T, size] each
+        self.written.append(torch.stack((key, value), 1))  # from [B, heads, T, size] each
         return key, value
 
 
 def prefill(model, prompts: list[tuple[int, ...]]) -> list[torch.Tensor]:
-    """Keys and values of B prompts without their last tokens: for each layer two tensors
-    [B, heads, T, size], where T is the longest prompt's length - 1, but at least 1."""
+    """Keys and values of B prompts without their last tokens: for each layer a tensor
+    [B, 2, heads, T, size], where T is the longest prompt's length - 1, but at least 1."""
     recorder, width = Recorder(), max(1, max(map(len, prompts)) - 1)
     padded = [p[:-1] + (0,) * (width + 1 - len(p)) for p in prompts]
     positions = torch.arange(width, device=model.device)[None]  # one mask for all rows
@@ -374,32 +374,30 @@ def prefill(model, prompts: list[tuple[int, ...]]) -> list[torch.Tensor]:
 
 
 def bytes_per_token(written: list[torch.Tensor]) -> int:
-    return sum(x[0, :, 0].numel() * x.element_size() for x in written)
+    return sum(x[0, :, :, 0].numel() * x.element_size() for x in written)
 
 
 class SlotCache(HuggingFaceCache):
-    """Keys and values of all slots: for each layer two tensors [slots, heads, length, size]."""
+    """Keys and values of all slots: for each layer a tensor [slots, 2, heads, length, size]."""
 
     def __init__(self, like: list[torch.Tensor], slots: int, length: int):
-        heads = like[0].shape[1]
-        self.layers = [x.new_zeros(slots, heads, length, x.shape[3]) for x in like]
-        # Where each row and head begins in a layer viewed as [slots * heads * length, size].
-        starts = torch.arange(0, slots * heads * length, length, device=like[0].device)
-        self.starts = starts.view(slots, heads)
+        two, heads, _, size = like[0].shape[1:]
+        self.layers = [x.new_zeros(slots, two, heads, length, size) for x in like]
+        # Where each slot's keys and values of each head begin in a layer viewed as [-1, size].
+        starts = torch.arange(0, slots * two * heads * length, length, device=like[0].device)
+        self.starts = starts.view(slots, two * heads)
 
     def point(self, positions: torch.Tensor, length: int):
         """The next forward writes each row at its position ([rows, 1]) and attends to the first
         `length` indices."""
         self.rows, self.length = len(positions), length
-        self.where = (self.starts[: self.rows] + positions).view(-1)  # [rows * heads]
+        self.where = (self.starts[: self.rows] + positions).view(-1)  # [rows * 2 * heads]
 
     def update(self, key: torch.Tensor, value: torch.Tensor, layer: int, *args, **kwargs):
-        seen = []
-        for cached, new in zip(self.layers[2 * layer : 2 * layer + 2], (key, value)):
-            size = cached.shape[3]
-            cached.view(-1, size).index_copy_(0, self.where, new.reshape(-1, size))
-            seen.append(cached[: self.rows, :, : self.length])
-        return seen
+        cached, size = self.layers[layer], key.shape[-1]
+        new = torch.stack((key, value), 1).view(-1, size)  # from [rows, heads, 1, size] each
+        cached.view(-1, size).index_copy_(0, self.where, new)
+        return cached[: self.rows, :, :, : self.length].unbind(1)
 
 
 # -------------------------------------------------------------------------------------- decoding
@@ -425,15 +423,15 @@ class Decoder:
         host = [rows, sources, [len(p) - 1 for p in prompts], [p[-1] for p in prompts]]
         row, source, position, token = torch.tensor(host, device=self.eos.device)
         for cached, new in zip(self.cache.layers, written):
-            cached[row, :, : new.shape[2]] = new[source]
+            cached.narrow(3, 0, new.shape[3]).index_copy_(0, row, new.index_select(0, source))
         self.tokens[row, position], self.position[row], self.ended[row] = token, position, False
 
     def move(self, sources: list[int], targets: list[int], length: int):
         """Slots `targets` take over from slots `sources`, whose sequences are `length` at most."""
         source, target = torch.tensor([sources, targets], device=self.eos.device)
-        layers = [cached[:, :, :length] for cached in self.cache.layers]
+        layers = [cached.narrow(3, 0, length) for cached in self.cache.layers]
         for x in (*layers, self.tokens, self.logprobs, self.position, self.ended):
-            x[target] = x[source]
+            x.index_copy_(0, target, x.index_select(0, source))
 
     def step(self, n: int, length: int):
         """Sample one token for each of the first n rows, whose sequences are `length` at most.

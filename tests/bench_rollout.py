@@ -159,12 +159,13 @@ class Ready:
     """A cache that holds `length` positions already and takes no more."""
 
     def __init__(self, model, rows: int, length: int):
-        self.layers = []  # keys and values by turns, [rows, heads, length, size] each
+        self.layers = []  # keys and values, [rows, heads, length, size] each
         for x in rollout.prefill(model, [(0, 0)]):
-            self.layers.append(x.new_full((rows, x.shape[1], length, x.shape[3]), 0.1))
+            shape = rows, x.shape[2], length, x.shape[4]
+            self.layers.append((x.new_full(shape, 0.1), x.new_full(shape, 0.1)))
 
     def update(self, key, value, layer, *args, **kwargs):
-        return self.layers[2 * layer : 2 * layer + 2]
+        return self.layers[layer]
 
     def get_seq_length(self, *args):
         return 0
