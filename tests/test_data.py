@@ -501,6 +501,30 @@ def test_a_model_with_any_generation_config_can_be_saved(config, name, base, dat
         assert saved.temperature == 0.6 and "generation config" not in capfd.readouterr().err
 
 
+MODIFIED = {"pad_token_id": -1, "top_k": 5, "max_new_tokens": 0, "early_stopping": 7}
+
+
+@pytest.mark.parametrize("name", MODIFIED)
+def test_a_generation_config_that_cannot_be_saved_is_replaced_at_once(
+    name, base, data, tmp_path, ended
+):
+    """transformers refuses to save one that was changed after loading: a warning with the cause
+    comes before the first sample, and the model is there in the end."""
+    load, out = AutoModelForCausalLM.from_pretrained, tmp_path / "out"
+
+    def changed(*args, **rest):
+        model = load(*args, **rest)
+        setattr(model.generation_config, name, MODIFIED[name])
+        return model
+
+    few = ["--problems", "8", "--eval-problems", "0", "--batch-size", "8"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(AutoModelForCausalLM, "from_pretrained", changed)
+        code, _, err = ended(sdzero, *FLAGS, *few, model=base, dataset=data, output=out)
+    assert code == 0 and f"`{name}`" in err.replace("'", "`"), err
+    assert AutoModelForCausalLM.from_pretrained(out).generation_config.eos_token_id == 0
+
+
 def test_a_stage_2_in_which_no_response_fits_twice_is_refused(tmp_path, data, ended):
     """Before the first sample, when even the shortest response cannot fit; both phrases count, and
     what --skip-first leaves."""

@@ -52,6 +52,9 @@ OWN = {
 SCRIPTS = {"srt": srt, "sdzero": sdzero}
 
 
+copytree = shutil.copytree  # the real one
+
+
 class Snapshots:
     """What kill -9 leaves behind: a copy of the run's folder before each of its file operations,
     or, if torn, when that operation is half done."""
@@ -60,6 +63,9 @@ class Snapshots:
         self.out, self.copies, self.torn, self.names = out, copies, torn, []
         for owner, name, half in (
             (os, "replace", None),
+            (os, "rename", None),
+            (shutil, "move", None),
+            (shutil, "copytree", half_copied),
             (shutil, "rmtree", half_removed),
             (Path, "write_text", half_written),
             (Path, "unlink", None),
@@ -89,7 +95,7 @@ class Snapshots:
         self.names.append(name)
         copy = self.copies / str(len(self.names))
         if self.out.exists():
-            shutil.copytree(self.out, copy)
+            copytree(self.out, copy)
         if self.torn and half:
             half(*(self.moved(x, copy) for x in args))
 
@@ -107,6 +113,11 @@ def half_removed(folder, **rest):
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     for path in files[: len(files) // 2 + 1]:
         os.remove(path)
+
+
+def half_copied(source, target, **rest):
+    copytree(source, target, dirs_exist_ok=True)
+    half_removed(target)
 
 
 def half_written(path, text):
