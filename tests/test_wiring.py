@@ -190,9 +190,10 @@ def watch(monkeypatch, tmp_path):
                 row.pop()
             rows.append(row)
         if any(rows) and rows != [list(range(8))]:  # the check of the output layer
-            grad, size = torch.is_grad_enabled(), input_ids.numel()
-            passed = dict(rows=rows, grad=grad, training=self.training, size=size, dtype=self.dtype)
-            w.updates[-1].passes.append(SimpleNamespace(**passed))
+            found = SimpleNamespace(rows=rows, size=input_ids.numel(), dtype=self.dtype)
+            found.grad, found.training = torch.is_grad_enabled(), self.training
+            found.seed = torch.initial_seed()  # of dropout
+            w.updates[-1].passes.append(found)
         return forward(self, input_ids=input_ids, **rest)
 
     def watched_layer(self, x):
@@ -464,6 +465,7 @@ def test_stage_2_equals_the_slow_loop(flags, watch, files):
     rates = changed.get("rates", [HALF] + [FULL] * (len(expected[0]) - 1))
     assert watch.rates == pytest.approx(rates)
     assert_same_training(watch, files, expected)
+    assert all(p.training == p.grad for u in watch.steps for p in u.passes)
     shape = {k: v for k, v in changed.items() if k in ("sizes", "epochs", "passes")}
     if len(shape) < len(changed):
         assert_other_training(expected, plain_stage_2(watch, files, **shape))
@@ -722,12 +724,13 @@ def test_no_evaluation(watch, files):
 
 @ALL
 def test_the_seed(name, watch, files):
-    """Every call of a run has a seed of its own; another --seed has others, and another order."""
+    """Every call of the sampler and every step's dropout has a seed of its own; another --seed has
+    others, and another order."""
     seeds, orders = [], []
     for seed in (0, 1):
         watch.again(str(seed))
         run(watch, files, name, "--seed", seed)
-        seeds += [s.seed for s in watch.samples]
+        seeds += [s.seed for s in watch.samples] + [u.passes[0].seed for u in watch.steps]
         orders.append([row for u in watch.steps for p in u.passes for row in p.rows])
         orders[-1] += [[problem_of(t) for t in s.texts] for s in watch.asked()]
     assert len(set(seeds)) == len(seeds) and orders[0] != orders[1]
