@@ -325,6 +325,8 @@ def load_lm(args: argparse.Namespace) -> LM:
     eos = model.generation_config.eos_token_id
     configured = eos if isinstance(eos, list) else [eos]
     eos_ids = {i for i in (tokenizer.eos_token_id, *configured, *stops) if i is not None}
+    if stops:
+        model.generation_config.eos_token_id = sorted(eos_ids)  # for whoever loads the output
     if not eos_ids:
         fail(f"{args.model} has no EOS token, so responses could not end: give --stop-tokens")
     context = getattr(model.config, "max_position_embeddings", None)
@@ -748,10 +750,9 @@ def estimate_memory(
     generate_length = longest_prompt + args.max_new_tokens  # x + y
     phrase = len(lm.phrase_ids(args.phrase_wrong))
     revise_length = min(generate_length + phrase + args.max_new_tokens, lm.context)
-    # tokens of one forward and backward pass, in the sequence that gets the gradient
-    tokens = min(args.batch_size * revise_length, max(args.micro_tokens, revise_length))
-    if teacher:  # the student reads only x + y of what the micro-batch was cut for
-        tokens = tokens * generate_length // revise_length
+    # tokens of one forward and backward pass; in stage 2 the student reads only x + y
+    length = generate_length if teacher else revise_length
+    tokens = min(args.batch_size * length, max(args.micro_tokens, length))
     layers, width = config.num_hidden_layers, config.hidden_size
     heads = config.num_attention_heads
     head_size = getattr(config, "head_dim", None) or width // heads

@@ -153,8 +153,9 @@ def generate(
             decoder = Decoder(model, probe, slots, allocated, length - 1, eos, sampler)
             step = FixedShapes(decoder, generator) if cuda_graph else decoder.step
             return decode_all(decoder, step, prompts, limits, ahead, every, progress)
-        except RuntimeError as error:  # on the CPU it is no torch.OutOfMemoryError
-            if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
+        except RuntimeError as error:  # on CPUs and Apple's GPUs it is no torch.OutOfMemoryError
+            known = ("allocate memory", "out of memory")
+            if isinstance(error, torch.OutOfMemoryError) or any(k in str(error) for k in known):
                 message = f"out of memory: keys and values of {memory}"
                 message += "; lower slots or max_new_tokens"
                 raise torch.OutOfMemoryError(message) from error

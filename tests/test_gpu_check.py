@@ -1,5 +1,6 @@
 """The GPU's path, as far as a CPU shows it: gpu_check.py, compiled losses, --resume."""
 
+import argparse
 import gc
 import json
 import os
@@ -134,6 +135,7 @@ def test_a_resumed_run_keeps_no_second_state(kind, tmp_path, monkeypatch):
     expected = [p.clone() for p in model.parameters()]
     model, optimizer, teacher = start()
     run = common.Run.__new__(common.Run)
+    run.args = argparse.Namespace(lora=None)
     run.folder, run.task = tmp_path, common.Task(common.LM(model, *[None] * 4), *[None] * 5)
     assert run.restore(optimizer=optimizer, teacher=teacher) == 1
     gc.collect()
@@ -155,4 +157,4 @@ def test_the_memory_table_by_hand():
     assert parts["optimizer"] == 10 * parameters and parts["gradients"] == 4 * parameters
     one_slot = 36 * 2 * 8 * 128 * 2 * (512 + 8192)
     assert slots[1] == str(int((0.9 * 85e9 - 14 * parameters) / one_slot))
-    assert slots[0] == "–" and 75e9 < sum(parts.values()) < 82e9
+    assert slots[0] == "–" and 75e9 < sum(parts.values()) < 83e9
