@@ -14,10 +14,8 @@ import json
 import math
 import os
 import random
-import re
 import shutil
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -60,8 +58,8 @@ PROMPT_DEFAULTS = {
     "phrase_wrong": PHRASES[0],
     "phrase_right": PHRASES[1],
 }
-# What --resume may change: none of it changes what the run computes, except the two that are noted
-# in the log. Model and data may have been moved: they are compared by content.
+# What --resume may change. FREE changes nothing that the run computes; NOTED may, and is logged.
+# Model and data may have been moved: they are compared by content.
 PLACES = {"model", "dataset", "eval_dataset", "traces", "output", "device", "resume"}
 FREE = {"micro_tokens", "gradient_checkpointing", "save_every", "eval_every"} | PLACES
 NOTED = {"slots", "lr", "cache_bytes", "collect_bytes"}
@@ -114,9 +112,8 @@ def entry(main: Callable) -> None:
     except FloatingPointError as error:
         fail(f"{error}; the last checkpoint is kept: --resume with a lower --lr goes on from it", 1)
     except torch.OutOfMemoryError:
-        fail(
-            "out of memory: --resume with lower --slots (sampling) or --micro-tokens (training)", 1
-        )
+        again = "" if "--eval-only" in sys.argv else "--resume with "
+        fail(f"out of memory: {again}lower --slots (sampling) or --micro-tokens (training)", 1)
     except KeyboardInterrupt:
         if "--eval-only" in sys.argv:
             fail("interrupted", 130)
@@ -131,7 +128,8 @@ def number(kind: type, low: float, high: float = math.inf, above: bool = False) 
 
     def parse(text: str):
         value = kind(text)
-        if not (low < value if above else low <= value) or not value <= high or value == math.inf:
+        in_range = (low < value if above else low <= value) and value <= high
+        if not in_range or value == math.inf:
             least = f"{'above' if above else 'at least'} {low}"
             most = "" if high == math.inf else f" and at most {high}"
             raise argparse.ArgumentTypeError(f"must be {least}{most}, not {text}")
@@ -150,7 +148,7 @@ def json_object(text: str) -> dict:
 
 count, natural = number(int, 1), number(int, 0)
 positive, at_least_0 = number(float, 0, above=True), number(float, 0)
-share = number(float, 0, 1, above=True)
+share, fraction = number(float, 0, 1, above=True), number(float, 0, 1)
 
 
 # name, kind (a list: a choice; bool: a switch), default, help, in the order of a run. A script may
@@ -211,7 +209,7 @@ def make_parser(description: str, own: list[tuple], **defaults) -> argparse.Argu
     problems = defaults.pop("problems", "all")
     for name, kind, default, text in FLAGS + own:
         default = defaults.get(name.replace("-", "_"), default)
-        if default not in (None, False, REQUIRED, ""):
+        if default is not None and kind is not bool and default is not REQUIRED:
             text += f" (default: {default})"
         text = text.replace("{problems}", problems).replace("%", "%%")
         if kind is bool:
@@ -224,7 +222,7 @@ def make_parser(description: str, own: list[tuple], **defaults) -> argparse.Argu
 
 
 def check_flags(args: argparse.Namespace) -> None:
-    """Flags that contradict each other, and a place that is not free: seen before anything runs."""
+    """Fail early: flags that contradict each other, or an --output that is in use."""
     if args.prompt_template and "{problem}" not in args.prompt_template:
         fail("--prompt-template has no {problem} in it")
     if args.prompt_template and args.template_kwargs:
@@ -351,16 +349,13 @@ def keep_savable(model: torch.nn.Module) -> None:
     """Replace a generation config that transformers loads but refuses to save (top_k without
     do_sample, pad_token_id -1): found now instead of after the last step."""
     config = model.generation_config
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            config.save_pretrained(folder)
-        except ValueError as error:
-            warn(
-                f"the generation config cannot be saved, only its EOS is kept: {last_cause(error)}"
-            )
-            model.generation_config = transformers.GenerationConfig(
-                eos_token_id=config.eos_token_id, bos_token_id=config.bos_token_id
-            )
+    try:
+        config.validate(strict=True)
+    except ValueError as error:
+        warn(f"the generation config cannot be saved, only its EOS is kept: {last_cause(error)}")
+        model.generation_config = transformers.GenerationConfig(
+            eos_token_id=config.eos_token_id, bos_token_id=config.bos_token_id
+        )
 
 
 def inherit_prompt(args: argparse.Namespace) -> dict:
@@ -636,9 +631,10 @@ def sample_all(
     cache_bytes: int | None = None,
 ) -> list[Rollout]:
     """One response for each prompt. purpose: what they are for, and the step, for the seed."""
-    longest = max(map(len, prompts), default=0) + args.max_new_tokens
-    cache_bytes = cache_bytes or getattr(args, "cache_bytes", None)
-    slots = fit_slots(args, cache_bytes_per_token(lm.model) * longest, cache_bytes)
+    slots, cache_bytes = args.slots, cache_bytes or getattr(args, "cache_bytes", None)
+    if cache_bytes:  # else the sampler's own choice: on a GPU what is free, where nothing trains
+        longest = max(map(len, prompts), default=0) + args.max_new_tokens
+        slots = fit_slots(args, cache_bytes_per_token(lm.model) * longest, cache_bytes)
     generator = torch.Generator(lm.model.device).manual_seed(seed_of(args.seed, *purpose))
     with progress(None, f"sampling {purpose[0]}", total=len(prompts), unit="response") as bar:
         return generate(
@@ -806,7 +802,8 @@ def fit_memory(lm: LM, args: argparse.Namespace, problems: list[Problem]) -> Non
 
 
 def fit_slots(args: argparse.Namespace, slot: int, cache_bytes: int | None) -> int:
-    """How many sequences are decoded at once: --slots, or as many as fit, `slot` bytes each."""
+    """How many sequences are decoded at once: --slots, or as many as fit, `slot` bytes each. Not
+    the sampler's choice by free memory: this one is the same after --resume."""
     if args.slots or cache_bytes is None:
         return args.slots or MAX_SLOTS
     return max(1, min(MAX_SLOTS, cache_bytes // slot))
@@ -870,8 +867,10 @@ class Optimizer:
         for group in self.adamw.param_groups:
             group["lr"] = lr
         self.adamw.step()  # moves the fp32 weights: no bf16 weight's master has a gradient yet
-        # on a CPU the memory is kept: re-allocating it costs 10% of a step (page faults)
-        self.adamw.zero_grad(set_to_none=self.weights[0].device.type != "cpu")
+        # on a CPU the memory is kept: re-allocating it costs 10% of a step (page faults); not where
+        # a bf16 weight's step follows, which must find no other gradient
+        on_cpu = self.weights[0].device.type == "cpu"
+        self.adamw.zero_grad(set_to_none=bool(self.narrow) or not on_cpu)
         for weight, low, master in self.narrow:
             master.data, master.grad, weight.grad = join(weight, low), weight.grad, None
             self.adamw.step()  # moves this one only: no other has a gradient now
@@ -1088,14 +1087,18 @@ class Run:
         """Forget what was logged after the last checkpoint: the resumed run logs it again. A line
         that was half written when the run was killed is such a line."""
         path, last = self.folder / "metrics.jsonl", self.last_checkpoint()
-        collected = (self.folder / "traces.jsonl").exists()
+        collected, best = (self.folder / "traces.jsonl").exists(), {"step": 0, "accuracy": -1.0}
         for line in path.read_text().splitlines() if path.exists() else []:
             try:
                 line = json.loads(line)
             except ValueError:
                 break
+            if line["kind"] == "eval" and line["step"] and line["accuracy"] > best["accuracy"]:
+                best = line
             if collected if line["kind"] == "collect" else line["step"] <= last:
                 self.lines.append(line)
+        if best["step"] > last:  # the model of an evaluation that is forgotten
+            shutil.rmtree(self.folder / "best", ignore_errors=True)
         self.write_text("metrics.jsonl", "".join(json.dumps(line) + "\n" for line in self.lines))
         self.metrics = open(path, "a")
 
@@ -1104,12 +1107,8 @@ class Run:
         self.lines.append({"kind": kind, "step": step, **values})
         self.metrics.write(json.dumps(self.lines[-1]) + "\n")
         self.metrics.flush()
-        figures = []
-        for name, value in values.items():
-            if name != "sample" and not isinstance(value, dict):
-                figures.append(
-                    f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
-                )
+        plain = {k: v for k, v in values.items() if k != "sample" and not isinstance(v, dict)}
+        figures = [f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in plain.items()]
         print(f"{kind} {step}  " + "  ".join(figures))
         if "sample" in values:
             print(values["sample"])
@@ -1159,11 +1158,8 @@ class Run:
 
     def checkpoints(self) -> dict[int, Path]:
         """Our checkpoints by step; a user's own checkpoint-3-mine is none."""
-        found = {}
-        for path in self.folder.glob("checkpoint-*"):
-            if match := re.fullmatch(r"checkpoint-(\d+)", path.name):
-                found[int(match[1])] = path
-        return found
+        found = {p.name.removeprefix("checkpoint-"): p for p in self.folder.glob("checkpoint-*")}
+        return {int(step): path for step, path in found.items() if step.isdecimal()}
 
     def last_checkpoint(self) -> int:
         return max(self.checkpoints(), default=0)
@@ -1196,10 +1192,8 @@ class Run:
         if due(self.args.eval_every) or step == total:
             self.evaluate(step, last=step == total)
         if due(self.args.save_every) and step < total:
-            self.save(
-                f"checkpoint-{step}",
-                {name: part.state_dict() for name, part in self.parts.items()},
-            )
+            states = {name: part.state_dict() for name, part in self.parts.items()}
+            self.save(f"checkpoint-{step}", states)
             for old, path in self.checkpoints().items():
                 if old != step:
                     shutil.rmtree(path)

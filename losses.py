@@ -5,13 +5,13 @@ feeds them: `predicting_last` (which hidden states predict which tokens), `micro
 sequences share a forward pass) and `backward_by_chunks` (hidden states -> logits, loss, gradients,
 a few rows at a time). To start reading: `full_logits`, then `predicting_last`.
 
-    student_h = predicting_last(student, student_ids, counts)  # [N, D]
+    student_h = predicting_last(student, student_ids, counts)  # [N, H]
     with torch.no_grad():
-        teacher_h = predicting_last(teacher, teacher_ids, counts)  # [N, D]
+        teacher_h = predicting_last(teacher, teacher_ids, counts)  # [N, H]
     layer, against = OutputLayer(student), (OutputLayer(teacher), teacher_h)
     kl = backward_by_chunks(full_logits, layer, student_h, divisor=sum(counts), teacher=against)
 
-Shapes: B sequences, T positions, N scored tokens (rows), V vocabulary size, K of its entries, D
+Shapes: B sequences, T positions, N scored tokens (rows), V vocabulary size, K of its entries, H
 hidden size. Every objective takes the logits of the student and of the teacher for the SAME N
 tokens and returns one number per token, in nats: the caller masks, sums and divides.
 
@@ -183,7 +183,7 @@ def importance_weight(
 
 
 def hidden_states(model, sequences: list[list[int]]) -> torch.Tensor:
-    """Last hidden states [B, T, D] of a Hugging Face causal LM, one forward pass for all sequences.
+    """Last hidden states [B, T, H] of a Hugging Face causal LM, one forward pass for all sequences.
 
     Sequences are padded on the RIGHT, which causal attention cannot see: no mask is needed, and
     positions count from 0 in every row. Outputs at padded positions must be ignored.
@@ -195,7 +195,7 @@ def hidden_states(model, sequences: list[list[int]]) -> torch.Tensor:
 
 
 def predicting_last(model, sequences: list[list[int]], counts: list[int]) -> torch.Tensor:
-    """The hidden states that predict the LAST counts[i] ids of each sequence i: [N, D].
+    """The hidden states that predict the LAST counts[i] ids of each sequence i: [N, H].
 
     This is where student and teacher are aligned. They read different sequences, x + y and
     x + y + P_r + y, but both end with y: with the same counts, row n of the one and row n of the
@@ -250,7 +250,7 @@ def micro_batches(lengths: list[int], budget: int) -> list[list[int]]:
 
 
 class OutputLayer:
-    """From last hidden states [N, D] to logits [N, V] of a Hugging Face causal LM.
+    """From last hidden states [N, H] to logits [N, V] of a Hugging Face causal LM.
 
     model: the model; vocab_size: V, logits of later ids are cut off (default: none are).
 
@@ -262,7 +262,7 @@ class OutputLayer:
 
     def __init__(self, model, vocab_size: int | None = None):
         head, config = model.get_output_embeddings(), model.config
-        self.weight, self.bias = head.weight, head.bias  # [at least V, D], [at least V] or None
+        self.weight, self.bias = head.weight, head.bias  # [at least V, H], [at least V] or None
         self.vocab_size = min(vocab_size or len(head.weight), len(head.weight))
         # R, the rows of the weight that `linear` multiplies with. On a GPU all of them, and the cut
         # to V comes later: Qwen's V is 151,669 of 151,936, and rows of logits that are not a
@@ -300,7 +300,7 @@ class OutputLayer:
 
     @torch.no_grad()
     def linear(self, hidden: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-        """The matrix product by hand, without scale and cap: hidden [N, D], out [N, R] -> out."""
+        """The matrix product by hand, without scale and cap: hidden [N, H], out [N, R] -> out."""
         weight = self.weight[: self.rows].to(hidden.dtype)  # under autocast the two may differ
         if self.bias is None:
             return torch.mm(hidden, weight.T, out=out)
@@ -308,14 +308,14 @@ class OutputLayer:
 
     @torch.no_grad()
     def linear_backward(self, hidden: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
-        """The backward pass of `linear`: hidden [N, D], grad [N, R] -> hidden's gradient [N, D].
+        """The backward pass of `linear`: hidden [N, H], grad [N, R] -> hidden's gradient [N, H].
 
         grad: the gradient of the product. Those of weight and bias are added to their `.grad`.
         """
         if self.weight.requires_grad:
             total = _grad_of(self.weight)[: self.rows]
             if total.dtype == grad.dtype:
-                total.addmm_(grad.T, hidden)  # needs no second [R, D] tensor
+                total.addmm_(grad.T, hidden)  # needs no second [R, H] tensor
             elif grad.is_cuda and total.dtype == torch.float32:
                 # The same for half-precision products with an fp32 sum, which only CUDA has.
                 torch.addmm(total, grad.T, hidden, out_dtype=torch.float32, out=total)
@@ -353,7 +353,7 @@ def backward_by_chunks(
         any n rows -> [n], or [n, C]: column 0 is the loss, the others are figures to log. On a GPU
         hand over torch.compile(loss, dynamic=True): the passes over the logits, which cost as much
         as the matrix products, become a few.
-    layer: the student's; hidden: [N, D], the student's hidden states with their graph.
+    layer: the student's; hidden: [N, H], the student's hidden states with their graph.
     tensors: [N, ...] each, cut in the same way. What the loss needs for each token, such as token
         ids, must come through here: a closure would see all N of them.
     divisor: of the sum over rows: the number of tokens in the whole optimizer step, usually.
@@ -373,8 +373,8 @@ def backward_by_chunks(
     """
     if hidden.dim() != 2:
         raise ValueError(
-            f"hidden must be [N, D], a row for each token of the loss, not {list(hidden.shape)}: "
-            "take those rows from [B, T, D] as predicting_last does, or all by hidden.flatten(0, 1)"
+            f"hidden must be [N, H], a row for each token of the loss, not {list(hidden.shape)}: "
+            "take those rows from [B, T, H] as predicting_last does, or all by hidden.flatten(0, 1)"
         )
     sides = [(layer, hidden.detach())] + ([] if teacher is None else [teacher])
     for tensor in (sides[-1][1], *tensors):
@@ -415,7 +415,8 @@ def backward_by_chunks(
             done += len(part)
 
         student_h = sides[0][1][block]
-        logits_grad = buffers[0][: len(student_h)]  # by now
+        # The buffer now holds gradients. Columns beyond V had no loss: their gradient is 0.
+        logits_grad = buffers[0][: len(student_h)]
         logits_grad[:, layer.vocab_size :] = 0
         hidden_grad[block] = layer.linear_backward(student_h, logits_grad)
     if hidden.requires_grad:  # else only the output layer learns

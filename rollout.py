@@ -40,7 +40,7 @@ from collections import deque
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import lru_cache, partial
 
 import torch
 
@@ -326,7 +326,7 @@ def attention_masks(config, positions: torch.Tensor, length: int, dtype: torch.d
     return {k: mask(window if k == "sliding_attention" else None) for k in set(kinds)}
 
 
-signature = cache(inspect.signature)
+signature = lru_cache(inspect.signature)  # asked at every step
 
 
 def forward(model, cache, tokens: torch.Tensor, positions: torch.Tensor, length: int):

@@ -18,12 +18,9 @@ reviser into the generator.
 --model is what srt.py saved: its srt.json brings the prompt, the control phrases and the problems
 that stage 1 has used, which stage 2 leaves out.
 
-Where this departs from the paper, each a flag: D is the reverse KL over the whole vocabulary (the
-paper: over the top 64 tokens); sampling is at temperature 1, since (4) is an expectation over pi
-itself (the paper's text: 0.7). Read `Example`, `distill` and `main`.
+Departures from the paper: README, "A real model on one GPU". Read `Example`, `distill` and `main`.
 
-Letters in shapes: B sequences, T tokens of the longest, N tokens in the loss, V vocabulary size,
-D hidden size.
+Letters in shapes: N tokens in the loss, V vocabulary size, H hidden size.
 """
 
 import math
@@ -41,13 +38,13 @@ from common import (
     Optimizer,
     Run,
     Task,
-    at_least_0,
     check_flags,
     checkpoint_layers,
     compiled,
     count,
     entry,
     fail,
+    fraction,
     learning_rate,
     make_parser,
     natural,
@@ -66,49 +63,26 @@ from rollout import Rollout
 from teacher import Teacher
 
 BETAS, WEIGHT_DECAY = (0.9, 0.999), 0.01  # AdamW's, from the authors' scripts
+OBJECTIVES = ["full_logits", "topk_logits", "sampled_token", "mixed_kl"]
 POSITIONS = (16, 64, 256, 1024)  # the KL is logged for tokens before each of these, and the rest
 
 FLAGS = [
     ("epochs", count, 1, "passes over the problems; each samples anew"),
-    (
-        "objective",
-        ["full_logits", "topk_logits", "sampled_token", "mixed_kl"],
-        "full_logits",
-        "D of README (4); mixed_kl is the authors' code's",
-    ),
-    (
-        "alpha",
-        at_least_0,
-        None,
-        "1: reverse KL, 0: forward KL, between: Jensen-Shannon, which is "
-        "0 at both ends, so 0.999 is almost no loss; mixed_kl: weight of the forward KL "
-        "(default: 1; mixed_kl 0.5)",
-    ),
-    (
-        "topk",
-        count,
-        None,
-        "tokens of topk_logits (the student's) and of mixed_kl (the teacher's) "
-        "(default: 64; mixed_kl all)",
-    ),
+    ("objective", OBJECTIVES, "full_logits", "D of README (4); mixed_kl is the authors' code's"),
+    # 1 is the reverse KL, 0 the forward KL, between lies (5), which is 0 at both ends: 0.999 is
+    # almost no loss. Of mixed_kl alpha is the weight of the FORWARD KL.
+    ("alpha", fraction, None, "of README (5); mixed_kl: share of the forward KL (default: 1; 0.5)"),
+    # the student's most likely tokens in topk_logits, the teacher's in mixed_kl
+    ("topk", count, None, "tokens of topk_logits and mixed_kl (default: 64; mixed_kl all)"),
     ("no-tail", bool, False, "topk_logits: renormalise on the k tokens, without a tail bucket"),
     ("skip-first", natural, 0, "leave the first n tokens of every response out of the loss"),
     ("drop-truncated", bool, False, "leave responses that hit the length limit out of the loss"),
     ("passes", count, 1, "optimizer steps on each batch of responses"),
-    (
-        "importance-cap",
-        positive,
-        None,
-        "weight by min(pi / pi_old, this), README (6) (default: no weight)",
-    ),
+    ("importance-cap", positive, None, "c of README (6) (default: no weight)"),
     ("teacher", ["base", "live", "ema"], "base", "frozen; the student itself; moving average"),
-    (
-        "teacher-rate",
-        share,
-        None,
-        "ema: teacher <- (1 - rate) teacher + rate student; 1 is a copy (default: 0.05)",
-    ),
-    ("teacher-interval", count, None, "ema: steps between updates (default: 1)"),
+    # teacher <- (1 - rate) teacher + rate student; a rate of 1 copies the student
+    ("teacher-rate", share, None, "of ema, every --teacher-interval steps (default: 0.05)"),
+    ("teacher-interval", count, None, "of ema, in optimizer steps (default: 1)"),
 ]
 
 
@@ -195,7 +169,7 @@ def distill(
     # Both models score the last ids of what they read: for the student y, for the teacher the
     # second copy of y. Position t-1 predicts token t in both sequences.
     counts = [len(e.response.ids) - args.skip_first for e in examples]
-    student_hidden = predicting_last(student, [e.student_ids for e in examples], counts)  # [N, D]
+    student_hidden = predicting_last(student, [e.student_ids for e in examples], counts)  # [N, H]
     with teacher.scoring() as module:
         teacher_hidden = predicting_last(module, [e.teacher_ids for e in examples], counts)
 
@@ -288,8 +262,6 @@ def parse_arguments(argv: list[str] | None = None) -> Namespace:
         fail(f"--teacher {args.teacher} has no --teacher-rate or --teacher-interval: ema has")
     if args.alpha is None:
         args.alpha = 0.5 if args.objective == "mixed_kl" else 1.0
-    if args.alpha > 1:
-        fail("--alpha must be at most 1")
     if args.topk is None and args.objective == "topk_logits":
         args.topk = 64
     args.teacher_rate = args.teacher_rate or 0.05
@@ -333,7 +305,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.gradient_checkpointing:
         checkpoint_layers(student)
     layers = OutputLayer(student, lm.vocab_size), OutputLayer(teacher.module, lm.vocab_size)
-    phrases, batches, order = lm.phrases(args), [], task.problems
+    phrases, batches, order = lm.phrases(args), [], list(task.problems)
     for epoch in range(args.epochs):
         random.Random(seed_of(args.seed, "order", epoch)).shuffle(order)
         batches += [order[i : i + args.batch_size] for i in range(0, len(order), args.batch_size)]

@@ -4,8 +4,9 @@
                           r = verify(y_init)                                 right or wrong: 1 bit
                           sample y_rev ~ pi(. | x, y_init, P_r)              revise in the same turn
                           keep (x, y_init, P_r, y_rev) if y_rev verifies     a trace
-    fine-tune on (3)      L_SRT = - log pi(y_rev | x, y_init, P_r)           (1) revision
-                                  - log pi(y_init, P_r, y_rev | x)           (2) generation
+    fine-tune on          (1) L_revision   = - log pi(y_rev | x, y_init, P_r)
+                          (2) L_generation = - log pi(y_init, P_r, y_rev | x)
+                          (3) L_SRT        = (1) + (2)
 
 Both terms score the same sequence, so one forward pass with per-token weights gives both:
 
@@ -21,10 +22,11 @@ Where this departs from the paper: held-out problems of the same data set are ev
 benchmarks; a trace that the context cannot hold is skipped and counted, never cut. Read `collect`,
 `srt_loss` and `main`; what both stages share is in common.py.
 
-Letters in shapes: B sequences, T tokens of the longest, N tokens in the loss, D hidden size.
+Letters in shapes: N tokens in the loss, H hidden size.
 """
 
 import json
+import math
 import random
 import time
 from argparse import Namespace
@@ -59,7 +61,7 @@ from common import (
 from losses import OutputLayer, backward_by_chunks, micro_batches, predicting_last, token_logprobs
 
 BETAS, WEIGHT_DECAY = (0.9, 0.95), 1e-4  # AdamW's, the paper's
-CHUNK = 256  # problems that are sampled together; a killed run repeats at most one chunk
+PROBLEMS_AT_ONCE = 256  # sampled together; a run that is killed repeats at most these
 # loss weights: (of y_init and P_r, of y_rev)
 WEIGHTS = {"both": (1, 2), "generation": (1, 1), "revision": (0, 1)}
 
@@ -67,13 +69,8 @@ FLAGS = [
     ("attempts", count, 1, "n: first attempts per problem"),
     ("revisions", count, 3, "m: revisions per attempt, right or wrong"),
     ("epochs", count, 3, "passes over the traces"),
-    (
-        "terms",
-        [*WEIGHTS, "sequential"],
-        "both",
-        "of L_SRT; sequential is the authors' code: "
-        "L_generation on traces of wrong attempts, then L_revision on all",
-    ),
+    # sequential is the authors' code: L_generation on traces of wrong attempts, then L_revision
+    ("terms", [*WEIGHTS, "sequential"], "both", "of L_SRT; sequential: one after the other"),
     ("collect-only", bool, False, "stop when the traces are saved"),
     ("traces", Path, None, "train on the traces.jsonl of a --collect-only run"),
 ]
@@ -131,20 +128,20 @@ def collect(task: Task, args: Namespace, problems: list[Problem], chunk: int):
 
     traces = {}
     for i, revision, text, right in zip(again, revisions, texts, verdicts):
-        if not right:
+        problem, init_ids, r = asked[i], attempts[i].without_eos, rewards[i]
+        same = problem.key, tuple(init_ids), tuple(revision.ids)
+        if not right or same in traces:
             continue
-        problem, attempt, r = asked[i], attempts[i], rewards[i]
-        same = problem.key, tuple(attempt.without_eos), tuple(revision.ids)
-        traces[same] = traces.get(same) or Trace(
+        traces[same] = Trace(
             problem=problem.text,
             answer=problem.answer,
             reward=r,
             phrase=(args.phrase_wrong, args.phrase_right)[r],
-            init_text=lm.text(attempt.without_eos),
+            init_text=lm.text(init_ids),
             revision_text=text,
             finished=revision.finished,
             prompt_ids=problem.prompt_ids,
-            init_ids=attempt.without_eos,
+            init_ids=init_ids,
             phrase_ids=phrases[r],
             revision_ids=revision.ids,
         )
@@ -168,7 +165,8 @@ def collect(task: Task, args: Namespace, problems: list[Problem], chunk: int):
 def collect_all(task: Task, args: Namespace, run: Run) -> list[Trace]:
     """`collect` chunk by chunk into traces.jsonl. A chunk whose file exists is done."""
     path = args.output / "traces.jsonl"
-    chunks = [task.problems[i : i + CHUNK] for i in range(0, len(task.problems), CHUNK)]
+    starts = range(0, len(task.problems), PROBLEMS_AT_ONCE)
+    chunks = [task.problems[i : i + PROBLEMS_AT_ONCE] for i in starts]
     files = [args.output / f"chunk-{i}.json" for i in range(len(chunks))]
     if not path.exists():
         traces, tried = [], 0
@@ -241,7 +239,7 @@ def srt_loss(
         token_ids += trace.ids[len(trace.prompt_ids) :]
         weight += trace.weights(weights)
     counts = [len(trace.ids) - len(trace.prompt_ids) for trace in traces]
-    hidden = predicting_last(model, [trace.ids for trace in traces], counts)  # [N, D]
+    hidden = predicting_last(model, [trace.ids for trace in traces], counts)  # [N, H]
     token_ids = torch.tensor(token_ids, device=hidden.device)  # [N]
     weight = torch.tensor(weight, device=hidden.device)  # [N]
 
@@ -270,7 +268,7 @@ def srt_step(
         parts.append(srt_loss(model, layer, [traces[i] for i in group], weights, divisor))
     nll, weight = (torch.cat(column) for column in zip(*parts))
     loss = (nll * weight).sum().item() / divisor
-    if not torch.isfinite(torch.tensor(loss)):
+    if not math.isfinite(loss):
         raise FloatingPointError(f"the loss is {loss}")
     return {
         "loss": loss,

@@ -201,7 +201,7 @@ def grpo_step(
             counts.append(len(y.ids))
             token_ids += y.ids
             advantages += [advantage] * len(y.ids)
-        hidden = predicting_last(model, sequences, counts)  # [N, D]
+        hidden = predicting_last(model, sequences, counts)  # [N, H]
         token_ids = torch.tensor(token_ids, device=hidden.device)
         advantages = torch.tensor(advantages, device=hidden.device)
         values = backward_by_chunks(loss, layer, hidden, token_ids, advantages, divisor=tokens)

@@ -82,7 +82,7 @@ def score(lm: LM, teacher: LM, examples: list[Example], args: Namespace) -> list
     for group in micro_batches([len(e.teacher_ids) for e in examples], args.micro_tokens):
         chosen = [examples[i] for i in group]
         counts = [len(e.response.ids) for e in chosen]
-        # both models score the last T ids of what they read: [N, D] each
+        # both models score the last T ids of what they read: [N, H] each
         student_hidden = predicting_last(lm.model, [e.student_ids for e in chosen], counts)
         teacher_hidden = predicting_last(teacher.model, [e.teacher_ids for e in chosen], counts)
         token_ids = []

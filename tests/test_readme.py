@@ -15,6 +15,10 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```(\w*)\n(.*?)```", README, re.DOTALL)
 
 
+def test_no_figure_is_missing():
+    assert not re.findall(r"@[A-Z]+@", README)
+
+
 def test_names_exist():
     """`srt.collect`, `losses.divergence` and the like, in the text and in the algorithm box."""
     files = "srt|sdzero|common|losses|teacher|rollout|verifier|lora"

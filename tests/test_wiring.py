@@ -229,6 +229,7 @@ def files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("wiring")
     sizes = dict(num_hidden_layers=2, max_position_embeddings=40_000)
     save_model(folder / "base", family="llama", **sizes)
+    save_model(folder / "short", family="llama", **{**sizes, "max_position_embeddings": 25})
 
     def rows(numbers, asked="problem", wanted="answer", **more):
         line = lambda i: {**more, asked: f"{i}?", wanted: f"<{i}>", "solution": f"s{i}"}  # noqa: E731
@@ -443,7 +444,7 @@ STAGE_2 = {
     f"{MIXED} --alpha 0.2 --topk 3": objective("mixed_kl", w=0.2, k=3),
     "--skip-first 5": dict(skip_first=5),
     "--drop-truncated": dict(drop_truncated=True),
-    "--max-length 25": dict(limit=25),
+    "--model short": dict(limit=25),  # its context: what the teacher reads must fit
     "--teacher live": dict(rate=None),
     "--teacher ema": dict(rate=0.05),
     "--teacher ema --teacher-rate 0.6": dict(rate=0.6),
@@ -460,7 +461,8 @@ def test_stage_2_equals_the_slow_loop(flags, watch, files):
     the other verdict, another problem's reward, weights of the wrong log-probabilities, a teacher
     that does not move, and whatever else changes what a step learns."""
     changed = STAGE_2[flags]
-    run(watch, files, "sdzero", *flags.split())
+    flags = [files / flag if flag == "short" else flag for flag in flags.split()]
+    run(watch, files, "sdzero", *flags)
     expected = slow_stage_2(watch, files, **changed)
     rates = changed.get("rates", [HALF] + [FULL] * (len(expected[0]) - 1))
     assert watch.rates == pytest.approx(rates)
@@ -935,7 +937,7 @@ def test_the_defaults_are_the_papers(name, watch, files):
     steps = len(watch.steps)
     for s in watch.samples:
         assert s.temperature == (0.7 if s.held_out or stage_1 else 1.0) and s.top_p == 1
-        assert (s.max_new_tokens, s.slots) == (16384 if stage_1 else 8192, 64)
+        assert (s.max_new_tokens, s.slots) == (16384 if stage_1 else 8192, None)
     assert set(Counter(map(problem_of, watch.samples[0].texts)).values()) == {8}
     assert len(watch.held_out) == 128 and not watch.held_out & problems_of(watch.asked())
     assert len(problems_of(watch.asked())) == (86 if stage_1 else 172)
