@@ -538,6 +538,7 @@ def test_a_killed_run_goes_on_bit_for_bit(name, runs, files, tmp_path, monkeypat
         log(run, kind, step, values)
 
     monkeypatch.setattr(common.Run, "log", log_until_killed)
+    monkeypatch.setattr(sdzero, "Teacher", None)  # which would copy the whole model
     with pytest.raises(Killed):
         call(*arguments)
     monkeypatch.undo()
@@ -559,8 +560,9 @@ def test_a_killed_run_goes_on_bit_for_bit(name, runs, files, tmp_path, monkeypat
 
 
 @pytest.mark.parametrize("method", ["rft", "grpo", "sdft"])
-def test_the_baselines_with_adapters(method, files, tmp_path):
+def test_the_baselines_with_adapters(method, files, tmp_path, monkeypatch):
     """They run to the end, and every adapted matrix of what they save has moved."""
+    monkeypatch.setattr(baselines, "Teacher", None)  # which would copy the whole model
     flags = ["--method", method, "--model", files / "llama", "--dataset", files / "data.jsonl"]
     flags += [*FLAGS, "--batch-size", "8", "--output", tmp_path / "out"]
     baselines.main([str(flag) for flag in flags])
