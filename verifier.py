@@ -206,7 +206,11 @@ def _boxed(text: str, start: int) -> str | None:
 
 
 def _stated(text: str) -> str:
-    """The answer at the beginning of a text: a formula, or words up to the end of the sentence."""
+    """The answer at the beginning of a text.
+
+    Rule: a formula in delimiters; or what is bold, in a sentence; or the words up to the end of the
+    sentence or to a reason (because, which, so).
+    """
     if bold := _BOLD.match(text):
         return bold[1]
     if formula := _FORMULA.match(text):
@@ -412,11 +416,15 @@ class _Group(NamedTuple):
     items: list
 
 
+class _Side(NamedTuple):
+    value: _Value | _Group
+    text: str
+    is_name: bool  # it only names what is asked for: see _SIDE_NAME
+
+
 class _Relation(NamedTuple):
     sides: list
     operators: list  # = ≠ < ≤ ≈ ∈; what was written with > and ≥ is turned round
-    texts: list  # of the sides
-    names: list  # for every side, whether it only names what is asked for: see _SIDE_NAME
     kind = "relation"
 
 
@@ -457,7 +465,7 @@ def _letters(run: str, kind: str, before: str, spaced: bool) -> list[tuple[str, 
 
 
 def _is_wordlike(run: str) -> bool:
-    """Three letters or more, with a vowel, and not in alphabetical order as factors are (abc)."""
+    """Rule: three letters or more, with a vowel, not in alphabetical order as factors are (abc)."""
     low = run.lower()
     in_order = list(low) == sorted(set(low)) and not low.endswith("s")  # (but chips, films)
     return len(low) > 2 and re.search("[aeiou]", low) is not None and not in_order
@@ -534,23 +542,24 @@ class _Reader:
 
     def statement(self):
         """A quantity, or a relation between several: x = 2, 1 < x < 3. `x ∈ A` is only A."""
-        sides, operators, texts, names = [], [], [], []
+        sides, operators = [], []
         while not sides or self.sees("=<>≤≥≠≈∈"):
             operators += [self.next()] if sides else []
-            start = self.at
-            sides.append(self.quantity())
-            texts.append("".join(token for _, token in self.tokens[start : self.at]))
-            names.append(sides[-1].kind == "text" or bool(_SIDE_NAME.fullmatch(texts[-1])))
+            start, node = self.at, self.quantity()
+            text = "".join(token for _, token in self.tokens[start : self.at])
+            is_name = node.kind == "text" or _SIDE_NAME.fullmatch(text) is not None
+            sides.append(_Side(node, text, is_name))
         if not operators:
-            return sides[0]
-        if operators == ["∈"] and names[0]:
-            return sides[1]
-        if operators == ["="] and names[0] and [side.kind for side in sides] == ["()", "()"]:
-            return _one_by_one(texts[0], *sides)
+            return sides[0].value
+        if sides[0].is_name and operators == ["∈"]:
+            return sides[1].value
+        if sides[0].is_name and operators == ["="]:
+            if [side.value.kind for side in sides] == ["()", "()"]:
+                return _one_by_one(*sides)
         if set(operators) <= {">", "≥"}:
-            turned = ["<" if operator == ">" else "≤" for operator in operators]
-            return _Relation(sides[::-1], turned[::-1], texts[::-1], names[::-1])
-        return _Relation(sides, operators, texts, names)
+            sides.reverse()
+            operators = ["<" if operator == ">" else "≤" for operator in reversed(operators)]
+        return _Relation(sides, operators)
 
     def quantity(self):
         """A sum with its unit, words, or brackets joined by ∪ or ∖."""
@@ -573,9 +582,7 @@ class _Reader:
         unit = ""  # words, signs like %, and powers and quotients of them: cm^2, m/s, °C
         while self.kind == "word" or self.sees("%°¤£€¢") or unit and self.sees("^/*{}-"):
             unit += " " * (self.kind == "word") + self.next()
-            if unit[-1] in "^{" and self.kind == "number":
-                unit += self.next()
-            elif unit[-1] in "/*°" and self.kind == "name":
+            if unit[-1] in {"number": "^{", "name": "/*°"}.get(self.kind, ""):
                 unit += self.next()
         unit = _unit(re.sub(r"[{}]", "", unit), node.is_constant)
         return node._replace(unit=_UNITS.get(currency) or unit)
@@ -704,11 +711,12 @@ class _Reader:
         return _Group("" if kind == "{}" else kind, items)
 
 
-def _one_by_one(text: str, left: _Group, right: _Group) -> _Group:
+def _one_by_one(left: _Side, right: _Side) -> _Group:
     """(x, y) = (1, 2) -> x = 1, y = 2."""
     relations = []
-    for name, x, y in zip(text[1:-1].split(","), left.items, right.items, strict=True):
-        relations.append(_Relation([x, y], ["="], [name, ""], [True, False]))
+    names = left.text[1:-1].split(",")
+    for name, x, y in zip(names, left.value.items, right.value.items, strict=True):
+        relations.append(_Relation([_Side(x, name, True), _Side(y, "", False)], ["="]))
     return _Group("", relations)
 
 
@@ -870,7 +878,11 @@ class _Comparison:
         return False
 
     def same_group(self, a: _Group, b: _Group) -> bool:
-        """Lists and sets in any order; tuples, intervals, matrices and named values in theirs."""
+        """Whether two lists, sets, tuples, intervals, unions, matrices or words are the same.
+
+        Rule: lists, sets and unions have no order, unless only one of the two names its values; a
+        list may be the tuple of the same order.
+        """
         kinds, x, y = {a.kind, b.kind}, a.items, b.items
         if kinds == {"text"}:
             return _plain(x[0]) == _plain(y[0])
@@ -881,14 +893,14 @@ class _Comparison:
                 return all(map(any, table)) and all(map(any, zip(*table))) and bool(x) == bool(y)
             # as often in one as in the other
             return len(x) == len(y) and all(0 < sum(row) == table.count(row) for row in table)
-        if len(x) != len(y):
-            return False
-        if a.kind != b.kind and kinds != {"", "()"}:  # "1, 2" may be the point (1, 2)
-            return False
-        return all(map(self.same, x, y))
+        alike = a.kind == b.kind or kinds == {"", "()"}  # "1, 2" may be the point (1, 2)
+        return alike and len(x) == len(y) and all(map(self.same, x, y))
 
     def same_quantity(self, a: _Value, b: _Value) -> bool:
-        """Equal numbers, and no different units. 50% is 0.5, and also 50; 0.5% is only 0.005."""
+        """Equal numbers, and no different units.
+
+        Rule: a percentage is a hundredth, and from 1% on also the bare number: 50% is 0.5 and 50.
+        """
         if a.unit and b.unit and a.unit != b.unit:
             return False
         equal = all(map(self.close, a.numbers, b.numbers))
@@ -912,49 +924,40 @@ class _Comparison:
         """
         if a.operators != b.operators:
             return False
-        if re.fullmatch(r"y [a-zA-Z]\(x\)|[a-zA-Z]\(x\) y", f"{a.texts[0]} {b.texts[0]}"):
-            return self.same(a.sides[1], b.sides[1])
-        differences = []
-        for operator, *sides in zip(a.operators, a.sides, a.sides[1:], b.sides, b.sides[1:]):
-            if any(side.kind != "value" or side.unit for side in sides):
-                break
-            x, y = (
-                _apply(_add, left, _apply(neg, right)) for left, right in (sides[:2], sides[2:])
-            )
-            if x.is_constant or y.is_constant:
-                break
-            differences.append((x, y, operator in "<≤"))
-        else:
-            return all(self.proportional(*difference) for difference in differences)
-        if all(map(self.same, a.sides, b.sides)):
+        if re.fullmatch(r"y [a-zA-Z]\(x\)|[a-zA-Z]\(x\) y", f"{a.sides[0].text} {b.sides[0].text}"):
+            return self.same(a.sides[1].value, b.sides[1].value)
+        x, y = _differences(a), _differences(b)
+        if x and y:
+            return all(map(self.proportional, x, y, a.operators))
+        x, y = ([side.value for side in relation.sides] for relation in (a, b))
+        if all(map(self.same, x, y)):
             return True
-        return a.operators in (["="], ["≠"]) and all(map(self.same, a.sides, b.sides[::-1]))
+        return a.operators in (["="], ["≠"]) and all(map(self.same, x, y[::-1]))
 
-    def proportional(self, a: _Value, b: _Value, positive: bool) -> bool:
-        """Whether a = c b for one number c, greater than zero where `positive`."""
+    def proportional(self, a: _Value, b: _Value, operator: str) -> bool:
+        """Whether a = c b for one number c, greater than zero for an inequality."""
         first, *others = _apply(truediv, a, b).numbers
-        return all(self.close(first, x) for x in others) and (not positive or first.real > 0)
+        return all(self.close(first, x) for x in others) and (operator in "=≠" or first.real > 0)
 
     def without_steps(self, chain: _Relation) -> _Relation:
         """x = 5 + 6 = 11 -> x = 11."""
-        if len(chain.sides) > 2 and chain.names[0] and set(chain.operators) == {"="}:
-            if self.said(chain.sides, chain.names):
-                first, *_, last = zip(chain.sides, chain.texts, chain.names)
-                sides, texts, names = zip(first, last)
-                return _Relation(sides, ["="], texts, names)
+        sides = chain.sides
+        if len(sides) > 2 and sides[0].is_name and {*chain.operators} == {"="} and self.said(sides):
+            return _Relation([sides[0], sides[-1]], ["="])
         return chain
 
-    def said(self, sides: list, names: list) -> list:
+    def said(self, sides: list[_Side]) -> list:
         """What a chain of equations says: its last side, in a list; nothing if it contradicts that.
 
         Rule: every side before is a name or equal to the last; after a name it may also have
         variables, as in A = pi r^2 = 9 pi. So 2x = 10 does not say 10.
         """
-        for side, name in zip(sides[:-1], names):
-            formula = names[0] and side.kind == "value" and not side.is_constant
-            if not (name or formula or self.same(side, sides[-1])):
+        *before, (last, _, _) = sides
+        for value, _, is_name in before:
+            formula = sides[0].is_name and value.kind == "value" and not value.is_constant
+            if not (is_name or formula or self.same(value, last)):
                 return []
-        return [sides[-1]]
+        return [last]
 
     def meanings(self, node) -> list:
         """What an answer may mean beside itself, when the other one is no relation.
@@ -970,55 +973,70 @@ class _Comparison:
             return [_Group("∪", sum(parts, []))] if whole else []
         if node.kind != "relation":
             return []
-        sides, operators, texts, names = node
+        sides, operators = node
         if set(operators) == {"="}:
-            return self.said(sides, names)
+            return self.said(sides)
         if "≈" in operators and set(operators) <= {"=", "≈"}:
             n = operators.index("≈") + 1
-            if all(names[:n]):
-                return [sides[-1]] if len(sides) == n + 1 else []
-            exact = self.said(sides[:n], names[:n])
-            rounded = exact and all(map(_rounds, exact * len(sides), sides[n:], texts[n:]))
-            return [*exact, sides[-1]] if rounded else []
+            if all(side.is_name for side in sides[:n]):
+                return [sides[-1].value] if len(sides) == n + 1 else []
+            exact = self.said(sides[:n])
+            rounded = exact and all(_rounds(exact[0], side) for side in sides[n:])
+            return [*exact, sides[-1].value] if rounded else []
         parts = self.intervals(node)
         return parts if len(parts) < 2 else [_Group("∪", parts)]
 
     def intervals(self, node: _Relation) -> list:
         """Of which numbers an inequality is true, if one of its sides is a variable."""
-        sides, operators, _, names = node
-        infinity = _symbol("∞")
-        if operators == ["≠"] and names[0]:
-            ends = [_apply(neg, infinity), sides[1], infinity]
+        sides, operators = node
+        values, infinity = [side.value for side in sides], _symbol("∞")
+        if operators == ["≠"] and sides[0].is_name:
+            ends = [_apply(neg, infinity), values[1], infinity]
             return [_Group("()", ends[:2]), _Group("()", ends[1:])]
         if not set(operators) <= {"<", "≤"}:
             return []
-        if len(sides) == 2 and names[0]:  # -oo < x < 5
-            sides, names = [_apply(neg, infinity), *sides], [False, *names]
-            operators = ["<", *operators]
-        elif len(sides) == 2:
-            sides, operators = [*sides, infinity], [*operators, "<"]
-        if len(sides) != 3 or not names[1]:
+        if len(sides) == 2 and sides[0].is_name:  # x < 5
+            ends, operators = [_apply(neg, infinity), values[1]], ["<", *operators]
+        elif len(sides) == 2 and sides[1].is_name:  # 5 < x
+            ends, operators = [values[0], infinity], [*operators, "<"]
+        elif len(sides) == 3 and sides[1].is_name:
+            ends = [values[0], values[2]]
+        else:
             return []
-        return [_Group("(["[operators[0] == "≤"] + ")]"[operators[1] == "≤"], [sides[0], sides[2]])]
+        return [_Group("(["[operators[0] == "≤"] + ")]"[operators[1] == "≤"], ends)]
+
+
+def _differences(relation: _Relation) -> list[_Value]:
+    """Left minus right side for every operator; none unless all are numbers with a variable."""
+    differences = []
+    for sides in itertools.pairwise(relation.sides):
+        left, right = (side.value for side in sides)
+        if {left.kind, right.kind} != {"value"} or left.unit or right.unit:
+            return []
+        differences.append(_apply(_add, left, _apply(neg, right)))
+    return [] if any(x.is_constant for x in differences) else differences
 
 
 def _are_named(items: list) -> bool:
     """Whether the values of a list have different names (x = 1, y = 2) or units (3 m, 4 s)."""
     names = []
     for item in items:
-        if item.kind == "relation" and item.names[0] and item.operators[0] == "=":
-            names.append(item.texts[0])
+        if item.kind == "relation" and item.sides[0].is_name and item.operators[0] == "=":
+            names.append(item.sides[0].text)
         else:
             names.append(item.unit if item.kind == "value" else "")
     return all(names) and len(set(names)) > 1
 
 
-def _rounds(exact, rounded, text: str) -> bool:
-    """Whether `rounded`, written as this text, is the other one to its last place.
+def _rounds(exact, side: _Side) -> bool:
+    """Whether a side, as it was written, is the other one to its last place.
 
-    From the second decimal on it may be cut off (pi ≈ 3.1415), before it must be rounded.
+    Rule: from the second decimal on it may be cut off (pi ≈ 3.1415), before it must be rounded.
     """
-    match = re.fullmatch(r"[¤£€]?-?(?=\.?\d)\d*\.?(\d*)(?:\*10\^\{?(-?\d+)\}?)?[^\d+*/^-]*", text)
+    match = re.fullmatch(
+        r"[¤£€]?-?(?=\.?\d)\d*\.?(\d*)(?:\*10\^\{?(-?\d+)\}?)?[^\d+*/^-]*", side.text
+    )
+    rounded = side.value
     if not match or not exact.kind == rounded.kind == "value" or not exact.is_constant:
         return False
     x, y = exact.numbers[0], rounded.numbers[0]
@@ -1031,10 +1049,9 @@ def _rounds(exact, rounded, text: str) -> bool:
 def _without_points(node, points) -> _Group:
     """An interval without a set of points: (-oo, oo) without {0} is (-oo, 0) ∪ (0, oo)."""
     items = points.items if points.kind == "⦃⦄" else [points]
-    if node.kind not in ("()", "(]", "[)", "[]") or len(node.items) != 2:
-        raise _Unreadable("no interval")
-    if any(point.kind != "value" for point in items):
-        raise _Unreadable("points that are no numbers")
+    is_interval = node.kind in ("()", "(]", "[)", "[]") and len(node.items) == 2
+    if not is_interval or any(point.kind != "value" for point in items):
+        raise _Unreadable("no interval without points")
     inner = sorted(items, key=lambda point: point.numbers[0].real)
     ends = [node.items[0], *inner, node.items[1]]
     brackets = node.kind[0] + ")(" * len(inner) + node.kind[1]
@@ -1195,7 +1212,7 @@ def _code_block(response: str) -> str | None:
     """The last fenced block marked as Python, or without a language where none is marked.
 
     None when there is none, or when it never closes. As in CommonMark a fence closes with as many
-    marks as it has or more, indented by three blanks at most (a docstring's are deeper); the
+    marks as it has or more, indented by three blanks more at most (a docstring's are deeper). The
     indentation of a fence in a list item is taken from its lines.
     """
     blocks, opening, lines = [], None, []
@@ -1207,7 +1224,7 @@ def _code_block(response: str) -> str | None:
         closing = re.fullmatch(r"([ \t]*)(`{3,}|~{3,})[ \t]*(?:<[|/].*)?", line)
         if closing and len(closing[1]) <= depth + 3 and closing[2].startswith(fence):
             indents = [len(line) - len(line.lstrip(" \t")) for line in lines if line.strip()]
-            indent = min([depth, *indents])
+            indent = min([depth, *indents])  # (textwrap.dedent would change blanks in strings)
             blocks.append((opening["language"].lower(), "\n".join(line[indent:] for line in lines)))
             opening = None
         else:
