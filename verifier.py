@@ -32,8 +32,8 @@ Claimed equal (accuracy by category: tests/bench_verifier.py):
                x > 3 = (3, \infty)
   choices      (B) = B = \text{B} = B. 12; ACD = A, C, D; words by letters, in any case
 Not claimed: conversion of units, number words, decimal commas, multiples of matrices, determinants,
-set-builder notation, \choose (but \binom), sets after a minus (but \setminus) or with \pm in their
-braces, x \ne 1, x \ne 2 for a union of intervals, answers longer than 600 characters, numbers
+set-builder notation, \mp, \choose (but \binom), sets after a minus (but \setminus) or with \pm in
+their braces, x \ne 1, x \ne 2 for a union of intervals, answers longer than 600 characters, numbers
 beyond 10^2400; ratios (3:4), times and numbers in other bases count as written.
 
 One answer through all steps: verify(r"So it is \boxed{\frac{1}{2}\text{ cm}}.", "0.5")
@@ -266,7 +266,7 @@ _FUNCTIONS = {
 }
 
 _SPELLINGS = r"""\frac frac dfrac tfrac cfrac, \binom binom dbinom tbinom, * cdot times ast, / div
-√ sqrt, π pi, ∞ infty infinity, ° circ degree, % %, ¤ $, £ pounds, ± pm, ∓ mp, ⏎ \, or lor vee
+√ sqrt, π pi, ∞ infty infinity, ° circ degree, % %, ¤ $, £ pounds, ± pm, ⏎ \, or lor vee
 and land wedge, < lt, > gt, ≤ le leq leqslant, ≥ ge geq geqslant, ≠ ne neq, ≈ approx simeq, ∈ in
 ⦃ { lbrace, ⦄ } rbrace, [ lbrack, ] rbrack, ( langle, ) rangle, | | lvert rvert vert, ⦃⦄ emptyset
 ⦃⦄ varnothing, ∪ cup bigcup, ∖ setminus backslash smallsetminus"""  # sign, its names in TeX
@@ -721,22 +721,16 @@ def _one_by_one(left: _Side, right: _Side) -> _Group:
 
 
 def _read(text: str):
-    """The parsed answer. Each ± stands for both signs of its own; with ∓, all change together."""
-    places = re.findall("[±∓]", text)
-    if not places:
+    """The parsed answer. Each ± stands for both signs of its own."""
+    first, *pieces = text.split("±")
+    if not pieces:
         items = _Reader(text).items()
         return items[0] if len(items) == 1 else _Group("", items)
-    if "∓" in places:
-        choices = [["+" if sign == "±" else "-" for sign in places]]
-        choices.append(["-" if sign == "±" else "+" for sign in places])
-    elif len(places) <= 4:
-        choices = itertools.product("+-", repeat=len(places))
-    else:
+    if len(pieces) > 4:
         raise _Unreadable("too many ±")
     values = []
-    for signs in choices:
-        pieces = re.split("[±∓]", text)
-        node = _read("".join(piece + sign for piece, sign in zip(pieces, [*signs, ""])))
+    for signs in itertools.product("+-", repeat=len(pieces)):
+        node = _read(first + "".join(sign + piece for sign, piece in zip(signs, pieces)))
         for x in _Comparison(exact=False).meanings(node) or [node]:
             values += x.items if x.kind in ("", "⦃⦄") else [x]
     return _Group("⦃⦄", values)
@@ -1127,8 +1121,9 @@ def verify_code(response: str, tests: list, *, timeout: float = 5.0, memory: int
     compared line by line without trailing blanks; exit status 0), or statements with asserts as
     strings, run in their order after the solution in one process.
     timeout: seconds of wall time and of CPU time for a process. memory: MiB of address space for a
-    process. False without tests. Raises what check_tests raises, TypeError for a response that is
-    no string, NotImplementedError elsewhere than on Linux, nothing because of what it holds.
+    process. False without tests, and for a block that never closes. Raises what check_tests raises,
+    TypeError for a response that is no string, NotImplementedError elsewhere than on Linux, nothing
+    because of what the response holds.
 
     The verdict is made in this process. Of `assert f(2) == 4` the child gets `f(2)` and sends back
     plain data; the 4 never leaves this process. So an early exit, printing "passed", objects that
@@ -1145,7 +1140,7 @@ def verify_code(response: str, tests: list, *, timeout: float = 5.0, memory: int
     if sys.platform != "linux":
         raise NotImplementedError("verify_code needs Linux")
     _require_strings(response=response)
-    if tests in ([], ()):
+    if isinstance(tests, (list, tuple)) and not tests:
         return False
     check_tests(tests)
     code = _code_block(response)
@@ -1317,11 +1312,11 @@ def _decoded(tree):
 
 def _run(job: dict, data: bytes) -> bytes | None:
     """What a child, given `data`, wrote to standard output; None when it failed or was stopped."""
-    with contextlib.ExitStack() as stack:
-        temporary = tempfile.TemporaryDirectory(prefix="verifier_", ignore_cleanup_errors=True)
-        folder = stack.enter_context(temporary)
-        given = stack.enter_context(tempfile.TemporaryFile())
-        out = stack.enter_context(tempfile.TemporaryFile())  # its limit is that on file size
+    with (
+        tempfile.TemporaryDirectory(prefix="verifier_", ignore_cleanup_errors=True) as folder,
+        tempfile.TemporaryFile() as given,
+        tempfile.TemporaryFile() as out,  # its limit is that on file size
+    ):
         os.chmod(folder, 0o777)
         header = json.dumps(job | {"folder": folder}).encode()
         given.write(b"%10d" % len(header) + header + data)
