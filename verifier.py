@@ -157,8 +157,9 @@ _MARKER = re.compile(
 )
 _REMARK_BEFORE = re.compile(  # a common wrong answer is \boxed{13}; 12, not \boxed{13}
     r"""\b(?:(?:wrong|incorrect|mistaken|common|tempting|naive|other|another|students?'?)
-    \ (?:\w+\ )?(?:answer|mistake|error)s?\b[^.,!?\n]{0,60}|not|instead\ of|rather\ than)
-    [\s$*:(\\]*\Z""",
+    \ (?:\w+\ )?(?:answer|mistake|error)s?\b[^.,!?\n]{0,60}
+    |(?:if|who)\ [^.!?\n]{0,30}\bforg[eo]t\b[^.!?\n]{0,60}
+    |not|instead\ of|rather\ than)[\s$*:(\\]*\Z""",
     re.IGNORECASE | re.VERBOSE,
 )
 _REMARK_AFTER = re.compile(  # \boxed{13} is a common mistake
@@ -224,14 +225,13 @@ def _is_final(before: str, phrase: str, content: str) -> bool:
     """Whether a phrase states the final answer, whatever is boxed before it.
 
     Rule: only words of conclusion are before "answer" in its clause (so the final answer is), no
-    word of doubt is in its sentence, and its content is mathematics, a name, or yes or no: it
-    begins with no ordinary word in lower case, and words are three at most.
+    word of doubt is in its sentence, and its content is mathematics, a name, or yes or no. A name
+    has at most three words, the first of which is no ordinary word in lower case (positive, even).
     """
     sentence = re.split(r"[.!?]\s|\n", before)[-1]
     clause = re.split(r"[.,;:—]", sentence)[-1]
-    if re.search(
-        r"\b(?:if|would|similar|other|previous)\b", sentence + phrase
-    ) or not _CONCLUSION.fullmatch(clause):
+    in_doubt = re.search(r"\b(?:if|would|similar|other|previous)\b", sentence + phrase)
+    if in_doubt or not _CONCLUSION.fullmatch(clause):
         return False
     if re.match(r"[-+$¤£€\\({\[.\d]", content):
         return True
