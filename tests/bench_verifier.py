@@ -60,12 +60,13 @@ the third command without GSM8K, 2026-11-26, on the project's machine (Xeon, 2 c
 
 The 100% are no surprise: the file was mended until it had them, and six answers that were right
 (\\mp, \\choose and the like: "Not claimed" in verifier.py) have since been given up, and are now
-cases of what is rejected. On 334 other cases of these kinds and ordinary ones, written by the same hand before the
-mending: 333 when it was finished, 334 after the file had been made smaller (before 237, 71.0%), no
-near miss accepted (before 58). Of the file's near misses math-verify accepts 109. Speed: 33 times
-math-verify's, in CPU time on the same cases. On GSM8K all 8,792 gold answers equal themselves and
-only those neighbours that have the same number. Before the file was made smaller math-verify gave
-2,634 of the 2,638 verdicts on the test set (in the other four it rejects a right answer).
+cases of what is rejected. On 334 other cases of these kinds and ordinary ones, written by the same
+hand before the mending: 333 when it was finished, 334 after the file had been made smaller (before
+237, 71.0%), no near miss accepted (before 58). Of the file's near misses math-verify accepts 109.
+Speed: 33 times math-verify's, in CPU time on the same cases. On GSM8K all 8,792 gold answers equal
+themselves and only those neighbours that have the same number. Before the file was made smaller
+math-verify gave 2,634 of the 2,638 verdicts on the test set (in the other four it rejects a right
+answer).
 Fuzzing (`--fuzz 60 --seed 5`): 2,149 inputs, no exception, the slowest 28 ms of CPU time.
 """
 
