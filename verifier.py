@@ -32,8 +32,9 @@ Claimed equal (accuracy by category: tests/bench_verifier.py):
                x > 3 = (3, \infty)
   choices      (B) = B = \text{B} = B. 12; ACD = A, C, D; words by letters, in any case
 Not claimed: conversion of units, number words, decimal commas, multiples of matrices, determinants,
-set-builder notation, answers longer than 600 characters, numbers beyond 10^2400; ratios (3:4),
-times and numbers in other bases count as written.
+set-builder notation, \mp, \choose (but \binom), sets after a minus (but \setminus) or with \pm in
+their braces, x \ne 1, x \ne 2 for a union of intervals, answers longer than 600 characters, numbers
+beyond 10^2400; ratios (3:4), times and numbers in other bases count as written.
 
 One answer through all steps: verify(r"So it is \boxed{\frac{1}{2}\text{ cm}}.", "0.5")
   extract_answer  \frac{1}{2}\text{ cm}
@@ -114,23 +115,21 @@ def extract_answer(response: str) -> str | None:
     _require_strings(response=response)
     fallback = None  # a phrase that counts only when no better answer is before it
     for match in [*_MARKER.finditer(response)][:-100:-1]:  # the last first; more is no honest text
-        start = match.end() if match["phrase"] else match.start()
-        if _REMARK.search(response, max(0, start - 120), start):
-            continue
+        before = response[max(0, match.start() - 120) : match.start()]
         if match["box"]:
             content = match["bare"] or _boxed(response, match.end())
             if content is None:
                 return fallback
-            if not _EMPTY.fullmatch(content):
-                end = match.end() + (0 if match["bare"] else len(content) + 1)
-                if not _DENIED.match(response, end):
-                    return content.strip()
+            end = match.end() + (0 if match["bare"] else len(content) + 1)
+            is_remark = _REMARK_BEFORE.search(before) or _REMARK_AFTER.match(response, end)
+            if not is_remark and not _EMPTY.fullmatch(content):
+                return content.strip()
             continue
         text = response[match.end() : match.end() + 500].lstrip(" \t#*:_")
         content = _stated(text)
-        if _NO_ANSWER.match(text) or _EMPTY.fullmatch(content):
+        if _EMPTY.fullmatch(content) or _HEADING.match(content):
             continue
-        if _is_definite(content) and (match["hash"] or _is_conclusion(response, match)):
+        if match["hash"] or _is_final(before, match[0], content):
             return content
         fallback = fallback or content
     return fallback
@@ -149,48 +148,38 @@ _MARKER = re.compile(
     |(?P<hash>\#{4,})
     |(?P<phrase>\b(?<!</)answers?\b(?:
         (?:[^\n.:=\\]|\\(?!f?box)){0,60}?\s(?:is|are|was|equals|(?:would|should|will|must)\s+be)\b
-            (?:\s+(?:therefore|thus|simply|indeed|then|just|clearly)\b)?[*:\s]*
+            (?:\s+(?:therefore|thus|simply|then|just)\b)?[*:\s]*
             (?:(?<=\n)-\ )?         # the answer, in dollars, is therefore (a list of one)
         |>\s*                       # <answer>
         |[^\n\w:=]{0,4}[:=][*\s]*   # **Answer:**
         |[*\#\s]{0,4}\n\s*))        # ### Final Answer""",
     re.IGNORECASE | re.VERBOSE,
 )
-_REMARK = re.compile(  # the end of what is before an answer that is not this response's
-    r"""(?:\b(?:wrong|incorrect|mistaken|false|common|typical|tempting|naive|previous|earlier|first
-        |another|other|different|students?'?|(?:check|verify|if|whether|not)\ the|not\ my|an)
-        (?:\ (?:wrong|incorrect|final|common|possible))*\ answers?\b[^.!?\n]{0,60}
-    |\bcommon\ (?:\w+\ )?(?:mistake|error|pitfall|trap)s?\b[^.!?\n]{0,30}
-    |\b(?:if|who)\b[^.!?\n]{0,60}\b(?:forg[eo]t|ignor|overlook|neglect|omit|mis)\w*\b[^.!?\n]{0,60}
-    |\b(?:not|instead\ of|rather\ than|unlike|wrongly|mistakenly|incorrectly)\b
-    )[\ \t$*:(\\]*\Z""",
+_REMARK_BEFORE = re.compile(  # a common wrong answer is \boxed{13}; 12, not \boxed{13}
+    r"""\b(?:(?:wrong|incorrect|mistaken|common|tempting|naive|other|another|students?'?)
+    \ (?:\w+\ )?(?:answer|mistake|error)s?\b[^.,!?\n]{0,60}
+    |(?:if|who)\ [^.!?\n]{0,30}\bforg[eo]t\b[^.!?\n]{0,60}
+    |not|instead\ of|rather\ than)[\s$*:(\\]*\Z""",
     re.IGNORECASE | re.VERBOSE,
 )
-_DENIED = re.compile(  # what is after such an answer: \boxed{13} is a common mistake
+_REMARK_AFTER = re.compile(  # \boxed{13} is a common mistake
     r"[\s$)\\]*(?:is|was|would be) (?:an? |the )?(?:\w+ )?(?:wrong|incorrect|not|mistake|error)\b"
 )
 _CONCLUSION = re.compile(  # the words before "answer" in a clause that states the final one
-    r"""[\s*_\#>"'($\\-]*(?:(?:so|thus|hence|therefore|then|and|now|wait|actually|finally|indeed|that
-    |which|this|it|we|means?|implies|gives?|get|have|find|see|conclude|shows?|follows|is|in|the|our
-    |my|its|final|correct|right|required|desired|numerical|exact|simplified|revised|corrected|new
-    |true|actual|overall|complete|short|text|boxed|conclusion|<think>|</think>|<)[\s*_]*)*""",
+    r"""[\s*_\#>"'($\\-]*(?:(?:so|thus|hence|therefore|then|and|now|wait|actually|finally|that|this
+    |which|it|we|means?|gives?|get|have|find|see|conclude|shows?|follows|is|in|the|our|my|its|final
+    |correct|right|required|desired|numerical|exact|simplified|revised|corrected|new|true|actual
+    |overall|short|text|boxed|conclusion|<think>|</think>|<)[\s*_]*)*""",
     re.IGNORECASE | re.VERBOSE,
 )
-_DOUBT = re.compile(
-    r"\b(?:if|unless|without|suppose|some\w*|students?|often|would|previous|similar|other|wrong)\b",
+_HEADING = re.compile(  # #### Step 2
+    r"(?:step|verif\w+|check\w*|solution|conclusion|explanation|note|analysis|case|part|summary)\b",
     re.IGNORECASE,
 )
 _EMPTY = re.compile(  # a box, or what is after a phrase, without an answer in it
     r"(?:\\text\{)?(?:\s|\.|…|\\[lc]?dots|\\[,; ]|_|\?"
     r"|your|the|final|answer|number|letter|here)*\}?",
     re.IGNORECASE,
-)
-_NO_ANSWER = re.compile(  # what follows "the answer is" or "####" and is no answer
-    r"""(?:not|in|of|to|that|quite|very|(?:in)?correct|right|wrong|(?:in)?valid|reasonable
-    |consistent|confirmed|unique|obtained|given|found|expressed|written|rounded|as|what|clear|step
-    |verif\w+|check\w*|solution|conclusion|explanation|note|analysis|case|method|part|summary|why|how
-    |(?:we|i|this)(?=\s+[a-z]{2}))\b""",
-    re.IGNORECASE | re.VERBOSE,
 )
 _REASON = re.compile(  # what may follow the answer in its sentence
     r"""[,;]?\s*\(?\b(?:because|since|which|where|when|so|as|if|but|hence|thus|therefore|after|from
@@ -218,7 +207,11 @@ def _boxed(text: str, start: int) -> str | None:
 
 
 def _stated(text: str) -> str:
-    """The answer at the beginning of a text: a formula, or words up to the end of the sentence."""
+    """The answer at the beginning of a text.
+
+    Rule: a formula in delimiters; or what is bold, in a sentence; or the words up to the end of the
+    sentence or to a reason (because, which, so).
+    """
     if bold := _BOLD.match(text):
         return bold[1]
     if formula := _FORMULA.match(text):
@@ -228,31 +221,22 @@ def _stated(text: str) -> str:
     return re.sub(r"\s\([A-Za-z][A-Za-z -]{3,}\)$", "", stated)  # 42 (forty-two)
 
 
-def _is_definite(content: str) -> bool:
-    """Mathematics, a name, or yes or no; not a long sentence, and no adjective (positive, even).
+def _is_final(before: str, phrase: str, content: str) -> bool:
+    """Whether a phrase states the final answer, whatever is boxed before it.
 
-    Rule: it begins with a sign, a digit or a variable, or it has at most three words of which the
-    first is no ordinary word in lower case.
+    Rule: only words of conclusion are before "answer" in its clause (so the final answer is), no
+    word of doubt is in its sentence, and its content is mathematics, a name, or yes or no. A name
+    has at most three words, the first of which is no ordinary word in lower case (positive, even).
     """
-    if re.match(r"[-+$¤£€\\({\[.\d]", content):
-        return True
-    if len(content.split()) > 3:
-        return False
-    return not re.match(
-        r"(?!(?:yes|no|true|false|none|sin|cos|tan|ln|log)\b)[a-z]{2,}\b|a ", content
-    )
-
-
-def _is_conclusion(response: str, match: re.Match) -> bool:
-    """Whether a phrase states the final answer, and is no remark on another one.
-
-    Rule: only words of conclusion are before "answer" in its clause (so the final answer is), and
-    none of doubt in its sentence (if, without, some, would). A box before any other phrase counts.
-    """
-    before = response[max(0, match.start() - 120) : match.start()]
     sentence = re.split(r"[.!?]\s|\n", before)[-1]
     clause = re.split(r"[.,;:—]", sentence)[-1]
-    return bool(_CONCLUSION.fullmatch(clause)) and not _DOUBT.search(sentence + match[0])
+    in_doubt = re.search(r"\b(?:if|would|similar|other|previous)\b", sentence + phrase)
+    if in_doubt or not _CONCLUSION.fullmatch(clause):
+        return False
+    if re.match(r"[-+$¤£€\\({\[.\d]", content):
+        return True
+    adjective = r"(?!(?:yes|no|true|false|none|sin|cos|tan|ln|log)\b)[a-z]{2,}\b|[aI] [a-z]"
+    return len(content.split()) <= 3 and not re.match(adjective, content)
 
 
 # ------------------------------------------------------------------------- one spelling for answers
@@ -281,48 +265,20 @@ _FUNCTIONS = {
     "log": lambda x, base=10: cmath.log(x) / cmath.log(base),
 }
 
-_SPELLINGS = r"""\frac frac dfrac tfrac cfrac
-\binom binom dbinom tbinom
-* cdot times ast
-/ div
-√ sqrt
-π pi
-∞ infty infinity
-≤ le leq leqslant
-≥ ge geq geqslant
-< lt
-> gt
-≠ ne neq
-≈ approx simeq
-∈ in
-° circ degree
-% %
-¤ $
-£ pounds
-± pm
-∓ mp
-⦃ { lbrace
-⦄ } rbrace
-[ lbrack
-] rbrack
-( langle
-) rangle
-| | lvert rvert vert
-∪ cup bigcup
-∖ setminus backslash smallsetminus
-or lor vee
-and land wedge
-⦃⦄ emptyset varnothing
-⏎ \ """  # what each line's TeX commands become; the next ones become a space
+_SPELLINGS = r"""\frac frac dfrac tfrac cfrac, \binom binom dbinom tbinom, * cdot times ast, / div
+√ sqrt, π pi, ∞ infty infinity, ° circ degree, % %, ¤ $, £ pounds, ± pm, ⏎ \, or lor vee
+and land wedge, < lt, > gt, ≤ le leq leqslant, ≥ ge geq geqslant, ≠ ne neq, ≈ approx simeq, ∈ in
+⦃ { lbrace, ⦄ } rbrace, [ lbrack, ] rbrack, ( langle, ) rangle, | | lvert rvert vert, ⦃⦄ emptyset
+⦃⦄ varnothing, ∪ cup bigcup, ∖ setminus backslash smallsetminus"""  # sign, its names in TeX
 _IGNORED = r"""left right big Big bigl bigr Bigl Bigr bigg Bigg displaystyle textstyle quad qquad
 limits boxed mathit mathbb mathcal boldsymbol bm vec overrightarrow angle triangle hline bf rm it
-checkmark , ; : ! > ( ) [ ]"""
+checkmark , ; : ! > ( ) [ ]"""  # these become a space
 _GREEK = """alpha α beta β gamma γ delta δ epsilon ε varepsilon ε eta η theta θ lambda λ mu μ nu ν
 rho ρ sigma σ tau τ phi φ psi ψ omega ω Delta Δ Gamma Γ Omega Ω""".split()
 _COMMANDS = dict.fromkeys([" ", "\n", *_IGNORED.split()], " ")
 _COMMANDS.update((name, f" {name} ") for name in _FUNCTIONS)
 _COMMANDS.update((name, f" {letter} ") for name, letter in zip(_GREEK[::2], _GREEK[1::2]))
-for _line in _SPELLINGS.splitlines():
+for _line in re.split(", |\n", _SPELLINGS):
     _COMMANDS.update(dict.fromkeys(_line.split()[1:], f" {_line.split()[0]} "))
 
 _UNICODE = {chr(i + 0xFEE0): chr(i) for i in range(0x21, 0x7F)}  # full-width forms
@@ -341,6 +297,7 @@ def _repeating(match: re.Match) -> str:
 
 _TEXT = r"\\(?:text(?:bf|it|rm|sf|tt|up|normal)?|operatorname|mathrm|mathbf|mathsf|mbox|hbox)"
 _SEPARATOR = r"(?:\\[a-z]+)?\{\s*,?\s*(?:\\[!,])?\s*\}(?:\\[!,:; ])?|,\\!|\\!,?|\\[,;: ]"
+_COMPARISONS = {"<=": "≤", ">=": "≥", "!=": "≠", "==": "="}
 _REWRITES = [  # in this order; the comments run as a test
     # 1{,}234 -> 1234
     (rf"(?<=\d)\s?(?:{_SEPARATOR})\s*(?=\d{{3}}(?!\d))", ""),
@@ -349,12 +306,8 @@ _REWRITES = [  # in this order; the comments run as a test
     (r"(?<=\d) ?x ?(?=10\^)", "*"),  # 3 x 10^5 -> 3*10^5
     (r"(?<![\\A-Za-z])(sqrt|pi|infinity)(?![A-Za-z])", r"\\\1"),  # sqrt(2) -> \sqrt(2)
     (r"\\mathbb ?\{?R\}?", r"(-\\infty,\\infty)"),  # \mathbb{R} -> (-\infty,\infty)
-    (r"\)\s*-\s*(?=\\\{)", r")\\setminus"),  # (0,9) - \{1\} -> (0,9)\setminus\{1\}
-    (r"\\\{\s*\\pm\s*([^{},]+?)\s*\\\}", r"\{\1,-\1\}"),  # \{\pm 2\} -> \{2,-2\}
     (r"\\(?:text)?color\{[^{}]*\}|\\overline ?(?=\{[A-Z]{2}\})", ""),  # \overline{AB} -> {AB}
     (r"\{([^{}]*)\\over(?![a-z])([^{}]*)\}", r"{\\frac{\1}{\2}}"),  # {1\over2} -> {\frac{1}{2}}
-    # {5\choose2} -> {\binom{5}{2}}
-    (r"\{([^{}]*)\\choose(?![a-z])([^{}]*)\}", r"{\\binom{\1}{\2}}"),
     (rf"({_TEXT})\s+([A-Za-z])(?![A-Za-z])", r"\1{\2}"),  # \mathrm e -> \mathrm{e}
     (_TEXT + r"\{d\}\s*(?=[a-z])", "d"),  # \mathrm{d}x -> dx
     # a letter is a variable unless it is a unit: 3\mathrm{e}+2 -> 3 e +2
@@ -369,10 +322,7 @@ _REWRITES = [  # in this order; the comments run as a test
     (r"\\([A-Za-z]+|(?s:.))", lambda match: _COMMANDS.get(match[1], match[0] + " ")),
     (r"\\(frac|binom)\s*(\d)\s*(\d)", r"\\\1{\2}{\3}"),  # \frac 12 -> \frac{1}{2}
     (r"(?<=[\w)}])\*\*(?=[\w({])", "^"),  # x**2 -> x^2
-    ("<=", "≤"),  # x <= 2 -> x ≤ 2
-    (">=", "≥"),  # x >= 2 -> x ≥ 2
-    ("!=", "≠"),  # x != 2 -> x ≠ 2
-    ("==", "="),  # x == 2 -> x = 2
+    (r"[<>!=]=", lambda match: _COMPARISONS[match[0]]),  # x <= 2 -> x ≤ 2
     (r"\A([^$]*)\$(?=\s?[\d.])([^$]*)\Z", r"\1¤\2"),  # $5 -> ¤5
     (r"\*\*|__|\$", " "),  # **5** -> 5
     (r"\^ ?(-\d+|-[A-Za-z])", r"^{\1}"),  # 2^-1 -> 2^{-1}
@@ -385,7 +335,6 @@ _REWRITES = [  # in this order; the comments run as a test
         r"(?<![\w.,^])(\d+) *(\\frac *\{ *\d+ *\} *\{ *\d+ *\}|(?<= )\d+ ?/ ?\d+(?![\d.]))",
         r"(\1+\2)",
     ),
-    (r"\s+", " "),  # 2  x -> 2 x
     # after a number and a space, a last letter is a unit: 5 m/s -> 5 ‹m›/s
     (r"\A([-+]?[\d.,]+) ([mghslL])((?:\^\d|/[a-zA-Z]+(?:\^\d)?)*)\Z", r"\1 ‹\2›\3"),
 ]
@@ -455,6 +404,11 @@ class _Unreadable(ValueError):
 class _Value(NamedTuple):
     numbers: tuple[Fraction | complex, ...]  # at the three points
     unit: str = ""
+    kind = "value"  # this and the other two kinds are no fields
+
+    @property
+    def is_constant(self) -> bool:
+        return len(set(self.numbers)) == 1
 
 
 class _Group(NamedTuple):
@@ -462,11 +416,16 @@ class _Group(NamedTuple):
     items: list
 
 
+class _Side(NamedTuple):
+    value: _Value | _Group
+    text: str
+    is_name: bool  # it only names what is asked for: see _SIDE_NAME
+
+
 class _Relation(NamedTuple):
     sides: list
     operators: list  # = ≠ < ≤ ≈ ∈; what was written with > and ≥ is turned round
-    texts: list  # of the sides
-    names: list  # for every side, whether it only names what is asked for: see _SIDE_NAME
+    kind = "relation"
 
 
 def _tokens(text: str) -> list[tuple[str, str]]:
@@ -481,7 +440,7 @@ def _tokens(text: str) -> list[tuple[str, str]]:
         elif token.lower() in _FUNCTIONS:
             tokens.append(("function", token.lower()))
         elif kind == "letters":
-            tokens += _letters(token, *tokens[-1], match[0][0] == " ")
+            tokens += _letters(token, *tokens[-1], match[0][0].isspace())
         else:
             tokens.append((kind, token))
     return tokens[1:] + [("end", "")]
@@ -506,7 +465,7 @@ def _letters(run: str, kind: str, before: str, spaced: bool) -> list[tuple[str, 
 
 
 def _is_wordlike(run: str) -> bool:
-    """Three letters or more, with a vowel, and not in alphabetical order as factors are (abc)."""
+    """Rule: three letters or more, with a vowel, not in alphabetical order as factors are (abc)."""
     low = run.lower()
     in_order = list(low) == sorted(set(low)) and not low.endswith("s")  # (but chips, films)
     return len(low) > 2 and re.search("[aeiou]", low) is not None and not in_order
@@ -536,7 +495,7 @@ def _unit(text: str, constant: bool) -> str:
 
 def _whole(node) -> int:
     """A whole number up to 300."""
-    n = node.numbers[0] if isinstance(node, _Value) else None
+    n = node.numbers[0] if node.kind == "value" else None
     if not isinstance(n, Fraction) or n not in range(301):
         raise _Unreadable("no small whole number")
     return int(n)
@@ -583,23 +542,24 @@ class _Reader:
 
     def statement(self):
         """A quantity, or a relation between several: x = 2, 1 < x < 3. `x ∈ A` is only A."""
-        sides, operators, texts, names = [], [], [], []
+        sides, operators = [], []
         while not sides or self.sees("=<>≤≥≠≈∈"):
             operators += [self.next()] if sides else []
-            start = self.at
-            sides.append(self.quantity())
-            texts.append("".join(token for _, token in self.tokens[start : self.at]))
-            names.append(_is_text(sides[-1]) or bool(_SIDE_NAME.fullmatch(texts[-1])))
+            start, node = self.at, self.quantity()
+            text = "".join(token for _, token in self.tokens[start : self.at])
+            is_name = node.kind == "text" or _SIDE_NAME.fullmatch(text) is not None
+            sides.append(_Side(node, text, is_name))
         if not operators:
-            return sides[0]
-        if operators == ["∈"] and names[0]:
-            return sides[1]
-        if operators == ["="] and names[0] and _are_tuples(sides):
-            return _one_by_one(texts[0], *sides)
+            return sides[0].value
+        if sides[0].is_name and operators == ["∈"]:
+            return sides[1].value
+        if sides[0].is_name and operators == ["="]:
+            if [side.value.kind for side in sides] == ["()", "()"]:
+                return _one_by_one(*sides)
         if set(operators) <= {">", "≥"}:
-            turned = ["<" if operator == ">" else "≤" for operator in operators]
-            return _Relation(sides[::-1], turned[::-1], texts[::-1], names[::-1])
-        return _Relation(sides, operators, texts, names)
+            sides.reverse()
+            operators = ["<" if operator == ">" else "≤" for operator in reversed(operators)]
+        return _Relation(sides, operators)
 
     def quantity(self):
         """A sum with its unit, words, or brackets joined by ∪ or ∖."""
@@ -610,7 +570,7 @@ class _Reader:
             return _Group("text", [" ".join(words)])
         currency = self.accept("¤£€")
         node = self.sum()
-        if isinstance(node, _Group):
+        if node.kind != "value":
             while self.accept("∖"):
                 node = _without_points(node, self.sum())
             parts = node.items if node.kind == "∪" else [node]
@@ -622,11 +582,9 @@ class _Reader:
         unit = ""  # words, signs like %, and powers and quotients of them: cm^2, m/s, °C
         while self.kind == "word" or self.sees("%°¤£€¢") or unit and self.sees("^/*{}-"):
             unit += " " * (self.kind == "word") + self.next()
-            if unit[-1] in "^{" and self.kind == "number":
+            if unit[-1] in {"number": "^{", "name": "/*°"}.get(self.kind, ""):
                 unit += self.next()
-            elif unit[-1] in "/*°" and self.kind == "name":
-                unit += self.next()
-        unit = _unit(re.sub(r"[{}]", "", unit), len(set(node.numbers)) == 1)
+        unit = _unit(re.sub(r"[{}]", "", unit), node.is_constant)
         return node._replace(unit=_UNITS.get(currency) or unit)
 
     def sum(self):
@@ -707,7 +665,7 @@ class _Reader:
             self.at = start
             return _symbol(name)
         argument = self.atom()
-        if not isinstance(argument, _Value):
+        if argument.kind != "value":
             self.fail()
         points = [f"{complex(number):.9g}" for number in argument.numbers]
         calls = [_symbol(f"{name}{exponent}({point})") for point in points]
@@ -724,7 +682,7 @@ class _Reader:
             argument = self.power()
             while self.kind in ("name", "command") or self.sees("√π{"):
                 argument = _apply(mul, argument, self.power())
-        if isinstance(argument, _Value) and argument.unit == "°" or self.accept("°"):
+        if argument.kind == "value" and argument.unit == "°" or self.accept("°"):
             argument = _apply(truediv, _apply(mul, argument, _symbol("π")), _number(180))
         if scripts.get("^") == _number(-1) and f"arc{name}" in _FUNCTIONS:  # \tan^{-1}
             name = f"arc{name}"
@@ -747,45 +705,34 @@ class _Reader:
         closing = {"(": ")]", "[": ")]", "{": "}", "⦃": "⦄"}[left]
         kind = left + (self.accept(closing) or self.fail())
         if len(items) == 1 and kind in ("()", "[]", "{}"):
-            return self.fail() if isinstance(items[0], _Relation) else items[0]
-        if kind == "[]" and all(isinstance(row, _Group) and row.kind == "[]" for row in items):
+            return self.fail() if items[0].kind == "relation" else items[0]
+        if kind == "[]" and all(row.kind == "[]" for row in items):
             return _Group("matrix", [_Group("row", row.items) for row in items])  # [[1, 2], [3, 4]]
         return _Group("" if kind == "{}" else kind, items)
 
 
-def _are_tuples(sides: list) -> bool:
-    """Whether both are tuples of the same length."""
-    kinds = [side.kind for side in sides if isinstance(side, _Group)]
-    return kinds == ["()", "()"] and len(sides[0].items) == len(sides[1].items)
-
-
-def _one_by_one(text: str, left: _Group, right: _Group) -> _Group:
+def _one_by_one(left: _Side, right: _Side) -> _Group:
     """(x, y) = (1, 2) -> x = 1, y = 2."""
     relations = []
-    for name, x, y in zip(text[1:-1].split(","), left.items, right.items):
-        relations.append(_Relation([x, y], ["="], [name, ""], [True, False]))
+    names = left.text[1:-1].split(",")
+    for name, x, y in zip(names, left.value.items, right.value.items, strict=True):
+        relations.append(_Relation([_Side(x, name, True), _Side(y, "", False)], ["="]))
     return _Group("", relations)
 
 
 def _read(text: str):
-    """The parsed answer. Each ± stands for both signs of its own; with ∓, all change together."""
-    places = re.findall("[±∓]", text)
-    if not places:
+    """The parsed answer. Each ± stands for both signs of its own."""
+    first, *pieces = text.split("±")
+    if not pieces:
         items = _Reader(text).items()
         return items[0] if len(items) == 1 else _Group("", items)
-    if "∓" in places:
-        choices = [["+" if sign == "±" else "-" for sign in places]]
-        choices.append(["-" if sign == "±" else "+" for sign in places])
-    elif len(places) <= 4:
-        choices = itertools.product("+-", repeat=len(places))
-    else:
+    if len(pieces) > 4:
         raise _Unreadable("too many ±")
     values = []
-    for signs in choices:
-        pieces = re.split("[±∓]", text)
-        node = _read("".join(piece + sign for piece, sign in zip(pieces, [*signs, ""])))
+    for signs in itertools.product("+-", repeat=len(pieces)):
+        node = _read(first + "".join(sign + piece for sign, piece in zip(signs, pieces)))
         for x in _Comparison(exact=False).meanings(node) or [node]:
-            values += x.items if isinstance(x, _Group) and x.kind in ("", "⦃⦄") else [x]
+            values += x.items if x.kind in ("", "⦃⦄") else [x]
     return _Group("⦃⦄", values)
 
 
@@ -814,7 +761,7 @@ def _apply(function, *arguments) -> _Value:
     Raises ArithmeticError or ValueError where it has no value: ZeroDivisionError, OverflowError.
     """
     for argument in arguments:
-        if not isinstance(argument, _Value):
+        if argument.kind != "value":
             raise _Unreadable("arithmetic on something other than a number")
     points = [*zip(*(argument.numbers for argument in arguments))]
     if points[0] == points[1] == points[2]:  # constants
@@ -882,14 +829,14 @@ def _same_text(a: str, b: str) -> bool:
     if not a or not b or _plain(a) == _plain(b):
         return bool(a and b)
     a, b = _joined(a), _joined(b)
-    exact = bool(_LONG_DECIMAL.search(a)) != bool(_LONG_DECIMAL.search(b))
     try:
+        exact = bool(_LONG_DECIMAL.search(a)) != bool(_LONG_DECIMAL.search(b))
         return _Comparison(exact).same(_read(a), _read(b))
     except (ValueError, ArithmeticError):  # unreadable, or no value
         return False
 
 
-_LONG_DECIMAL = re.compile(r"\.0*[1-9]\d{6}")
+_LONG_DECIMAL = re.compile(r"\.0*[1-9]\d{6}")  # which is no irrational number
 
 
 def _plain(text: str) -> str:
@@ -903,49 +850,51 @@ def _plain(text: str) -> str:
 class _Comparison:
     """Compares parsed answers, with a bound on the work: lists in lists multiply it.
 
-    exact: one of the two has a decimal of seven digits or more, which is no irrational number: a
-    float then equals nothing.
+    exact: one of the two has a long decimal, and floats equal nothing.
     """
 
     def __init__(self, exact: bool):
         self.exact, self.left = exact, 2500
 
     def same(self, a, b) -> bool:
-        self.left -= 10 if isinstance(a, _Relation) else 1
+        self.left -= 10 if a.kind == "relation" else 1
         if self.left < 0:
             raise _Unreadable("too much to compare")
-        if isinstance(a, _Relation) and isinstance(b, _Relation):
+        if a.kind == b.kind == "relation":
             return self.same_relation(self.without_steps(a), self.without_steps(b))
-        if isinstance(a, _Value) and isinstance(b, _Value):
+        if a.kind == b.kind == "value":
             return self.same_quantity(a, b)
         if isinstance(a, _Group) and isinstance(b, _Group) and self.same_group(a, b):
             return True
         for x, y in ((a, b), (b, a)):
-            if not isinstance(y, _Relation):
-                if any(self.same(meaning, y) for meaning in self.meanings(x)):
-                    return True
+            if y.kind != "relation" and any(self.same(meaning, y) for meaning in self.meanings(x)):
+                return True
         return False
 
     def same_group(self, a: _Group, b: _Group) -> bool:
-        """Lists and sets in any order; tuples, intervals, matrices and named values in theirs."""
+        """Whether two lists, sets, tuples, intervals, unions, matrices or words are the same.
+
+        Rule: lists, sets and unions have no order, unless only one of the two names its values; a
+        list may be the tuple of the same order.
+        """
         kinds, x, y = {a.kind, b.kind}, a.items, b.items
         if kinds == {"text"}:
             return _plain(x[0]) == _plain(y[0])
-        names_are_dropped = _are_named(x) != _are_named(y)
-        if "⦃⦄" in kinds and kinds <= {"", "⦃⦄"} and not names_are_dropped:
+        in_any_order = kinds <= {"", "⦃⦄"} or kinds == {"∪"}
+        if in_any_order and _are_named(x) == _are_named(y):
             table = [[self.same(item, other) for other in y] for item in x]
-            return all(map(any, table)) and all(map(any, zip(*table))) and bool(x) == bool(y)
-        if len(x) != len(y):
-            return False
-        if kinds in ({""}, {"∪"}) and not names_are_dropped:  # as often in one as in the other
-            table = [[self.same(item, other) for other in y] for item in x]
-            return all(0 < sum(row) == table.count(row) for row in table)
-        if a.kind != b.kind and kinds != {"", "()"}:  # "1, 2" may be the point (1, 2)
-            return False
-        return all(map(self.same, x, y))
+            if "⦃⦄" in kinds:
+                return all(map(any, table)) and all(map(any, zip(*table))) and bool(x) == bool(y)
+            # as often in one as in the other
+            return len(x) == len(y) and all(0 < sum(row) == table.count(row) for row in table)
+        alike = a.kind == b.kind or kinds == {"", "()"}  # "1, 2" may be the point (1, 2)
+        return alike and len(x) == len(y) and all(map(self.same, x, y))
 
     def same_quantity(self, a: _Value, b: _Value) -> bool:
-        """Equal numbers, and no different units. 50% is 0.5, and also 50; 0.5% is only 0.005."""
+        """Equal numbers, and no different units.
+
+        Rule: a percentage is a hundredth, and from 1% on also the bare number: 50% is 0.5 and 50.
+        """
         if a.unit and b.unit and a.unit != b.unit:
             return False
         equal = all(map(self.close, a.numbers, b.numbers))
@@ -969,49 +918,40 @@ class _Comparison:
         """
         if a.operators != b.operators:
             return False
-        if re.fullmatch(r"y [a-zA-Z]\(x\)|[a-zA-Z]\(x\) y", f"{a.texts[0]} {b.texts[0]}"):
-            return self.same(a.sides[1], b.sides[1])
-        differences = []
-        for operator, *sides in zip(a.operators, a.sides, a.sides[1:], b.sides, b.sides[1:]):
-            if not all(isinstance(side, _Value) for side in sides):
-                break
-            x, y = (
-                _apply(_add, left, _apply(neg, right)) for left, right in (sides[:2], sides[2:])
-            )
-            if _is_constant(x) or _is_constant(y) or any(side.unit for side in sides):
-                break
-            differences.append((x, y, operator in "<≤"))
-        else:
-            return all(self.proportional(*difference) for difference in differences)
-        if all(map(self.same, a.sides, b.sides)):
+        if re.fullmatch(r"y [a-zA-Z]\(x\)|[a-zA-Z]\(x\) y", f"{a.sides[0].text} {b.sides[0].text}"):
+            return self.same(a.sides[1].value, b.sides[1].value)
+        x, y = _differences(a), _differences(b)
+        if x and y:
+            return all(map(self.proportional, x, y, a.operators))
+        x, y = ([side.value for side in relation.sides] for relation in (a, b))
+        if all(map(self.same, x, y)):
             return True
-        return a.operators in (["="], ["≠"]) and all(map(self.same, a.sides, b.sides[::-1]))
+        return a.operators in (["="], ["≠"]) and all(map(self.same, x, y[::-1]))
 
-    def proportional(self, a: _Value, b: _Value, positive: bool) -> bool:
-        """Whether a = c b for one number c, greater than zero where `positive`."""
+    def proportional(self, a: _Value, b: _Value, operator: str) -> bool:
+        """Whether a = c b for one number c, greater than zero for an inequality."""
         first, *others = _apply(truediv, a, b).numbers
-        return all(self.close(first, x) for x in others) and (not positive or first.real > 0)
+        return all(self.close(first, x) for x in others) and (operator in "=≠" or first.real > 0)
 
     def without_steps(self, chain: _Relation) -> _Relation:
         """x = 5 + 6 = 11 -> x = 11."""
-        if len(chain.sides) > 2 and chain.names[0] and set(chain.operators) == {"="}:
-            if self.said(chain.sides, chain.names):
-                first, *_, last = zip(chain.sides, chain.texts, chain.names)
-                sides, texts, names = zip(first, last)
-                return _Relation(sides, ["="], texts, names)
+        sides = chain.sides
+        if len(sides) > 2 and sides[0].is_name and {*chain.operators} == {"="} and self.said(sides):
+            return _Relation([sides[0], sides[-1]], ["="])
         return chain
 
-    def said(self, sides: list, names: list) -> list:
+    def said(self, sides: list[_Side]) -> list:
         """What a chain of equations says: its last side, in a list; nothing if it contradicts that.
 
         Rule: every side before is a name or equal to the last; after a name it may also have
         variables, as in A = pi r^2 = 9 pi. So 2x = 10 does not say 10.
         """
-        for side, name in zip(sides[:-1], names):
-            formula = names[0] and isinstance(side, _Value) and not _is_constant(side)
-            if not (name or formula or self.same(side, sides[-1])):
+        *before, (last, _, _) = sides
+        for value, _, is_name in before:
+            formula = sides[0].is_name and value.kind == "value" and not value.is_constant
+            if not (is_name or formula or self.same(value, last)):
                 return []
-        return [sides[-1]]
+        return [last]
 
     def meanings(self, node) -> list:
         """What an answer may mean beside itself, when the other one is no relation.
@@ -1019,80 +959,79 @@ class _Comparison:
         {5} and x = 5 mean 5; x > 3 means (3, oo), x < 1 or x > 2 a union, x ≠ 0 all but 0.
         Rule for 2/3 ≈ 0.67: either side, if what is after ≈ is the first one rounded.
         """
-        if isinstance(node, _Group) and node.kind == "⦃⦄" and len(node.items) == 1:
+        if node.kind == "⦃⦄" and len(node.items) == 1:
             return node.items
-        if isinstance(node, _Group) and node.kind == "":
-            if all(isinstance(x, _Relation) and _excludes(x) for x in node.items):
-                return [_without_points(_REALS, _Group("⦃⦄", [x.sides[1] for x in node.items]))]
-            meanings = [self.interval(item) for item in node.items if isinstance(item, _Relation)]
-            parts = sum(meanings, [])
-            return [_Group("∪", parts)] if len(parts) == len(node.items) else []
-        if not isinstance(node, _Relation):
+        if node.kind == "":
+            parts = [self.intervals(item) for item in node.items if item.kind == "relation"]
+            whole = len(parts) == len(node.items) and all(parts)
+            return [_Group("∪", sum(parts, []))] if whole else []
+        if node.kind != "relation":
             return []
-        sides, operators, texts, names = node
+        sides, operators = node
         if set(operators) == {"="}:
-            return self.said(sides, names)
+            return self.said(sides)
         if "≈" in operators and set(operators) <= {"=", "≈"}:
             n = operators.index("≈") + 1
-            if all(names[:n]):
-                return [sides[-1]] if len(sides) == n + 1 else []
-            exact = self.said(sides[:n], names[:n])
-            rounded = exact and all(map(_rounds, exact * len(sides), sides[n:], texts[n:]))
-            return [*exact, sides[-1]] if rounded else []
-        if _excludes(node):
-            return [_without_points(_REALS, _Group("⦃⦄", [sides[1]]))]
-        return self.interval(node)
+            if all(side.is_name for side in sides[:n]):
+                return [sides[-1].value] if len(sides) == n + 1 else []
+            exact = self.said(sides[:n])
+            rounded = exact and all(_rounds(exact[0], side) for side in sides[n:])
+            return [*exact, sides[-1].value] if rounded else []
+        parts = self.intervals(node)
+        return parts if len(parts) < 2 else [_Group("∪", parts)]
 
-    def interval(self, node: _Relation) -> list:
-        sides, operators, _, names = node
+    def intervals(self, node: _Relation) -> list:
+        """Of which numbers an inequality is true, if one of its sides is a variable."""
+        sides, operators = node
+        values, infinity = [side.value for side in sides], _symbol("∞")
+        if operators == ["≠"] and sides[0].is_name:
+            ends = [_apply(neg, infinity), values[1], infinity]
+            return [_Group("()", ends[:2]), _Group("()", ends[1:])]
         if not set(operators) <= {"<", "≤"}:
             return []
-        if len(sides) == 2 and names[0]:  # -oo < x < 5
-            sides, names = [_apply(neg, _symbol("∞")), *sides], [False, *names]
-            operators = ["<", *operators]
-        elif len(sides) == 2:
-            sides, operators = [*sides, _symbol("∞")], [*operators, "<"]
-        if len(sides) != 3 or not names[1]:
+        if len(sides) == 2 and sides[0].is_name:  # x < 5
+            ends, operators = [_apply(neg, infinity), values[1]], ["<", *operators]
+        elif len(sides) == 2 and sides[1].is_name:  # 5 < x
+            ends, operators = [values[0], infinity], [*operators, "<"]
+        elif len(sides) == 3 and sides[1].is_name:
+            ends = [values[0], values[2]]
+        else:
             return []
-        return [_Group("(["[operators[0] == "≤"] + ")]"[operators[1] == "≤"], [sides[0], sides[2]])]
+        return [_Group("(["[operators[0] == "≤"] + ")]"[operators[1] == "≤"], ends)]
 
 
-def _is_text(node) -> bool:
-    return isinstance(node, _Group) and node.kind == "text"
-
-
-def _is_constant(node: _Value) -> bool:
-    return len(set(node.numbers)) == 1
-
-
-_REALS = _Group("()", [_apply(neg, _symbol("∞")), _symbol("∞")])
-
-
-def _excludes(node: _Relation) -> bool:
-    """x ≠ 0."""
-    return node.operators == ["≠"] and node.names[0]
+def _differences(relation: _Relation) -> list[_Value]:
+    """Left minus right side for every operator; none unless all are numbers with a variable."""
+    differences = []
+    for sides in itertools.pairwise(relation.sides):
+        left, right = (side.value for side in sides)
+        if {left.kind, right.kind} != {"value"} or left.unit or right.unit:
+            return []
+        differences.append(_apply(_add, left, _apply(neg, right)))
+    return [] if any(x.is_constant for x in differences) else differences
 
 
 def _are_named(items: list) -> bool:
     """Whether the values of a list have different names (x = 1, y = 2) or units (3 m, 4 s)."""
     names = []
     for item in items:
-        if isinstance(item, _Relation) and item.names[0] and item.operators[0] == "=":
-            names.append(item.texts[0])
+        if item.kind == "relation" and item.sides[0].is_name and item.operators[0] == "=":
+            names.append(item.sides[0].text)
         else:
-            names.append(item.unit if isinstance(item, _Value) else "")
+            names.append(item.unit if item.kind == "value" else "")
     return all(names) and len(set(names)) > 1
 
 
-def _rounds(exact, rounded, text: str) -> bool:
-    """Whether `rounded`, written as this text, is the other one to its last place.
+def _rounds(exact, side: _Side) -> bool:
+    """Whether a side, as it was written, is the other one to its last place.
 
-    From the second decimal on it may be cut off (pi ≈ 3.1415), before it must be rounded.
+    Rule: from the second decimal on it may be cut off (pi ≈ 3.1415), before it must be rounded.
     """
-    match = re.fullmatch(r"[¤£€]?-?(?=\.?\d)\d*\.?(\d*)(?:\*10\^\{?(-?\d+)\}?)?[^\d+*/^-]*", text)
-    if not (
-        match and isinstance(exact, _Value) and isinstance(rounded, _Value) and _is_constant(exact)
-    ):
+    match = re.fullmatch(
+        r"[¤£€]?-?(?=\.?\d)\d*\.?(\d*)(?:\*10\^\{?(-?\d+)\}?)?[^\d+*/^-]*", side.text
+    )
+    rounded = side.value
+    if not match or not exact.kind == rounded.kind == "value" or not exact.is_constant:
         return False
     x, y = exact.numbers[0], rounded.numbers[0]
     if rounded.unit == "%" != exact.unit:
@@ -1103,11 +1042,10 @@ def _rounds(exact, rounded, text: str) -> bool:
 
 def _without_points(node, points) -> _Group:
     """An interval without a set of points: (-oo, oo) without {0} is (-oo, 0) ∪ (0, oo)."""
-    items = points.items if isinstance(points, _Group) and points.kind == "⦃⦄" else [points]
-    if node.kind not in ("()", "(]", "[)", "[]") or len(node.items) != 2:
-        raise _Unreadable("no interval")
-    if not all(isinstance(point, _Value) for point in items):
-        raise _Unreadable("points that are no numbers")
+    items = points.items if points.kind == "⦃⦄" else [points]
+    is_interval = node.kind in ("()", "(]", "[)", "[]") and len(node.items) == 2
+    if not is_interval or any(point.kind != "value" for point in items):
+        raise _Unreadable("no interval without points")
     inner = sorted(items, key=lambda point: point.numbers[0].real)
     ends = [node.items[0], *inner, node.items[1]]
     brackets = node.kind[0] + ")(" * len(inner) + node.kind[1]
@@ -1162,7 +1100,7 @@ def _without_labels(a: str, b: str) -> tuple[str, str]:
         text = _FILLER.sub("", text, count=1)
         label = _LABEL.match(text)
         labels.append(_plain(label[0]) if label else "")
-        rests.append(_FILLER.sub("", text[label.end() :] if label else text, count=1))
+        rests.append(text[label.end() :] if label else text)
     if any(labels) and "=" in rests[0] + rests[1] or all(labels) and labels[0] != labels[1]:
         return "", ""
     return rests[0], rests[1]
@@ -1187,20 +1125,17 @@ def verify_code(response: str, tests: list, *, timeout: float = 5.0, memory: int
     TypeError for a response that is no string, NotImplementedError elsewhere than on Linux, nothing
     because of what the response holds.
 
-    The verdict is made in this process. Outputs are compared here. Of `assert f(2) == 4` the child
-    gets `f(2)` and sends back plain data; the 4 never leaves this process. So an early exit,
-    printing "passed", objects that equal everything or print as 4, patched built-ins and
-    AssertionErrors fail. An assert of another form, `assert isclose(f(2), 4)`, is evaluated in the
-    child, with the built-ins restored: objects with operators of their own, a patched math module,
-    or code that inspects frames can forge those.
+    The verdict is made in this process. Of `assert f(2) == 4` the child gets `f(2)` and sends back
+    plain data; the 4 never leaves this process. So an early exit, printing "passed", objects that
+    equal everything, patched built-ins and AssertionErrors fail. An assert of another form, such as
+    `assert isclose(f(2), 4)`, is evaluated in the child: objects with operators of their own, a
+    patched math module, or code that inspects frames can forge those.
 
-    The child has an empty environment, no inherited descriptors, its own session, a folder that
-    disappears, and limits on CPU and wall time, address space, processes, file size and output.
-    Where the kernel allows it (to root, or to users by unprivileged namespaces) it also has no
-    network, sees no other process, and can write to that folder only; started by root it runs as
-    nobody. Where the kernel forbids namespaces (many containers) network and the user's own files
-    and processes are NOT protected. Files that the user can read can be read everywhere. A
-    container or a virtual machine is the answer for hostile code.
+    The child has an empty environment, no inherited descriptors, an empty folder, and limits on
+    time, memory, processes and output. Where the kernel allows namespaces it also has no network,
+    sees no other process, and can write to that folder only; started by root it runs as nobody.
+    Elsewhere (many containers) network and the user's own files and processes are NOT protected.
+    Files that the user can read can be read everywhere. Run hostile code in a virtual machine.
     """
     if sys.platform != "linux":
         raise NotImplementedError("verify_code needs Linux")
@@ -1272,7 +1207,7 @@ def _code_block(response: str) -> str | None:
     """The last fenced block marked as Python, or without a language where none is marked.
 
     None when there is none, or when it never closes. As in CommonMark a fence closes with as many
-    marks as it has or more, indented by three blanks at most (a docstring's are deeper); the
+    marks as it has or more, indented by three blanks more at most (a docstring's are deeper). The
     indentation of a fence in a list item is taken from its lines.
     """
     blocks, opening, lines = [], None, []
@@ -1284,7 +1219,7 @@ def _code_block(response: str) -> str | None:
         closing = re.fullmatch(r"([ \t]*)(`{3,}|~{3,})[ \t]*(?:<[|/].*)?", line)
         if closing and len(closing[1]) <= depth + 3 and closing[2].startswith(fence):
             indents = [len(line) - len(line.lstrip(" \t")) for line in lines if line.strip()]
-            indent = min([depth, *indents])
+            indent = min([depth, *indents])  # (textwrap.dedent would change blanks in strings)
             blocks.append((opening["language"].lower(), "\n".join(line[indent:] for line in lines)))
             opening = None
         else:
@@ -1332,22 +1267,15 @@ def _passed(reply: bytes, token: str, wanted: list | None) -> bool:
 
 
 def _encoded(value):
-    """A value for JSON: as it is, or a list of the built-in type that it equals and its contents.
+    """A value for JSON: as it is, or the name of the built-in type that it equals and its contents.
 
     So a Counter becomes a dict, d.keys() a set, a NumPy array a list. Runs in the child. Raises
     TypeError for what equals no built-in value.
     """
     if value is None or isinstance(value, (str, float)):
         return value
-    if isinstance(value, int):
-        small = int.bit_length(value) < 10_000  # Python limits the decimal digits that it reads
-        return value if small else ["int", int.__format__(value, "x")]
-    if isinstance(value, dict):
-        return ["dict", [[_encoded(key), _encoded(item)] for key, item in value.items()]]
-    if isinstance(value, (list, tuple)):
-        return ["list" if isinstance(value, list) else "tuple", [*map(_encoded, value)]]
-    if isinstance(value, (set, frozenset, type({}.keys()), type({}.items()))):
-        return ["frozenset", [*map(_encoded, value)]]
+    if isinstance(value, int):  # JSON has a limit on decimal digits
+        return ["int", int.__format__(value, "x")]
     if isinstance(value, (bytes, bytearray, memoryview)):
         return ["bytes", value.hex()]
     if isinstance(value, complex):
@@ -1356,6 +1284,11 @@ def _encoded(value):
         return ["Fraction", [*map(_encoded, value.as_integer_ratio())]]
     if value is ...:
         return ["Ellipsis", []]
+    sets = set, frozenset, type({}.keys()), type({}.items())
+    for name, kinds in (("dict", dict), ("list", list), ("tuple", tuple), ("frozenset", sets)):
+        if isinstance(value, kinds):
+            items = value.items() if name == "dict" else value
+            return [name, [*map(_encoded, items)]]
     if hasattr(value, "tolist"):
         return _encoded(value.tolist())
     raise TypeError("no plain data")
@@ -1365,26 +1298,25 @@ def _decoded(tree):
     """The value that _encoded wrote down. Raises KeyError and the like for anything else."""
     if not isinstance(tree, list):
         return tree
-    name, parts = tree
+    name, contents = tree
     if name == "int":
-        return int(parts, 16)
+        return int(contents, 16)
     if name == "bytes":
-        return bytes.fromhex(parts)
-    if name == "dict":
-        return {_decoded(key): _decoded(item) for key, item in parts}
-    items = map(_decoded, parts)
-    if name in ("list", "tuple", "frozenset"):
-        return {"list": list, "tuple": tuple, "frozenset": frozenset}[name](items)
-    return {"complex": complex, "Fraction": Fraction, "Ellipsis": lambda: ...}[name](*items)
+        return bytes.fromhex(contents)
+    items = [*map(_decoded, contents)]
+    if name in ("complex", "Fraction"):
+        return {"complex": complex, "Fraction": Fraction}[name](*items)
+    kinds = {"dict": dict, "list": list, "tuple": tuple, "frozenset": frozenset}
+    return ... if name == "Ellipsis" else kinds[name](items)
 
 
 def _run(job: dict, data: bytes) -> bytes | None:
     """What a child, given `data`, wrote to standard output; None when it failed or was stopped."""
-    with contextlib.ExitStack() as stack:
-        temporary = tempfile.TemporaryDirectory(prefix="verifier_", ignore_cleanup_errors=True)
-        folder = stack.enter_context(temporary)
-        given = stack.enter_context(tempfile.TemporaryFile())
-        out = stack.enter_context(tempfile.TemporaryFile())  # its limit is that on file size
+    with (
+        tempfile.TemporaryDirectory(prefix="verifier_", ignore_cleanup_errors=True) as folder,
+        tempfile.TemporaryFile() as given,
+        tempfile.TemporaryFile() as out,  # its limit is that on file size
+    ):
         os.chmod(folder, 0o777)
         header = json.dumps(job | {"folder": folder}).encode()
         given.write(b"%10d" % len(header) + header + data)
@@ -1459,17 +1391,20 @@ def _kill_descendants() -> None:
 
     So a fork bomb comes to its end.
     """
-    stopped, found = set(), {0}
-    while found - stopped:
-        for pid in found - stopped - {0}:
-            os.kill(pid, signal.SIGSTOP)
-        stopped, found, parents = stopped | found, set(), [os.getpid()]
-        for parent in parents:
+    stopped = set()
+    while True:
+        found = [os.getpid()]
+        for parent in found:  # which grows meanwhile
             for file in glob.glob(f"/proc/{parent}/task/*/children"):
                 with contextlib.suppress(OSError), open(file) as children:  # (it may have ended)
-                    parents += map(int, children.read().split())
-        found = set(parents[1:])
-    for pid in found:
+                    found += map(int, children.read().split())
+        running = {*found[1:]} - stopped
+        if not running:
+            break
+        for pid in running:
+            os.kill(pid, signal.SIGSTOP)
+        stopped |= running
+    for pid in found[1:]:
         os.kill(pid, signal.SIGKILL)
     with contextlib.suppress(ChildProcessError):
         while True:

@@ -9,7 +9,7 @@ By hand, not part of the tests:
 
 A GSM8K answer is graded against itself (must be right) and as the response to the problem before.
 
-Right verdicts in percent on tests/verifier_cases.jsonl (1,758 cases, of which 730 near misses), by
+Right verdicts in percent on tests/verifier_cases.jsonl (1,763 cases, of which 737 wrong), by
 the third command without GSM8K, 2026-11-26, on the project's machine (Xeon, 2 cores, Python 3.11).
 `before` is verifier.py of commit c4b0e6d; the cases from "hedging" on are the kinds of issue 16.
 
@@ -18,8 +18,8 @@ the third command without GSM8K, 2026-11-26, on the project's machine (Xeon, 2 c
     decimals                        35   100.0   100         88.6
     fractions                       37   100.0   100         86.5
     percentages                     28   100.0   100         89.3
-    powers                          43   100.0   100         95.3
-    surds                           37   100.0   100         94.6
+    powers                          43    97.7   100         93.0
+    surds                           38   100.0   100         92.1
     pi                              20   100.0   100         90.0
     functions                       23   100.0   100         87.0
     degrees                         17   100.0   100         82.4
@@ -46,25 +46,28 @@ the third command without GSM8K, 2026-11-26, on the project's machine (Xeon, 2 c
     functions are no products       37    75.7   100         89.2
     order and names                 58    74.1   100         70.7
     small numbers                   27    81.5   100         88.9
-    number words and signs          35    71.4   100         77.1
-    later remarks                   34    17.6   100         55.9
+    number words and signs          35    65.7   100         77.1
+    later remarks                   38    21.1   100         57.9
     two letters                     24    54.2   100         91.7
     box before the verb             10    20.0   100         90.0
     prose after the box             19    63.2   100         63.2
     chains                          27    74.1   100         85.2
     roman letters                   24    66.7   100         62.5
     numbers after powers            19    57.9   100        100.0
-    set differences                 22    54.5   100         77.3
+    set differences                 22    68.2   100         81.8
     adverbs and separators          33    54.5   100         60.6
-    all                           1758    87.2   100         79.9
+    all                           1763    87.1   100         79.8
 
-The 100% are no surprise: the file was mended until it had them. On 334 other cases of these kinds
-and ordinary ones, written by the same hand before the mending and run once after it: 333 (99.7%;
-before 237, 71.0%), no near miss accepted (before 58). Of the file's near misses math-verify accepts
-106. Speed: 31 times math-verify's, in CPU time on the same cases. On GSM8K all 8,792 gold answers
-equal themselves and only those neighbours that have the same number; math-verify gives 2,634 of the
-2,638 verdicts on the test set (in the other four it rejects a right answer).
-Fuzzing (`--fuzz 240 --seed 17`): 9,458 inputs, no exception, the slowest 42 ms of CPU time.
+The 100% are no surprise: the file was mended until it had them, and six answers that were right
+(\\mp, \\choose and the like: "Not claimed" in verifier.py) have since been given up, and are now
+cases of what is rejected. On 334 other cases of these kinds and ordinary ones, written by the same
+hand before the mending: 333 when it was finished, 334 after the file had been made smaller (before
+237, 71.0%), no near miss accepted (before 58). Of the file's near misses math-verify accepts 109.
+Speed: 33 times math-verify's, in CPU time on the same cases. On GSM8K all 8,792 gold answers equal
+themselves and only those neighbours that have the same number. Before the file was made smaller
+math-verify gave 2,634 of the 2,638 verdicts on the test set (in the other four it rejects a right
+answer).
+Fuzzing (`--fuzz 60 --seed 5`): 2,149 inputs, no exception, the slowest 28 ms of CPU time.
 """
 
 import argparse
