@@ -632,7 +632,7 @@ def test_a_loss_may_return_one_number_per_token():
 def test_shapes_that_do_not_fit_are_refused_before_any_gradient():
     """A batch of hidden states, targets of another length, a loss that is averaged already."""
     model, layer, hidden = head_and_hidden(rows=6)
-    with pytest.raises(ValueError, match=r"\[N, D\].*flatten"):
+    with pytest.raises(ValueError, match=r"\[N, H\].*flatten"):
         backward_by_chunks(against_mirror, layer, hidden.view(2, 3, 32) * 1, divisor=1)
     for wrong in (dict(teacher=(layer, hidden[:5].detach())), {}):
         tensors = [] if wrong else [torch.zeros(7)]

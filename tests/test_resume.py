@@ -208,7 +208,7 @@ def quick(monkeypatch):
     monkeypatch.setattr(common, "load_lm", load_lm)
     monkeypatch.setattr(common, "load_rows", lambda *rest: Rows())
     monkeypatch.setattr(common, "generate", sampled)
-    monkeypatch.setattr(srt, "CHUNK", 3)
+    monkeypatch.setattr(srt, "PROBLEMS_AT_ONCE", 3)
 
 
 @pytest.mark.parametrize("torn", [False, True])

@@ -196,7 +196,9 @@ def test_cudnn_attention_is_off_while_sampling_and_restored(monkeypatch):
         return forward(*args)
 
     monkeypatch.setattr(rollout_module, "forward", watched)
-    assert enabled()
+    torch.backends.cuda.enable_cudnn_sdp(
+        True
+    )  # torch's default; a script of this process had it off
     generate(model, PROMPTS, max_new_tokens=3, eos_token_ids=[])
     assert len(seen) > 3 and not any(seen) and enabled()
     with pytest.raises(ZeroDivisionError):

@@ -433,7 +433,11 @@ BAD = {
         "the loss is 0",
     ),
     "one token of mixed_kl": ("sdzero", GOOD + " --objective mixed_kl --topk 1", "the loss is 0"),
-    "alpha above 1": ("sdzero", GOOD + " --alpha 1.5", "--alpha must be at most 1"),
+    "alpha above 1": (
+        "sdzero",
+        GOOD + " --alpha 1.5",
+        "--alpha: must be at least 0 and at most 1, not",
+    ),
     "a template without a problem": ("srt", GOOD + " --prompt-template Q:", "no {{problem}} in it"),
     "two kinds of template": (
         "srt",
