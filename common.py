@@ -8,8 +8,10 @@ What a user can mend ends in `fail`: one line on stderr and exit code 2.
 """
 
 import argparse
+import csv
 import hashlib
 import importlib
+import inspect
 import json
 import math
 import os
@@ -26,6 +28,7 @@ from typing import NoReturn
 import numpy as np
 import torch
 import transformers
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
@@ -112,12 +115,11 @@ def entry(main: Callable) -> None:
     except FloatingPointError as error:
         fail(f"{error}; the last checkpoint is kept: --resume with a lower --lr goes on from it", 1)
     except torch.OutOfMemoryError:
-        again = "" if "--eval-only" in sys.argv else "--resume with "
+        again = "--resume with " if Run.begun else ""
         fail(f"out of memory: {again}lower --slots (sampling) or --micro-tokens (training)", 1)
     except KeyboardInterrupt:
-        if "--eval-only" in sys.argv:
-            fail("interrupted", 130)
-        fail("interrupted; the same command with --resume goes on from the last checkpoint", 130)
+        again = "; the same command with --resume goes on from the last checkpoint"
+        fail("interrupted" + (again if Run.begun else ""), 130)
 
 
 # ------------------------------------------------------------------------------------------ flags
@@ -225,6 +227,9 @@ def check_flags(args: argparse.Namespace) -> None:
     """Fail early: flags that contradict each other, or an --output that is in use."""
     if args.prompt_template and "{problem}" not in args.prompt_template:
         fail("--prompt-template has no {problem} in it")
+    arguments = inspect.signature(transformers.PreTrainedTokenizerBase.apply_chat_template)
+    if taken := set(args.template_kwargs or ()) & set(arguments.parameters):
+        fail(f"--template-kwargs are the template's own switches, not {', '.join(sorted(taken))}")
     if args.prompt_template and args.template_kwargs:
         fail("--prompt-template replaces the chat template: it has no --template-kwargs")
     if args.eval_only and (args.resume or not args.eval_problems):
@@ -331,18 +336,28 @@ def load_lm(args: argparse.Namespace) -> LM:
     if context is None:
         fail(f"{args.model} does not say how long its context is (max_position_embeddings)")
     keep_savable(model)
-    vocab_size = min(len(tokenizer), model.get_output_embeddings().weight.shape[0])
+    rows = model.get_output_embeddings().weight.shape[0]
+    if rows < len(tokenizer):
+        fail(f"{args.model} has {rows} embeddings for the {len(tokenizer)} tokens of its tokenizer")
+    vocab_size = len(tokenizer)
+    if min(eos_ids) >= vocab_size:
+        fail(f"no EOS id of {args.model} is its tokenizer's: responses could not end")
     return LM(model, tokenizer, eos_ids, vocab_size, context)
 
 
-def check_model_name(name: str) -> None:
+def check_is_there(name: str, what: str) -> None:
     """Fail where it can only be a folder, and there is none. It comes before the first look at the
     hub, which takes more than a minute where there is no network."""
-    if "/" not in name or Path(name).is_dir():
+    path = Path(name)
+    if path.is_file() or not name:
+        fail(f"{name!r} is no {what} folder")
+    if (path / "settings.json").exists() and not (path / "config.json").exists():
+        fail(f"{name} holds an unfinished run, or only traces: use its best/, or --traces")
+    if "/" not in name or path.is_dir():
         return
     like_a_folder = name.startswith((".", "/", "~")) or name.count("/") != 1
-    if like_a_folder or Path(name).parent.is_dir():  # runs/typo beside runs/srt
-        fail(f"no such model folder: {name}")
+    if like_a_folder or path.parent.is_dir():  # runs/typo beside runs/srt
+        fail(f"no such {what} folder: {name}")
 
 
 def keep_savable(model: torch.nn.Module) -> None:
@@ -366,7 +381,7 @@ def inherit_prompt(args: argparse.Namespace) -> dict:
     that this model or an ancestor was trained on). Of a model without one all are empty. Fails when
     a flag contradicts it, unless --force is given.
     """
-    check_model_name(args.model)
+    check_is_there(args.model, "model")
     try:
         path = transformers.utils.cached_file(
             args.model,
@@ -393,7 +408,7 @@ def inherit_prompt(args: argparse.Namespace) -> dict:
     if beside and beside.exists():  # traces of another day
         args.date = json.loads(beside.read_text())["prompt"]["date"]
     if args.resume:
-        args.date = json.loads((args.output / "settings.json").read_text())["flags"]["date"]
+        args.date = read_settings(args.output)["flags"]["date"]
     return {"problems": [], "trained": [], **saved, "prompt": prompt}
 
 
@@ -463,11 +478,17 @@ def load_rows(name: str, default_split: str):
         if not path.stat().st_size:
             fail(f"the data set {name} is empty")
         source = {"path": DATA_FILES[path.suffix], "data_files": str(path), "split": "train"}
+        if path.suffix == ".csv":  # "NA" is text, and a blank makes no column of integers inexact
+            source["keep_default_na"] = False
+            with open(path, newline="", errors="replace") as file:
+                widths = [len(row) for row in csv.reader(file)]
+            for line, width in enumerate(widths, 1):
+                if width > widths[0]:  # pandas would take the first field for the row's name
+                    fail(f"row {line} of {name} has {width} fields, the header {widths[0]}")
     else:
         rest, _, split = name.partition("@")
         rest, _, config = rest.partition(":") if not Path(rest).exists() else (rest, "", "")
-        if rest.startswith((".", "/")) and not Path(rest).exists():
-            fail(f"no such data set folder: {rest}")
+        check_is_there(rest, "data set")
         source = {"path": rest, "name": config or None, "split": split or default_split}
     try:
         rows = datasets.load_dataset(**source)
@@ -478,11 +499,19 @@ def load_rows(name: str, default_split: str):
     return rows
 
 
+def is_empty(answer: object) -> bool:
+    """Whether a row has no gold answer; a blank among numbers is nan, which is not itself."""
+    blank = isinstance(answer, str) and not answer.strip()
+    return blank or answer is None or answer == [] or answer != answer
+
+
 def checked_answer(answer: object, verifier_name: str) -> object:
     """A gold answer in the form that its verifier takes; ValueError or TypeError for another."""
     if verifier_name == "math":
         if isinstance(answer, bool) or not isinstance(answer, str | int | float):
             raise TypeError(f"a gold answer is text or a number, not {answer!r}")
+        if isinstance(answer, float) and not abs(answer) < 2**53:  # nan, inf, or digits are lost
+            raise ValueError(f"{answer!r} is no exact number: store such answers as text")
         return str(answer)
     if verifier_name == "code":
         tests = json.loads(answer) if isinstance(answer, str) else answer
@@ -509,7 +538,7 @@ def load_problems(
     answers = column(args.answer_column, ("answer", "solution", "tests"), "--answer-column")
     problems, counts = {}, {"rows": len(rows), "incomplete": 0, "duplicates": 0}
     for i, (text, answer) in enumerate(zip(texts, answers), 1):
-        if not isinstance(text, str) or not text.strip() or answer in (None, "", []):
+        if not isinstance(text, str) or not text.strip() or is_empty(answer):
             counts["incomplete"] += 1
         elif key_of(text) in problems:
             counts["duplicates"] += 1
@@ -601,13 +630,19 @@ def load_verifier(name: str) -> Callable[[list[str], list], list[int]]:
                 f"imported: {last_cause(error)}"
             )
 
+    def verdict_of(response: str, answer: object) -> int:
+        found = verify(response, answer)
+        if found not in (0, 1):  # True and False are 1 and 0
+            fail(f"--verifier {name} returned {found!r}: True or False is wanted")
+        return int(found)
+
     def verify_all(responses: list[str], answers: list) -> list[int]:
         if name != "code":
-            return [int(bool(verify(y, a))) for y, a in zip(responses, answers)]
+            return [verdict_of(y, a) for y, a in zip(responses, answers)]
         # code runs in other processes: as many at once as there are cores
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            verdicts = pool.map(verify, responses, answers)
-            return [int(v) for v in progress(verdicts, "verifying", total=len(responses))]
+            verdicts = pool.map(verdict_of, responses, answers)
+            return list(progress(verdicts, "verifying", total=len(responses)))
 
     return verify_all
 
@@ -963,6 +998,11 @@ def setup(args: argparse.Namespace, half: bool = False) -> Task:
     verify_all = load_verifier(args.verifier)
     lm = load_lm(args)
     problems, held_out, counts = split_problems(lm, args, saved, half)
+    for problem in (problems + held_out)[:1]:  # a verifier that raises does so before any sample
+        try:
+            verify_all([""], [problem.answer])
+        except Exception as error:
+            fail(f"--verifier {args.verifier} raised {type(error).__name__}: {last_cause(error)}")
     if args.eval_only:
         figures = evaluate(lm, args, verify_all, held_out, 0)
         print(figures.pop("sample"), file=sys.stderr)
@@ -990,6 +1030,14 @@ def sample_and_verify(
     return responses, task.verify_all(texts, [p.answer for p in problems])
 
 
+def read_settings(folder: Path) -> dict:
+    try:
+        settings = json.loads((folder / "settings.json").read_text())
+        return {"started": settings["started"], **settings, "flags": {**settings["flags"]}}
+    except (ValueError, KeyError, TypeError):
+        fail(f"{folder / 'settings.json'} is damaged")
+
+
 def fingerprint(task: Task, traces: list | None = None) -> dict[str, str]:
     """What --resume compares instead of names and places: hashes of some weights, of the problems,
     and of the traces that the run was given."""
@@ -1012,6 +1060,8 @@ class Run:
     happened: files appear whole or not at all, and what the log has of later steps is dropped.
     """
 
+    begun = False  # whether a run of this process can be resumed
+
     def __init__(self, args: argparse.Namespace, task: Task, traces: list | None = None):
         self.args, self.task, self.folder = args, task, args.output
         self.lines: list[dict] = []  # of metrics.jsonl
@@ -1025,8 +1075,10 @@ class Run:
         try:
             if fcntl:
                 fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             fail(f"another process is at work in {self.folder}")
+        except OSError:
+            warn(f"{self.folder} cannot be locked: start no second process there")
         flags = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
         settings = {
             "flags": flags,
@@ -1043,13 +1095,14 @@ class Run:
             self.metrics = open(self.folder / "metrics.jsonl", "a")
             return
         self.write("settings.json", settings)
+        Run.begun = True
         self.rewind()
         for note in notes:
             self.log("note", self.last_checkpoint(), {"changed": note})
 
     def check_resume(self, settings: dict) -> list[str]:
         """Fail where a flag would change the run; return what may change but is worth a note."""
-        before = json.loads((self.folder / "settings.json").read_text())
+        before = read_settings(self.folder)
         settings["started"] = before["started"]
         changed = {
             name: f"--{name.replace('_', '-')} was {old!r}"
@@ -1121,6 +1174,8 @@ class Run:
     def evaluate(self, step: int, last: bool = False) -> None:
         """Evaluate and log, unless the log has it; keep the best model that is not the last."""
         done = [line for line in self.lines if line["kind"] == "eval"]
+        if not step and self.last_checkpoint():  # the model is no longer what it was at step 0
+            return
         if not self.task.held_out or any(line["step"] == step for line in done):
             return
         task = self.task
@@ -1140,6 +1195,12 @@ class Run:
         written elsewhere and then renamed. Adapters are merged, and saved in a folder of their own
         besides: transformers would take a model beside an adapter_config.json for their base. A
         checkpoint has only the adapters."""
+        try:
+            self.save_files(name, state)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            fail(f"cannot write to {self.folder}, make room and --resume: {last_cause(error)}", 1)
+
+    def save_files(self, name: str, state: dict | None) -> None:
         temporary, model = self.folder / "saving", self.task.lm.model
         shutil.rmtree(temporary, ignore_errors=True)
         if self.args.lora:
@@ -1159,7 +1220,8 @@ class Run:
     def checkpoints(self) -> dict[int, Path]:
         """Our checkpoints by step; a user's own checkpoint-3-mine is none."""
         found = {p.name.removeprefix("checkpoint-"): p for p in self.folder.glob("checkpoint-*")}
-        return {int(step): path for step, path in found.items() if step.isdecimal()}
+        whole = {step: p for step, p in found.items() if (p / "training_state.pt").exists()}
+        return {int(step): path for step, path in whole.items() if step.isdecimal()}
 
     def last_checkpoint(self) -> int:
         return max(self.checkpoints(), default=0)
@@ -1172,15 +1234,18 @@ class Run:
         if not step:
             return 0
         path, model = self.checkpoints()[step], self.task.lm.model
-        if self.args.lora:
-            load_adapter(model, load_file(path / ADAPTER))
-        else:
-            saved = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=model.dtype)
-            model.load_state_dict(saved.state_dict())
-        # on the CPU: each part copies what it needs, so that no second state stays on the GPU
-        state = torch.load(path / "training_state.pt", map_location="cpu")
-        for name, part in parts.items():
-            part.load_state_dict(state[name])
+        try:
+            if self.args.lora:
+                load_adapter(model, load_file(path / ADAPTER))
+            else:
+                saved = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=model.dtype)
+                model.load_state_dict(saved.state_dict())
+            # on the CPU: each part copies what it needs, so that no second state stays on the GPU
+            state = torch.load(path / "training_state.pt", map_location="cpu")
+            for name, part in parts.items():
+                part.load_state_dict(state[name])
+        except Exception as error:  # each format has its own
+            fail(f"{path} is damaged: {last_cause(error)}")
         return step
 
     def end_step(self, step: int, total: int, passes: int = 1) -> None:

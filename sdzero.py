@@ -282,6 +282,10 @@ def check_lengths(task: Task, args: Namespace) -> None:
             f"no response fits twice: what the teacher reads has at least "
             f"{len(shortest.teacher_ids)} tokens, the context {task.lm.context}"
         )
+    longest = max(len(p.prompt_ids) for p in task.problems) + max(map(len, task.lm.phrases(args)))
+    fitting = (task.lm.context - longest) // 2
+    if fitting < args.max_new_tokens:
+        warn(f"responses of more than {fitting} tokens may not fit twice, and are then dropped")
 
 
 def main(argv: list[str] | None = None) -> None:

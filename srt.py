@@ -206,13 +206,18 @@ def load_traces(lm: LM, args: Namespace) -> tuple[list[Trace], list[str]]:
     if not traces:
         fail(f"{path} holds no trace")
     for trace in traces:
+        if trace.reward not in (0, 1) or not trace.ids or max(trace.ids) >= lm.vocab_size:
+            fail(f"{path} is not a traces file of srt.py: a reward or an id is out of range")
         if trace.phrase != (args.phrase_wrong, args.phrase_right)[trace.reward]:
             flag = ("--phrase-wrong", "--phrase-right")[trace.reward]
             fail(f"{path} was collected with the phrase {trace.phrase!r}: give it as {flag}")
         if trace.phrase_ids != lm.phrase_ids(trace.phrase):
             fail(f"{path} was collected with another tokenizer than that of {args.model}")
         if trace.prompt_ids != render(lm, trace.problem, args):
-            fail(f"{path} was collected with another prompt: repeat the flags of that run")
+            fail(
+                f"{path} was collected with another prompt: repeat that run's flags, and keep its "
+                "srt.json beside it"
+            )
         if len(trace.ids) > lm.context:
             fail(f"{path} holds a trace of {len(trace.ids)} tokens, the context {lm.context}")
     beside = path.parent / "srt.json"

@@ -1,0 +1,202 @@
+"""What a stranger broke: each a line on stderr and exit code 2 before anything is sampled."""
+
+import json
+import math
+import shutil
+
+import pytest
+from test_scripts import FLAGS, STAGE_1, STAGE_2, call, lines_of, save_model, save_rows
+
+import common
+import sdzero
+import srt
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return save_model(tmp_path_factory.mktemp("model") / "base")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    rows = [(f"{i} + {i + 1} = ?", str(2 * i + 1)) for i in range(40)]
+    return save_rows(tmp_path_factory.mktemp("data") / "problems.jsonl", rows)
+
+
+def pair(response, answer):
+    return True, "why"
+
+
+def signed(response, answer):
+    return 1 if response else -1
+
+
+def worded(response, answer):
+    return "False"
+
+
+def raising(response, answer):
+    raise KeyError("no such unit")
+
+
+number = 7
+
+
+@pytest.mark.parametrize("name", ["pair", "signed", "worded", "raising", "number"])
+def test_a_verifier_says_true_or_false(name, base, data, tmp_path, ended, monkeypatch):
+    """A pair, -1 or the text "False" are all true to Python: reward 1 for every response."""
+    monkeypatch.setattr(common, "generate", None)
+    flags = [*FLAGS, "--verifier", f"test_stranger:{name}"]
+    code, _, err = ended(srt, *flags, model=base, dataset=data, output=tmp_path / "out")
+    assert code == 2 and f"--verifier test_stranger:{name}" in err.splitlines()[-1]
+
+
+def test_golds_of_data_files_keep_their_digits(tmp_path):
+    """pandas would make floats of whole numbers beside a blank, and of NA a missing answer."""
+    path = tmp_path / "a.csv"
+    path.write_text("problem,answer\na,9007199254740993\nb,\nc,NA\nd,None\n")
+    args = srt.parse_arguments(["--model", "m", "--dataset", "d", "--eval-only"])
+    problems, counts = common.load_problems(args, str(path))
+    assert problems == [("a", "9007199254740993"), ("c", "NA"), ("d", "None")]
+    assert counts["incomplete"] == 1
+
+
+@pytest.mark.parametrize("answer", [10**30 + 0.5, math.inf])
+def test_golds_that_have_lost_their_digits_are_refused(answer):
+    with pytest.raises(ValueError, match="as text"):
+        common.checked_answer(answer, "math")
+
+
+@pytest.mark.parametrize("answer", [None, "", "  ", [], math.nan])
+def test_answers_that_are_none(answer):
+    assert common.is_empty(answer) and not common.is_empty("None") and not common.is_empty(0)
+
+
+def test_a_csv_row_with_a_comma_too_many(tmp_path, capsys):
+    path = tmp_path / "a.csv"
+    path.write_text("problem,answer\nfine,1\nWhat is 1,000 plus 2,1002\n")
+    with pytest.raises(SystemExit) as end:
+        common.load_rows(str(path), "train")
+    assert end.value.code == 2 and "row 3" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        (["--template-kwargs", '{"truncation": true, "max_length": 3}'], "max_length, truncation"),
+        (["--template-kwargs", '{"padding": "max_length"}'], "not padding"),
+    ],
+)
+def test_template_switches_cannot_cut_prompts(flags, said, base, data, tmp_path, ended):
+    code, _, err = ended(srt, *FLAGS, *flags, model=base, dataset=data, output=tmp_path / "out")
+    assert code == 2 and said in err and not (tmp_path / "out").exists()
+
+
+def test_an_eos_that_is_never_sampled(data, tmp_path, ended, monkeypatch):
+    """The output layer is wider than the tokenizer, and its only EOS lies beyond."""
+    monkeypatch.setattr(common, "generate", None)
+    model = save_model(tmp_path / "model", eos=False, eos_token_id=101)
+    code, _, err = ended(srt, *FLAGS, model=model, dataset=data, output=tmp_path / "out")
+    assert code == 2 and "responses could not end" in err
+
+
+def test_a_vocabulary_narrower_than_the_tokenizer(data, tmp_path, ended):
+    model = save_model(tmp_path / "model", vocab_size=50)
+    code, _, err = ended(srt, *FLAGS, model=model, dataset=data, output=tmp_path / "out")
+    assert code == 2 and "has 50 embeddings for the" in err
+
+
+def test_an_unfinished_run_is_no_model(base, data, tmp_path, ended):
+    collected = tmp_path / "collected"
+    call(srt, *FLAGS, *STAGE_1, collect_only=True, model=base, dataset=data, output=collected)
+    code, _, err = ended(sdzero, *FLAGS, model=collected, dataset=data, output=tmp_path / "out")
+    assert code == 2 and "unfinished run" in err
+    code, _, err = ended(sdzero, *FLAGS, model=data, dataset=data, output=tmp_path / "out")
+    assert code == 2 and "is no model folder" in err
+
+
+@pytest.mark.parametrize("change", [dict(reward=5), dict(revision_ids=[9999])])
+def test_damaged_traces(change, base, data, tmp_path, ended):
+    out = tmp_path / "collected"
+    call(srt, *FLAGS, *STAGE_1, collect_only=True, model=base, dataset=data, output=out)
+    traces = lines_of(out / "traces.jsonl")
+    traces[1].update(change)
+    (out / "traces.jsonl").write_text("".join(json.dumps(trace) + "\n" for trace in traces))
+    flags = dict(model=base, dataset=data, traces=out / "traces.jsonl", output=tmp_path / "out")
+    code, _, err = ended(srt, *FLAGS, **flags)
+    assert code == 2 and "out of range" in err
+
+
+@pytest.fixture
+def killed(base, data, tmp_path, monkeypatch):
+    """A stage 2 that was stopped after its checkpoint of step 4; its flags."""
+    evaluate = common.Run.end_step
+
+    def stop(self, step, total, passes=1):
+        evaluate(self, step, total, passes)
+        if step == 4:
+            raise KeyboardInterrupt
+
+    flags = dict(model=base, dataset=data, output=tmp_path / "out")
+    monkeypatch.setattr(common.Run, "end_step", stop)
+    with pytest.raises(KeyboardInterrupt):
+        call(sdzero, *FLAGS, *STAGE_2, **flags)
+    monkeypatch.setattr(common.Run, "end_step", evaluate)
+    return flags
+
+
+@pytest.mark.parametrize(
+    "file", ["checkpoint-4/training_state.pt", "checkpoint-4/model.safetensors", "settings.json"]
+)
+def test_damaged_files_are_named(file, killed, ended):
+    path = killed["output"] / file
+    path.write_bytes(path.read_bytes()[:100])
+    code, _, err = ended(sdzero, *FLAGS, *STAGE_2, resume=True, **killed)
+    assert code == 2 and "damaged" in err.splitlines()[-1]
+
+
+def test_a_folder_that_is_called_checkpoint_is_none(killed):
+    (killed["output"] / "checkpoint-99").mkdir()
+    call(sdzero, *FLAGS, *STAGE_2, resume=True, **killed)
+    assert (killed["output"] / "config.json").exists()
+    assert (killed["output"] / "checkpoint-99").exists()
+
+
+def test_a_lost_log_does_not_pass_the_trained_model_off_as_the_first(killed):
+    (killed["output"] / "metrics.jsonl").unlink()
+    call(sdzero, *FLAGS, *STAGE_2, resume=True, **killed)
+    assert min(x["step"] for x in lines_of(killed["output"] / "metrics.jsonl")) == 5
+
+
+def test_a_full_disk_is_one_line_and_costs_nothing(killed, ended, monkeypatch):
+    """Room is made afterwards, and the run ends."""
+
+    def full(*args):
+        raise RuntimeError("unexpected pos 253440 vs 253332")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(common.torch, "save", full)
+        code, _, err = ended(sdzero, *FLAGS, *STAGE_2, resume=True, **killed)
+    assert code == 1 and "make room" in err.splitlines()[-1]
+    shutil.rmtree(killed["output"] / "saving")
+    call(sdzero, *FLAGS, *STAGE_2, resume=True, **killed)
+    assert (killed["output"] / "config.json").exists()
+
+
+def test_a_file_system_without_locks(base, data, tmp_path, monkeypatch, capsys):
+    def flock(*args):
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr(common.fcntl, "flock", flock)
+    flags = dict(model=base, dataset=data, problems=4, output=tmp_path / "out")
+    call(sdzero, *FLAGS, **flags)
+    assert "cannot be locked" in capsys.readouterr().err
+
+
+def test_responses_that_may_not_fit_twice_are_announced(data, tmp_path, capsys):
+    sizes = dict(n_positions=75, max_position_embeddings=75)
+    model = save_model(tmp_path / "model", **sizes)
+    flags = dict(model=model, dataset=data, problems=4, eval_problems=0, max_new_tokens=30)
+    phrases = ["--phrase-wrong", "No.", "--phrase-right", "Yes."]
+    call(sdzero, *FLAGS, *phrases, **flags, output=tmp_path / "out")
+    assert "may not fit twice" in capsys.readouterr().err
