@@ -407,6 +407,12 @@ def backward_by_chunks(
             part = loss(layer.finish(logits), *others)
             if part.shape[:1] != chunk.shape[:1]:
                 raise ValueError(f"loss of {len(chunk)} rows must be [n] or [n, C]: {part.shape}")
+            if part.dim() > 2 or part.shape[1:] == (layer.vocab_size,):
+                # Such as F.kl_div(..., reduction="none"): column 0 would be the loss of id 0.
+                raise ValueError(
+                    f"loss returned {list(part.shape)}, one number per vocabulary entry: "
+                    "sum over the vocabulary first"
+                )
             ((part if part.dim() == 1 else part[:, 0]).sum() / divisor).backward()
             chunk.copy_(logits.grad)  # in the student's buffer
             if columns is None:  # allocated late, not to split the allocator's chunk-sized pieces

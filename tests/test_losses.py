@@ -630,7 +630,8 @@ def test_a_loss_may_return_one_number_per_token():
 
 
 def test_shapes_that_do_not_fit_are_refused_before_any_gradient():
-    """A batch of hidden states, targets of another length, a loss that is averaged already."""
+    """A batch of hidden states, targets of another length, a loss that is averaged already
+    or not summed over the vocabulary."""
     model, layer, hidden = head_and_hidden(rows=6)
     with pytest.raises(ValueError, match=r"\[N, H\].*flatten"):
         backward_by_chunks(against_mirror, layer, hidden.view(2, 3, 32) * 1, divisor=1)
@@ -642,6 +643,10 @@ def test_shapes_that_do_not_fit_are_refused_before_any_gradient():
             )
     for wrong in (lambda x: against_mirror(x).mean(), lambda x: against_mirror(x)[:1]):
         with pytest.raises(ValueError, match=r"must be \[n\] or \[n, C\]"):
+            backward_by_chunks(wrong, layer, hidden * 1, divisor=1)
+    # A number per vocabulary entry: column 0 would be taken for the loss.
+    for wrong in (lambda x: x.softmax(-1) * x, lambda x: x[:, :2, None]):
+        with pytest.raises(ValueError, match="sum over the vocabulary first"):
             backward_by_chunks(wrong, layer, hidden * 1, divisor=1)
     assert hidden.grad is None and model.lm_head.weight.grad is None
 
