@@ -36,6 +36,7 @@ Read `generate`, `decode_all` and `Decoder.step` first.
 
 import inspect
 import logging
+import math
 from collections import deque
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -111,7 +112,8 @@ def generate(
         off by default. Without CUDA the same shapes run eagerly (for the tests).
 
     Raises ValueError for a model that `check_supported` refuses, for prompts that do not fit into
-    the model's positions together with their responses, and for other bad arguments.
+    the model's positions together with their responses, and for other bad arguments;
+    FloatingPointError for logits that are nan or +inf.
     """
     model = unwrapped(model)
     check_supported(model)
@@ -122,8 +124,9 @@ def generate(
     counts = limits + [count for count in (slots, check_every) if count is not None]
     if min(counts, default=1) < 1:
         raise ValueError("generate needs max_new_tokens, slots and check_every >= 1")
-    if temperature < 0 or not 0 < top_p <= 1:
-        raise ValueError("generate needs temperature >= 0 and 0 < top_p <= 1")
+    # Logits divided by less would overflow. Both conditions are written so that nan is refused.
+    if not (temperature == 0 or temperature >= 1e-5) or not 0 < top_p <= 1:
+        raise ValueError("generate needs a temperature of 0 or >= 1e-5, and 0 < top_p <= 1")
     if not all(prompts):
         raise ValueError("generate got an empty prompt")
     if len(limits) != len(prompts):
@@ -230,7 +233,8 @@ def sample(
     logits: [n, V]. Returns ids [n] and their log-probabilities [n], fp32 or wider, under the
     distribution that was drawn from: softmax(logits / temperature), cut to its nucleus (the fewest
     most likely tokens that hold at least top_p) and renormalised. Temperature 0 takes the most
-    likely token; its log-probability is the one at temperature 1 (at 0 it would always be 0)."""
+    likely token; its log-probability is the one at temperature 1 (at 0 it would always be 0).
+    In a row with a logit of nan or +inf, the log-probability is nan and the id means nothing."""
     logits = logits[:, :vocab_size].to(torch.promote_types(logits.dtype, torch.float32))
     if temperature not in (0, 1):
         logits = logits / temperature
@@ -255,7 +259,7 @@ def draw(
     by its sum, then an entry in it, so that only the sums touch the whole row."""
     if dtype is None:  # Apple's GPUs have no float64
         dtype = torch.float32 if weights.device.type == "mps" else torch.float64
-    levels = []
+    levels, last = [], weights.shape[1] - 1
     while weights.shape[1] > 1024:
         padded = torch.nn.functional.pad(weights, (0, -weights.shape[1] % 128))
         levels.append(padded.view(len(weights), -1, 128))
@@ -264,7 +268,7 @@ def draw(
     for blocks in reversed(levels):
         block = blocks.gather(1, index[:, :, None].expand(-1, -1, 128))[:, 0]  # [n, 128]
         index = 128 * index + invert(block, generator, dtype)
-    return index
+    return index.clamp(max=last)  # only a row with nan reaches into the padding
 
 
 def invert(weights: torch.Tensor, generator: torch.Generator | None, dtype: torch.dtype):
@@ -273,10 +277,10 @@ def invert(weights: torch.Tensor, generator: torch.Generator | None, dtype: torc
     cumulative = weights.to(dtype).cumsum(-1)
     u = torch.rand(len(weights), 1, dtype=dtype, device=weights.device, generator=generator)
     index = torch.searchsorted(cumulative, u * cumulative[:, -1:], right=True)
+    index = index.clamp(max=weights.shape[1] - 1)  # where a weight is nan, no sum exceeds u
     if dtype == torch.float32:
         # A parallel sum rounds differently at each entry, so in one of some 10^7 draws (10^16 in
         # float64) an entry of weight 0 seems to add something. The likeliest takes its place.
-        index = index.clamp(max=weights.shape[1] - 1)
         index = index.where(weights.gather(1, index) > 0, weights.argmax(-1, keepdim=True))
     return index
 
@@ -416,7 +420,7 @@ class Decoder:
         self.tokens = torch.zeros(slots, length, dtype=torch.long, device=device)  # by position
         self.logprobs = torch.zeros(slots, length, dtype=precision, device=device)  # of the tokens
         self.position = torch.zeros(slots, dtype=torch.long, device=device)  # of each next input
-        self.ended = torch.zeros(slots, dtype=torch.bool, device=device)  # an EOS was sampled
+        self.ended = torch.zeros(slots, dtype=torch.bool, device=device)  # by an EOS, or by nan
         self.eos = torch.tensor(eos, dtype=torch.long, device=device)
 
     def admit(self, written, rows: list[int], sources: list[int], prompts: list[list[int]]):
@@ -448,7 +452,8 @@ class Decoder:
         position.add_(1).clamp_(max=self.last)
         self.tokens[:n].scatter_(1, position, ids)
         self.logprobs[:n].scatter_(1, position, logprobs.unsqueeze(1))
-        self.ended[:n] |= (ids == self.eos).any(-1)
+        # Rows with logits that are not finite end too, so that the host sees them at its next look.
+        self.ended[:n] |= (ids == self.eos).any(-1) | logprobs.isnan()
 
 
 @dataclass
@@ -510,6 +515,11 @@ def decode_all(decoder, step, prompts, limits, ahead: int, check_every: int, pro
             start, ids, logprobs = len(prompts[row.prompt]), tokens[k], scores[k]
             # Drop what was sampled after the EOS, before the host looked.
             stop = next((t + 1 for t in range(start, row.length) if ids[t] in eos), row.length)
+            if any(map(math.isnan, logprobs[start:stop])):
+                raise FloatingPointError(
+                    "the model's logits are not finite: its weights hold nan or inf, or its dtype "
+                    "overflows"
+                )
             finished = ids[stop - 1] in eos
             rollouts[row.prompt] = Rollout(ids[start:stop], logprobs[start:stop], finished)
             if progress is not None:

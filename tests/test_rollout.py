@@ -233,6 +233,8 @@ def bloom():
         (None, dict(prompts=[[3], []]), "empty prompt"),
         (None, dict(top_p=0.0), "top_p"),
         (None, dict(temperature=-1), "temperature"),
+        (None, dict(temperature=float("nan")), "temperature"),
+        (None, dict(temperature=1e-40), "temperature"),
         (None, dict(slots=0), "slots"),
         (None, dict(max_new_tokens=0), "max_new_tokens"),
         (None, dict(max_new_tokens=[1, 1]), "one limit for each"),
@@ -243,6 +245,29 @@ def test_refusals_say_why(model, changed, message):
     settings = {**dict(prompts=[[3]], max_new_tokens=1, eos_token_ids=[1]), **changed}
     with pytest.raises(ValueError, match=message):
         generate(build("llama") if model is None else model(), **settings)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("settings", [{"temperature": 0}, {}, {"top_p": 0.9}])
+def test_logits_that_are_not_finite_are_named(value, settings):
+    """They looked like a fault of an index. The last id of a large vocabulary (blocks of 128, with
+    padding) is spoilt; -inf, which a mask may write, is sampled as before."""
+    model, calls = build("llama", vocab_size=1100), []
+
+    def spoil(module, inputs, output):
+        calls.append(1)
+        output.logits[..., -1] = value
+
+    model.register_forward_hook(spoil)
+    settings = dict(max_new_tokens=40, eos_token_ids=[], check_every=4, **settings)
+    if value == float("-inf"):
+        assert all(
+            len(r.ids) == 40 and 1099 not in r.ids for r in generate(model, PROMPTS, **settings)
+        )
+        return
+    with pytest.raises(FloatingPointError, match="logits are not finite"):
+        generate(model, PROMPTS, **settings)
+    assert len(calls) < 15  # the prompts and 4 steps: at the next look, not at the end
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
