@@ -41,15 +41,15 @@ class LoraLinear(nn.Linear):
         A = A.to(device, torch.promote_types(dtype, torch.float32))
         self.lora_A = nn.Parameter(A)
         self.lora_B = nn.Parameter(A.new_zeros(linear.out_features, rank))
-        # What the forward pass multiplies with: a teacher puts its own pair here, or None (off).
-        self.factors = self.lora_A, self.lora_B
+        # A teacher's choice: its own [A, B] in place of ours, or no adapter at all.
+        self.other_pair, self.enabled = [], True
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., in] -> [..., out]"""
         y = F.linear(x, self.weight, self.bias)
-        if self.factors is None:
+        if not self.enabled:
             return y
-        A, B = self.factors
+        A, B = self.other_pair or (self.lora_A, self.lora_B)
         low = F.linear(x, A.to(x.dtype)) * (self.alpha / self.rank)  # [..., rank]
         return y + F.linear(low, B.to(x.dtype))
 
@@ -123,19 +123,20 @@ class LoraTeacher:
         and modes are the student's again, also after an exception."""
         modes = [(module, module.training) for module in self.module.modules()]
         layers = lora_layers(self.module)
-        factors = [(layer, layer.factors) for layer in layers.values()]
+        before = [(layer, layer.other_pair, layer.enabled) for layer in layers.values()]
         try:
             self.module.eval()
-            for name, layer in layers.items() if self.kind != "live" else ():
-                names = peft_names(name)
-                layer.factors = [self.average[n] for n in names] if self.kind == "ema" else None
+            for name, layer in layers.items():
+                layer.enabled = self.kind != "base"
+                names = peft_names(name) if self.kind == "ema" else ()
+                layer.other_pair = [self.average[n] for n in names]  # empty: none
             with torch.no_grad():
                 yield self.module
         finally:
             for module, mode in modes:
                 module.training = mode
-            for layer, pair in factors:
-                layer.factors = pair
+            for layer, pair, enabled in before:
+                layer.other_pair, layer.enabled = pair, enabled
 
     def update(self, step: int) -> None:
         """Call after optimizer step `step`, from 1: moves `ema` when `interval` divides it."""

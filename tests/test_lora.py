@@ -228,6 +228,20 @@ def test_a_copied_model_uses_its_own_factors():
     assert not torch.equal(logits(model), logits(twin))
 
 
+def test_replaced_factors_are_used():
+    """load_state_dict(assign=True) and an assignment put other tensors into the layers: the forward
+    pass must multiply with those, as must the teacher `live`."""
+    model, state = adapted(), adapted(factors=1).state_dict()
+    model.load_state_dict(state, assign=True)
+    expected = logits(adapted(factors=1))
+    assert torch.equal(logits(model), expected)
+    layer = model.model.layers[0].mlp.up_proj
+    layer.lora_A = torch.nn.Parameter(2 * layer.lora_A)
+    assert not torch.equal(logits(model), expected)
+    with LoraTeacher(model, "live").scoring() as module:
+        torch.testing.assert_close(module(input_ids=IDS).logits, logits(merged(model)))
+
+
 @pytest.mark.parametrize("kind", ["base", "live", "ema"])
 def test_stage_2_with_adapters_equals_plain_models(kind):
     """Student and teacher as two plain models with merged weights: the same losses, and gradients
