@@ -37,8 +37,9 @@ Read `generate`, `decode_all` and `Decoder.step` first.
 import inspect
 import logging
 import math
+import operator
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
@@ -79,7 +80,7 @@ def generate(
     prompts,
     *,
     max_new_tokens: int | list[int],
-    eos_token_ids: int | list[int],
+    eos_token_ids: int | list[int] | None,
     temperature: float = 1.0,
     top_p: float = 1.0,
     slots: int | None = None,
@@ -97,8 +98,8 @@ def generate(
     prompts: token ids without padding, none empty: lists, 1-D tensors, or one 2-D tensor. To draw n
         responses to a prompt, list it n times.
     max_new_tokens: the limit of all responses, or a list with one for each.
-    eos_token_ids: the ids that end a response, one id or several or none ([]). They are looked for
-        only in the response, which keeps its EOS.
+    eos_token_ids: the ids that end a response, one id or several or none ([] or None). They are
+        looked for only in the response, which keeps its EOS.
     temperature, top_p: as in `sample`. Nothing is taken from the model's generation config.
     slots: the most sequences decoded at once. The cache holds slots x (prompt + max_new_tokens)
         tokens; its size is logged (INFO) before it is allocated. None: `fit_slots`, which on CUDA
@@ -112,18 +113,24 @@ def generate(
         off by default. Without CUDA the same shapes run eagerly (for the tests).
 
     Raises ValueError for a model that `check_supported` refuses, for prompts that do not fit into
-    the model's positions together with their responses, and for other bad arguments;
-    FloatingPointError for logits that are nan or +inf.
+    the model's positions together with their responses, for EOS ids that are never sampled, and
+    for other bad arguments; TypeError for what is not token ids; FloatingPointError for logits that
+    are nan or +inf.
     """
     model = unwrapped(model)
     check_supported(model)
-    prompts = [p.tolist() if hasattr(p, "tolist") else list(p) for p in prompts]
-    eos = [eos_token_ids] if isinstance(eos_token_ids, int) else list(eos_token_ids)
-    one_limit = isinstance(max_new_tokens, int)
-    limits = [max_new_tokens] * len(prompts) if one_limit else list(max_new_tokens)
-    counts = limits + [count for count in (slots, check_every) if count is not None]
+    prompts = [integers(p, "each prompt must be a list of token ids") for p in prompts]
+    eos = [] if eos_token_ids is None else plain(eos_token_ids)
+    eos = integers(eos if isinstance(eos, Iterable) else [eos], "eos_token_ids must be ids")
+    limits = plain(max_new_tokens)
+    limits = limits if isinstance(limits, Iterable) else [limits] * len(prompts)
+    limits = integers(limits, "max_new_tokens must be integers")
+    counts = limits + [n for n in (slots, check_every, vocab_size) if n is not None]
     if min(counts, default=1) < 1:
-        raise ValueError("generate needs max_new_tokens, slots and check_every >= 1")
+        raise ValueError("generate needs max_new_tokens, slots, check_every and vocab_size >= 1")
+    sampled = min(vocab_size or model.config.vocab_size, model.config.vocab_size)
+    if eos and not any(0 <= token < sampled for token in eos):
+        raise ValueError(f"no response could end: eos_token_ids {eos} are not among {sampled} ids")
     # Logits divided by less would overflow. Both conditions are written so that nan is refused.
     if not (temperature == 0 or temperature >= 1e-5) or not 0 < top_p <= 1:
         raise ValueError("generate needs a temperature of 0 or >= 1e-5, and 0 < top_p <= 1")
@@ -163,6 +170,19 @@ def generate(
                 message += "; lower slots or max_new_tokens"
                 raise torch.OutOfMemoryError(message) from error
             raise
+
+
+def plain(value):
+    """Python's own numbers in place of a tensor or an array."""
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
+def integers(values, needed: str) -> list[int]:
+    """The values as Python ints. Raises TypeError, with what is needed, for anything else."""
+    try:
+        return [operator.index(value) for value in plain(values)]
+    except TypeError:
+        raise TypeError(f"{needed}, not {values!r:.60}") from None
 
 
 def fit_slots(model, longest_prompt: int, length: int, free_bytes: int | None = None) -> int:
@@ -289,10 +309,13 @@ def invert(weights: torch.Tensor, generator: torch.Generator | None, dtype: torc
 
 
 def unwrapped(model):
-    """The Hugging Face model inside DistributedDataParallel or torch.compile."""
-    if isinstance(model, torch.nn.parallel.DistributedDataParallel):
-        model = model.module
-    return getattr(model, "_orig_mod", model)
+    """The Hugging Face model inside DistributedDataParallel and torch.compile, in any order."""
+    while True:
+        parallel = isinstance(model, torch.nn.parallel.DistributedDataParallel)
+        inner = model.module if parallel else getattr(model, "_orig_mod", model)
+        if inner is model:
+            return model
+        model = inner
 
 
 @contextmanager

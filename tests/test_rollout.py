@@ -2,6 +2,7 @@
 
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from tiny import tiny
@@ -238,6 +239,9 @@ def bloom():
         (None, dict(slots=0), "slots"),
         (None, dict(max_new_tokens=0), "max_new_tokens"),
         (None, dict(max_new_tokens=[1, 1]), "one limit for each"),
+        (None, dict(vocab_size=0), "vocab_size"),
+        (None, dict(eos_token_ids=[38, 39], vocab_size=38), "no response could end.* 38 ids"),
+        (None, dict(eos_token_ids=40), "no response could end.* 40 ids"),
         (None, dict(prompts=[[3], [3] * 60], max_new_tokens=[60, 5]), "65 tokens.*64 positions"),
     ],
 )
@@ -291,6 +295,41 @@ def test_prompts_as_tensors(monkeypatch):
     assert generate(model, rectangle, **settings) == generate(model, rectangle.tolist(), **settings)
 
 
+def test_numbers_of_any_kind():
+    """np.int64 is no int, and a 0-d tensor cannot be iterated."""
+    model, settings = build("llama"), dict(temperature=0)
+    free = generate(model, PROMPTS, max_new_tokens=5, eos_token_ids=None, **settings)
+    assert free == generate(model, PROMPTS, max_new_tokens=5, eos_token_ids=[], **settings)
+    end = free[0].ids[2]
+    expected = generate(model, PROMPTS, max_new_tokens=5, eos_token_ids=[end], **settings)
+    prompts = [np.array(p) for p in PROMPTS[:2]] + [[np.int64(t) for t in p] for p in PROMPTS[2:]]
+    for eos in (end, np.int64(end), torch.tensor(end), torch.tensor([end]), np.array([end]), {end}):
+        for limit in (np.int64(5), torch.tensor(5), np.array([5] * 5), torch.tensor([5] * 5)):
+            got = generate(model, prompts, max_new_tokens=limit, eos_token_ids=eos, **settings)
+            assert got == expected
+
+
+@pytest.mark.parametrize(
+    "changed, message",
+    [
+        (dict(prompts=[5, 9, 3]), "each prompt must be a list of token ids, not 5"),
+        (dict(prompts=torch.tensor([5, 9, 3])), "each prompt must be a list of token ids"),
+        (dict(prompts="text"), "each prompt"),
+        (dict(prompts=["text"]), "each prompt must be a list of token ids, not 'text'"),
+        (dict(prompts={"input_ids": [[5, 9]]}), "each prompt"),
+        (dict(prompts=[[5.0, 9.0]]), "each prompt"),
+        (dict(eos_token_ids=[None]), "eos_token_ids must be ids"),
+        (dict(eos_token_ids="</s>"), "eos_token_ids must be ids"),
+        (dict(max_new_tokens=2.5), "max_new_tokens must be integers"),
+        (dict(max_new_tokens=None), "max_new_tokens must be integers"),
+    ],
+)
+def test_what_is_not_ids_is_named(changed, message):
+    settings = {**dict(prompts=[[3]], max_new_tokens=1, eos_token_ids=[1]), **changed}
+    with pytest.raises(TypeError, match=message):
+        generate(build("llama"), **settings)
+
+
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_inside_autocast(attention):
     """Catches keys of one dtype and values of another, and copies of the weights, made without
@@ -318,6 +357,8 @@ def test_wrapped_models():
     try:
         parallel = torch.nn.parallel.DistributedDataParallel(model)
         assert generate(parallel, PROMPTS, **settings) == expected
+        both = torch.compile(parallel, backend=lambda graph, inputs: pytest.fail("compiled"))
+        assert generate(both, PROMPTS, **settings) == expected
         assert cache_bytes_per_token(parallel) == cache_bytes_per_token(model)
     finally:
         dist.destroy_process_group()
