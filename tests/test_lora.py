@@ -362,6 +362,16 @@ def test_wrong_settings_raise():
             LoraTeacher(student, **{"kind": "ema", **wrong})
     with pytest.raises(ValueError, match="LoraLinear"):
         add_lora(student, RANK, ALPHA)
+    plain = tiny("llama")
+    for rank, alpha in ((0, 1), (-1, 1), (1, 0), (1, -1.0), (1, math.nan)):
+        with pytest.raises(ValueError, match="rank >= 1 and alpha > 0"):
+            add_lora(plain, rank, alpha)
+    assert all(p.requires_grad for p in plain.parameters())
+    for kind in ("base", "live", "ema"):
+        with pytest.raises(ValueError, match="add_lora first"):
+            LoraTeacher(plain, kind)
+    with pytest.raises(ValueError, match="add_lora first"):
+        adapter_config(plain, "some/model")
 
 
 # ----------------------------------------------------------------------------------------- saving
@@ -416,6 +426,27 @@ def test_the_files_of_peft():
     assert torch.equal(state[name.format("A")], layer.lora_A)
     assert torch.equal(state[name.format("B")], layer.lora_B)
     assert len(state) == 2 * 3 * 7 and not any(x.requires_grad for x in state.values())
+
+
+def test_wrapped_models_have_the_same_files():
+    """Files with `module.` or `_orig_mod.` in their names load nowhere, or without a word."""
+    import torch.distributed as dist
+
+    model = adapted()
+    state, plain = adapter_state(model), merged_state_dict(model)
+    config = adapter_config(model, "some/model")
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        parallel = torch.nn.parallel.DistributedDataParallel(model)
+        for wrapped in (torch.compile(model), parallel, torch.compile(parallel)):
+            assert adapter_state(wrapped).keys() == state.keys()
+            found = merged_state_dict(wrapped)
+            assert found.keys() == plain.keys()
+            assert all(torch.equal(found[name], plain[name]) for name in plain)
+            assert adapter_config(wrapped, "some/model") == config
+            LoraTeacher(wrapped, "ema").load_state_dict(state)
+    finally:
+        dist.destroy_process_group()
 
 
 # --------------------------------------------------------------------------------------- memory
