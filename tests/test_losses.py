@@ -11,8 +11,10 @@ import subprocess
 import sys
 import textwrap
 
+import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from tiny import tiny
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -444,6 +446,35 @@ def test_counts_that_leave_nothing_to_predict_from_are_refused():
         predicting_last(model, SEQUENCES, [1, 0])
 
 
+def test_sequences_as_tensors_and_sequences_that_are_refused():
+    """An array plus a list of padding is a sum; position 65 of 64 is an obscure index error,
+    and on a GPU one that ends the process."""
+    model, counts = tiny("gpt2"), [2, 0, 1]
+    expected = predicting_last(model, SEQUENCES, counts)
+    for kind in (torch.tensor, np.array, tuple):
+        assert torch.equal(predicting_last(model, [kind(s) for s in SEQUENCES], counts), expected)
+    with pytest.raises(ValueError, match="no sequence"):
+        predicting_last(model, [], [])
+    assert predicting_last(model, [[3] * 64], [5]).shape == (5, 32)
+    with pytest.raises(ValueError, match="65 ids.* 64 positions"):
+        predicting_last(model, [[3] * 65], [5])
+    assert predicting_last(tiny("llama"), [[3] * 65], [5]).shape == (5, 32)  # rotary: no table
+
+
+def test_wrapped_models_are_refused_with_the_remedy():
+    model = tiny("llama")
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        parallel = torch.nn.parallel.DistributedDataParallel(model)
+        for wrapped in (parallel, torch.compile(parallel)):
+            with pytest.raises(ValueError, match="pass ddp.module"):
+                OutputLayer(wrapped)
+            with pytest.raises(ValueError, match="pass ddp.module"):
+                predicting_last(wrapped, SEQUENCES, [1, 0, 1])
+    finally:
+        dist.destroy_process_group()
+
+
 def fewest_groups(lengths, budget):
     """By brute force: of all cuts of the sorted lengths that keep to budget and padding, the one
     with the fewest groups."""
@@ -538,6 +569,13 @@ def test_output_layer_refuses_an_unknown_step_by_name_and_puts_modes_back():
             OutputLayer(model)
         hook.remove()
         assert [m.training for m in model.modules()] == modes
+
+
+def test_output_layer_does_not_blame_the_family_for_nan():
+    model = tiny("llama")
+    model.model.layers[1].mlp.up_proj.weight.data[0, 0] = math.nan
+    with pytest.raises(ValueError, match="its logits are not finite"):
+        OutputLayer(model)
 
 
 # ----------------------------------------------------------------------------- the chunked backward
