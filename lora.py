@@ -41,15 +41,15 @@ class LoraLinear(nn.Linear):
         A = A.to(device, torch.promote_types(dtype, torch.float32))
         self.lora_A = nn.Parameter(A)
         self.lora_B = nn.Parameter(A.new_zeros(linear.out_features, rank))
-        # What the forward pass multiplies with: a teacher puts its own pair here, or None (off).
-        self.factors = self.lora_A, self.lora_B
+        # A teacher's choice: its own [A, B] in place of ours, or no adapter at all.
+        self.other_pair, self.enabled = [], True
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., in] -> [..., out]"""
         y = F.linear(x, self.weight, self.bias)
-        if self.factors is None:
+        if not self.enabled:
             return y
-        A, B = self.factors
+        A, B = self.other_pair or (self.lora_A, self.lora_B)
         low = F.linear(x, A.to(x.dtype)) * (self.alpha / self.rank)  # [..., rank]
         return y + F.linear(low, B.to(x.dtype))
 
@@ -57,9 +57,12 @@ class LoraLinear(nn.Linear):
 def add_lora(model: nn.Module, rank: int, alpha: float, seed: int = 0) -> None:
     """Freeze a Hugging Face causal LM and give each of its linear layers an adapter, in place.
 
-    Raises ValueError, before anything is changed, with the name of a family that keeps matrices
-    elsewhere: GPT-2 in its Conv1D, mixtures of experts in one tensor for all experts.
+    Raises ValueError, before anything is changed, for rank < 1, for alpha <= 0, and with its name
+    for a family that keeps matrices elsewhere: GPT-2 in its Conv1D, mixtures of experts in one
+    tensor for all experts.
     """
+    if not (rank >= 1 and alpha > 0):
+        raise ValueError(f"add_lora needs rank >= 1 and alpha > 0, not {rank} and {alpha}")
     head, linears = model.get_output_embeddings(), {}
     for name, module in model.named_modules():
         if type(module) is nn.Linear:
@@ -80,8 +83,16 @@ def add_lora(model: nn.Module, rank: int, alpha: float, seed: int = 0) -> None:
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoraLinear]:
-    """The layers that `add_lora` made, by name."""
-    return {name: m for name, m in model.named_modules() if isinstance(m, LoraLinear)}
+    """The layers that `add_lora` made, by their names in the Hugging Face model."""
+    modules = unwrapped(model).named_modules()
+    return {name: module for name, module in modules if isinstance(module, LoraLinear)}
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The Hugging Face model inside DistributedDataParallel and torch.compile, which put `module.`
+    and `_orig_mod.` in front of names."""
+    inside = (m for m in model.modules() if hasattr(type(m), "get_output_embeddings"))
+    return next(inside, model)
 
 
 # ------------------------------------------------------------------------------------- the teacher
@@ -92,7 +103,7 @@ class LoraTeacher:
 
     student: a model after `add_lora`. It is also the `module` that scores; its adapters are
     switched inside `scoring` only. kind: "base", "live" or "ema"; rate, in (0, 1], and interval, in
-    optimizer steps, belong to ema. Raises ValueError for other values.
+    optimizer steps, belong to ema. Raises ValueError for other values, and without adapters.
 
     - base: the frozen weights without adapter, which takes no memory. For stage 2 these are stage
             1's, merged.
@@ -112,6 +123,8 @@ class LoraTeacher:
             raise ValueError(f"teacher must be base, live or ema, not {kind!r}")
         if not 0 < rate <= 1 or interval < 1:
             raise ValueError(f"teacher needs 0 < rate <= 1, interval >= 1, not {rate}, {interval}")
+        if not lora_layers(student):
+            raise ValueError("LoraTeacher needs a student with adapters: call add_lora first")
         self.module, self.kind, self.rate, self.interval = student, kind, rate, interval
         self.average = {}
         for name, tensor in adapter_state(student).items() if kind == "ema" else ():
@@ -123,19 +136,20 @@ class LoraTeacher:
         and modes are the student's again, also after an exception."""
         modes = [(module, module.training) for module in self.module.modules()]
         layers = lora_layers(self.module)
-        factors = [(layer, layer.factors) for layer in layers.values()]
+        before = [(layer, layer.other_pair, layer.enabled) for layer in layers.values()]
         try:
             self.module.eval()
-            for name, layer in layers.items() if self.kind != "live" else ():
-                names = peft_names(name)
-                layer.factors = [self.average[n] for n in names] if self.kind == "ema" else None
+            for name, layer in layers.items():
+                layer.enabled = self.kind != "base"
+                names = peft_names(name) if self.kind == "ema" else ()
+                layer.other_pair = [self.average[n] for n in names]  # empty: none
             with torch.no_grad():
                 yield self.module
         finally:
             for module, mode in modes:
                 module.training = mode
-            for layer, pair in factors:
-                layer.factors = pair
+            for layer, pair, enabled in before:
+                layer.other_pair, layer.enabled = pair, enabled
 
     def update(self, step: int) -> None:
         """Call after optimizer step `step`, from 1: moves `ema` when `interval` divides it."""
@@ -175,8 +189,11 @@ def load_adapter(model: nn.Module, state: dict[str, torch.Tensor]) -> None:
 
 
 def adapter_config(model: nn.Module, base: str) -> dict:
-    """The content of PEFT's adapter_config.json. base: name or folder of the model without it."""
+    """The content of PEFT's adapter_config.json. base: name or folder of the model without it.
+    Raises ValueError for a model without adapters."""
     layers = lora_layers(model)
+    if not layers:
+        raise ValueError("adapter_config needs a model with adapters: call add_lora first")
     first = next(iter(layers.values()))
     return {
         "peft_type": "LORA",
@@ -205,6 +222,7 @@ def merged_state_dict(model: nn.Module, seed: int = 0) -> dict[str, torch.Tensor
     rounding to nearest, that loses a sixth of the update, ours a fiftieth; where nearly all
     survive, ours loses up to four times as much: still less than a thousandth of the update.
     """
+    model = unwrapped(model)
     state = {n: t for n, t in model.state_dict().items() if not n.endswith((".lora_A", ".lora_B"))}
     generator = torch.Generator(model.device).manual_seed(seed)
     for name, layer in lora_layers(model).items():

@@ -182,13 +182,32 @@ def importance_weight(
 # ------------------------------------------------------------------ from token ids to hidden states
 
 
+def _check_unwrapped(model) -> None:
+    if not hasattr(model, "base_model"):
+        raise ValueError(
+            f"losses.py needs a Hugging Face causal LM, not {type(model).__name__}: "
+            "in place of DistributedDataParallel pass ddp.module"
+        )
+
+
 def hidden_states(model, sequences: list[list[int]]) -> torch.Tensor:
     """Last hidden states [B, T, H] of a Hugging Face causal LM, one forward pass for all sequences.
 
     Sequences are padded on the RIGHT, which causal attention cannot see: no mask is needed, and
     positions count from 0 in every row. Outputs at padded positions must be ignored.
+
+    sequences: token ids as lists, 1-D tensors or arrays. Raises ValueError for none, for a wrapped
+    model, and for more ids than GPT-2 and its kin have learned positions.
     """
+    _check_unwrapped(model)
+    sequences = [s.tolist() if hasattr(s, "tolist") else list(s) for s in sequences]
+    if not sequences:
+        raise ValueError("there is no sequence")
     longest = max(map(len, sequences))
+    learned = getattr(model.base_model, "wpe", None)  # on a GPU its index error would be obscure
+    if learned is not None and longest > learned.num_embeddings:
+        limit = learned.num_embeddings
+        raise ValueError(f"a sequence has {longest} ids, but the model has {limit} positions")
     padded = [ids + [0] * (longest - len(ids)) for ids in sequences]
     input_ids = torch.tensor(padded, device=model.device)
     return model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
@@ -210,7 +229,8 @@ def predicting_last(model, sequences: list[list[int]], counts: list[int]) -> tor
         predicts         y0   y1   y2   what would come next
 
     A count of 0 adds no row. Raises ValueError for a negative count, and for one that leaves no id
-    in front of the scored ones: the first id of a sequence is predicted by nothing.
+    in front of the scored ones: the first id of a sequence is predicted by nothing. Otherwise as
+    `hidden_states`.
     """
     for ids, count in zip(sequences, counts, strict=True):
         if not 0 <= count < len(ids):
@@ -257,10 +277,11 @@ class OutputLayer:
     It applies the model's own steps after the last hidden state, scaling (Cohere, Granite) and soft
     capping (Gemma 2) included. A family that has another step there is found by comparison with the
     model's own logits on a few tokens: ValueError with its name. The weights are the model's own,
-    not a copy.
+    not a copy. Raises ValueError for a wrapped model, too, and for logits that are not finite.
     """
 
     def __init__(self, model, vocab_size: int | None = None):
+        _check_unwrapped(model)
         head, config = model.get_output_embeddings(), model.config
         self.weight, self.bias = head.weight, head.bias  # [at least V, H], [at least V] or None
         self.vocab_size = min(vocab_size or len(head.weight), len(head.weight))
@@ -284,6 +305,8 @@ class OutputLayer:
                 module.training = mode
         rtol = 1e-2 if ours.dtype in (torch.bfloat16, torch.float16) else 1e-4
         if not torch.allclose(ours.float(), theirs.float(), rtol=rtol, atol=1e-4):
+            if not theirs.isfinite().all():
+                raise ValueError("the model cannot be used: its logits are not finite")
             raise ValueError(
                 f"losses.py does not know how the family {config.model_type!r} gets from its last "
                 "hidden state to its logits"
@@ -407,6 +430,12 @@ def backward_by_chunks(
             part = loss(layer.finish(logits), *others)
             if part.shape[:1] != chunk.shape[:1]:
                 raise ValueError(f"loss of {len(chunk)} rows must be [n] or [n, C]: {part.shape}")
+            if part.dim() > 2 or part.shape[1:] == (layer.vocab_size,):
+                # Such as F.kl_div(..., reduction="none"): column 0 would be the loss of id 0.
+                raise ValueError(
+                    f"loss returned {list(part.shape)}, one number per vocabulary entry: "
+                    "sum over the vocabulary first"
+                )
             ((part if part.dim() == 1 else part[:, 0]).sum() / divisor).backward()
             chunk.copy_(logits.grad)  # in the student's buffer
             if columns is None:  # allocated late, not to split the allocator's chunk-sized pieces

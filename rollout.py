@@ -36,8 +36,10 @@ Read `generate`, `decode_all` and `Decoder.step` first.
 
 import inspect
 import logging
+import math
+import operator
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
@@ -78,7 +80,7 @@ def generate(
     prompts,
     *,
     max_new_tokens: int | list[int],
-    eos_token_ids: int | list[int],
+    eos_token_ids: int | list[int] | None,
     temperature: float = 1.0,
     top_p: float = 1.0,
     slots: int | None = None,
@@ -96,8 +98,8 @@ def generate(
     prompts: token ids without padding, none empty: lists, 1-D tensors, or one 2-D tensor. To draw n
         responses to a prompt, list it n times.
     max_new_tokens: the limit of all responses, or a list with one for each.
-    eos_token_ids: the ids that end a response, one id or several or none ([]). They are looked for
-        only in the response, which keeps its EOS.
+    eos_token_ids: the ids that end a response, one id or several or none ([] or None). They are
+        looked for only in the response, which keeps its EOS.
     temperature, top_p: as in `sample`. Nothing is taken from the model's generation config.
     slots: the most sequences decoded at once. The cache holds slots x (prompt + max_new_tokens)
         tokens; its size is logged (INFO) before it is allocated. None: `fit_slots`, which on CUDA
@@ -111,19 +113,27 @@ def generate(
         off by default. Without CUDA the same shapes run eagerly (for the tests).
 
     Raises ValueError for a model that `check_supported` refuses, for prompts that do not fit into
-    the model's positions together with their responses, and for other bad arguments.
+    the model's positions together with their responses, for EOS ids that are never sampled, and
+    for other bad arguments; TypeError for what is not token ids; FloatingPointError for logits that
+    are nan or +inf.
     """
     model = unwrapped(model)
     check_supported(model)
-    prompts = [p.tolist() if hasattr(p, "tolist") else list(p) for p in prompts]
-    eos = [eos_token_ids] if isinstance(eos_token_ids, int) else list(eos_token_ids)
-    one_limit = isinstance(max_new_tokens, int)
-    limits = [max_new_tokens] * len(prompts) if one_limit else list(max_new_tokens)
-    counts = limits + [count for count in (slots, check_every) if count is not None]
+    prompts = [integers(p, "each prompt must be a list of token ids") for p in prompts]
+    eos = [] if eos_token_ids is None else plain(eos_token_ids)
+    eos = integers(eos if isinstance(eos, Iterable) else [eos], "eos_token_ids must be ids")
+    limits = plain(max_new_tokens)
+    limits = limits if isinstance(limits, Iterable) else [limits] * len(prompts)
+    limits = integers(limits, "max_new_tokens must be integers")
+    counts = limits + [n for n in (slots, check_every, vocab_size) if n is not None]
     if min(counts, default=1) < 1:
-        raise ValueError("generate needs max_new_tokens, slots and check_every >= 1")
-    if temperature < 0 or not 0 < top_p <= 1:
-        raise ValueError("generate needs temperature >= 0 and 0 < top_p <= 1")
+        raise ValueError("generate needs max_new_tokens, slots, check_every and vocab_size >= 1")
+    sampled = min(vocab_size or model.config.vocab_size, model.config.vocab_size)
+    if eos and not any(0 <= token < sampled for token in eos):
+        raise ValueError(f"no response could end: eos_token_ids {eos} are not among {sampled} ids")
+    # Logits divided by less would overflow. Both conditions are written so that nan is refused.
+    if not (temperature == 0 or temperature >= 1e-5) or not 0 < top_p <= 1:
+        raise ValueError("generate needs a temperature of 0 or >= 1e-5, and 0 < top_p <= 1")
     if not all(prompts):
         raise ValueError("generate got an empty prompt")
     if len(limits) != len(prompts):
@@ -160,6 +170,19 @@ def generate(
                 message += "; lower slots or max_new_tokens"
                 raise torch.OutOfMemoryError(message) from error
             raise
+
+
+def plain(value):
+    """Python's own numbers in place of a tensor or an array."""
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
+def integers(values, needed: str) -> list[int]:
+    """The values as Python ints. Raises TypeError, with what is needed, for anything else."""
+    try:
+        return [operator.index(value) for value in plain(values)]
+    except TypeError:
+        raise TypeError(f"{needed}, not {values!r:.60}") from None
 
 
 def fit_slots(model, longest_prompt: int, length: int, free_bytes: int | None = None) -> int:
@@ -230,7 +253,8 @@ def sample(
     logits: [n, V]. Returns ids [n] and their log-probabilities [n], fp32 or wider, under the
     distribution that was drawn from: softmax(logits / temperature), cut to its nucleus (the fewest
     most likely tokens that hold at least top_p) and renormalised. Temperature 0 takes the most
-    likely token; its log-probability is the one at temperature 1 (at 0 it would always be 0)."""
+    likely token; its log-probability is the one at temperature 1 (at 0 it would always be 0).
+    In a row with a logit of nan or +inf, the log-probability is nan and the id means nothing."""
     logits = logits[:, :vocab_size].to(torch.promote_types(logits.dtype, torch.float32))
     if temperature not in (0, 1):
         logits = logits / temperature
@@ -255,7 +279,7 @@ def draw(
     by its sum, then an entry in it, so that only the sums touch the whole row."""
     if dtype is None:  # Apple's GPUs have no float64
         dtype = torch.float32 if weights.device.type == "mps" else torch.float64
-    levels = []
+    levels, last = [], weights.shape[1] - 1
     while weights.shape[1] > 1024:
         padded = torch.nn.functional.pad(weights, (0, -weights.shape[1] % 128))
         levels.append(padded.view(len(weights), -1, 128))
@@ -264,7 +288,7 @@ def draw(
     for blocks in reversed(levels):
         block = blocks.gather(1, index[:, :, None].expand(-1, -1, 128))[:, 0]  # [n, 128]
         index = 128 * index + invert(block, generator, dtype)
-    return index
+    return index.clamp(max=last)  # only a row with nan reaches into the padding
 
 
 def invert(weights: torch.Tensor, generator: torch.Generator | None, dtype: torch.dtype):
@@ -273,10 +297,10 @@ def invert(weights: torch.Tensor, generator: torch.Generator | None, dtype: torc
     cumulative = weights.to(dtype).cumsum(-1)
     u = torch.rand(len(weights), 1, dtype=dtype, device=weights.device, generator=generator)
     index = torch.searchsorted(cumulative, u * cumulative[:, -1:], right=True)
+    index = index.clamp(max=weights.shape[1] - 1)  # where a weight is nan, no sum exceeds u
     if dtype == torch.float32:
         # A parallel sum rounds differently at each entry, so in one of some 10^7 draws (10^16 in
         # float64) an entry of weight 0 seems to add something. The likeliest takes its place.
-        index = index.clamp(max=weights.shape[1] - 1)
         index = index.where(weights.gather(1, index) > 0, weights.argmax(-1, keepdim=True))
     return index
 
@@ -285,10 +309,13 @@ def invert(weights: torch.Tensor, generator: torch.Generator | None, dtype: torc
 
 
 def unwrapped(model):
-    """The Hugging Face model inside DistributedDataParallel or torch.compile."""
-    if isinstance(model, torch.nn.parallel.DistributedDataParallel):
-        model = model.module
-    return getattr(model, "_orig_mod", model)
+    """The Hugging Face model inside DistributedDataParallel and torch.compile, in any order."""
+    while True:
+        parallel = isinstance(model, torch.nn.parallel.DistributedDataParallel)
+        inner = model.module if parallel else getattr(model, "_orig_mod", model)
+        if inner is model:
+            return model
+        model = inner
 
 
 @contextmanager
@@ -416,7 +443,7 @@ class Decoder:
         self.tokens = torch.zeros(slots, length, dtype=torch.long, device=device)  # by position
         self.logprobs = torch.zeros(slots, length, dtype=precision, device=device)  # of the tokens
         self.position = torch.zeros(slots, dtype=torch.long, device=device)  # of each next input
-        self.ended = torch.zeros(slots, dtype=torch.bool, device=device)  # an EOS was sampled
+        self.ended = torch.zeros(slots, dtype=torch.bool, device=device)  # by an EOS, or by nan
         self.eos = torch.tensor(eos, dtype=torch.long, device=device)
 
     def admit(self, written, rows: list[int], sources: list[int], prompts: list[list[int]]):
@@ -448,7 +475,8 @@ class Decoder:
         position.add_(1).clamp_(max=self.last)
         self.tokens[:n].scatter_(1, position, ids)
         self.logprobs[:n].scatter_(1, position, logprobs.unsqueeze(1))
-        self.ended[:n] |= (ids == self.eos).any(-1)
+        # Rows with logits that are not finite end too, so that the host sees them at its next look.
+        self.ended[:n] |= (ids == self.eos).any(-1) | logprobs.isnan()
 
 
 @dataclass
@@ -510,6 +538,11 @@ def decode_all(decoder, step, prompts, limits, ahead: int, check_every: int, pro
             start, ids, logprobs = len(prompts[row.prompt]), tokens[k], scores[k]
             # Drop what was sampled after the EOS, before the host looked.
             stop = next((t + 1 for t in range(start, row.length) if ids[t] in eos), row.length)
+            if any(map(math.isnan, logprobs[start:stop])):
+                raise FloatingPointError(
+                    "the model's logits are not finite: its weights hold nan or inf, or its dtype "
+                    "overflows"
+                )
             finished = ids[stop - 1] in eos
             rollouts[row.prompt] = Rollout(ids[start:stop], logprobs[start:stop], finished)
             if progress is not None:

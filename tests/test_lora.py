@@ -228,6 +228,20 @@ def test_a_copied_model_uses_its_own_factors():
     assert not torch.equal(logits(model), logits(twin))
 
 
+def test_replaced_factors_are_used():
+    """load_state_dict(assign=True) and an assignment put other tensors into the layers: the forward
+    pass must multiply with those, as must the teacher `live`."""
+    model, state = adapted(), adapted(factors=1).state_dict()
+    model.load_state_dict(state, assign=True)
+    expected = logits(adapted(factors=1))
+    assert torch.equal(logits(model), expected)
+    layer = model.model.layers[0].mlp.up_proj
+    layer.lora_A = torch.nn.Parameter(2 * layer.lora_A)
+    assert not torch.equal(logits(model), expected)
+    with LoraTeacher(model, "live").scoring() as module:
+        torch.testing.assert_close(module(input_ids=IDS).logits, logits(merged(model)))
+
+
 @pytest.mark.parametrize("kind", ["base", "live", "ema"])
 def test_stage_2_with_adapters_equals_plain_models(kind):
     """Student and teacher as two plain models with merged weights: the same losses, and gradients
@@ -348,6 +362,16 @@ def test_wrong_settings_raise():
             LoraTeacher(student, **{"kind": "ema", **wrong})
     with pytest.raises(ValueError, match="LoraLinear"):
         add_lora(student, RANK, ALPHA)
+    plain = tiny("llama")
+    for rank, alpha in ((0, 1), (-1, 1), (1, 0), (1, -1.0), (1, math.nan)):
+        with pytest.raises(ValueError, match="rank >= 1 and alpha > 0"):
+            add_lora(plain, rank, alpha)
+    assert all(p.requires_grad for p in plain.parameters())
+    for kind in ("base", "live", "ema"):
+        with pytest.raises(ValueError, match="add_lora first"):
+            LoraTeacher(plain, kind)
+    with pytest.raises(ValueError, match="add_lora first"):
+        adapter_config(plain, "some/model")
 
 
 # ----------------------------------------------------------------------------------------- saving
@@ -402,6 +426,27 @@ def test_the_files_of_peft():
     assert torch.equal(state[name.format("A")], layer.lora_A)
     assert torch.equal(state[name.format("B")], layer.lora_B)
     assert len(state) == 2 * 3 * 7 and not any(x.requires_grad for x in state.values())
+
+
+def test_wrapped_models_have_the_same_files():
+    """Files with `module.` or `_orig_mod.` in their names load nowhere, or without a word."""
+    import torch.distributed as dist
+
+    model = adapted()
+    state, plain = adapter_state(model), merged_state_dict(model)
+    config = adapter_config(model, "some/model")
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        parallel = torch.nn.parallel.DistributedDataParallel(model)
+        for wrapped in (torch.compile(model), parallel, torch.compile(parallel)):
+            assert adapter_state(wrapped).keys() == state.keys()
+            found = merged_state_dict(wrapped)
+            assert found.keys() == plain.keys()
+            assert all(torch.equal(found[name], plain[name]) for name in plain)
+            assert adapter_config(wrapped, "some/model") == config
+            LoraTeacher(wrapped, "ema").load_state_dict(state)
+    finally:
+        dist.destroy_process_group()
 
 
 # --------------------------------------------------------------------------------------- memory

@@ -11,8 +11,10 @@ import subprocess
 import sys
 import textwrap
 
+import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from tiny import tiny
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -444,6 +446,35 @@ def test_counts_that_leave_nothing_to_predict_from_are_refused():
         predicting_last(model, SEQUENCES, [1, 0])
 
 
+def test_sequences_as_tensors_and_sequences_that_are_refused():
+    """An array plus a list of padding is a sum; position 65 of 64 is an obscure index error,
+    and on a GPU one that ends the process."""
+    model, counts = tiny("gpt2"), [2, 0, 1]
+    expected = predicting_last(model, SEQUENCES, counts)
+    for kind in (torch.tensor, np.array, tuple):
+        assert torch.equal(predicting_last(model, [kind(s) for s in SEQUENCES], counts), expected)
+    with pytest.raises(ValueError, match="no sequence"):
+        predicting_last(model, [], [])
+    assert predicting_last(model, [[3] * 64], [5]).shape == (5, 32)
+    with pytest.raises(ValueError, match="65 ids.* 64 positions"):
+        predicting_last(model, [[3] * 65], [5])
+    assert predicting_last(tiny("llama"), [[3] * 65], [5]).shape == (5, 32)  # rotary: no table
+
+
+def test_wrapped_models_are_refused_with_the_remedy():
+    model = tiny("llama")
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        parallel = torch.nn.parallel.DistributedDataParallel(model)
+        for wrapped in (parallel, torch.compile(parallel)):
+            with pytest.raises(ValueError, match="pass ddp.module"):
+                OutputLayer(wrapped)
+            with pytest.raises(ValueError, match="pass ddp.module"):
+                predicting_last(wrapped, SEQUENCES, [1, 0, 1])
+    finally:
+        dist.destroy_process_group()
+
+
 def fewest_groups(lengths, budget):
     """By brute force: of all cuts of the sorted lengths that keep to budget and padding, the one
     with the fewest groups."""
@@ -540,6 +571,13 @@ def test_output_layer_refuses_an_unknown_step_by_name_and_puts_modes_back():
         assert [m.training for m in model.modules()] == modes
 
 
+def test_output_layer_does_not_blame_the_family_for_nan():
+    model = tiny("llama")
+    model.model.layers[1].mlp.up_proj.weight.data[0, 0] = math.nan
+    with pytest.raises(ValueError, match="its logits are not finite"):
+        OutputLayer(model)
+
+
 # ----------------------------------------------------------------------------- the chunked backward
 
 
@@ -630,7 +668,8 @@ def test_a_loss_may_return_one_number_per_token():
 
 
 def test_shapes_that_do_not_fit_are_refused_before_any_gradient():
-    """A batch of hidden states, targets of another length, a loss that is averaged already."""
+    """A batch of hidden states, targets of another length, a loss that is averaged already
+    or not summed over the vocabulary."""
     model, layer, hidden = head_and_hidden(rows=6)
     with pytest.raises(ValueError, match=r"\[N, H\].*flatten"):
         backward_by_chunks(against_mirror, layer, hidden.view(2, 3, 32) * 1, divisor=1)
@@ -642,6 +681,10 @@ def test_shapes_that_do_not_fit_are_refused_before_any_gradient():
             )
     for wrong in (lambda x: against_mirror(x).mean(), lambda x: against_mirror(x)[:1]):
         with pytest.raises(ValueError, match=r"must be \[n\] or \[n, C\]"):
+            backward_by_chunks(wrong, layer, hidden * 1, divisor=1)
+    # A number per vocabulary entry: column 0 would be taken for the loss.
+    for wrong in (lambda x: x.softmax(-1) * x, lambda x: x[:, :2, None]):
+        with pytest.raises(ValueError, match="sum over the vocabulary first"):
             backward_by_chunks(wrong, layer, hidden * 1, divisor=1)
     assert hidden.grad is None and model.lm_head.weight.grad is None
 

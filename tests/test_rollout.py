@@ -2,6 +2,7 @@
 
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from tiny import tiny
@@ -233,9 +234,14 @@ def bloom():
         (None, dict(prompts=[[3], []]), "empty prompt"),
         (None, dict(top_p=0.0), "top_p"),
         (None, dict(temperature=-1), "temperature"),
+        (None, dict(temperature=float("nan")), "temperature"),
+        (None, dict(temperature=1e-40), "temperature"),
         (None, dict(slots=0), "slots"),
         (None, dict(max_new_tokens=0), "max_new_tokens"),
         (None, dict(max_new_tokens=[1, 1]), "one limit for each"),
+        (None, dict(vocab_size=0), "vocab_size"),
+        (None, dict(eos_token_ids=[38, 39], vocab_size=38), "no response could end.* 38 ids"),
+        (None, dict(eos_token_ids=40), "no response could end.* 40 ids"),
         (None, dict(prompts=[[3], [3] * 60], max_new_tokens=[60, 5]), "65 tokens.*64 positions"),
     ],
 )
@@ -243,6 +249,29 @@ def test_refusals_say_why(model, changed, message):
     settings = {**dict(prompts=[[3]], max_new_tokens=1, eos_token_ids=[1]), **changed}
     with pytest.raises(ValueError, match=message):
         generate(build("llama") if model is None else model(), **settings)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("settings", [{"temperature": 0}, {}, {"top_p": 0.9}])
+def test_logits_that_are_not_finite_are_named(value, settings):
+    """They looked like a fault of an index. The last id of a large vocabulary (blocks of 128, with
+    padding) is spoilt; -inf, which a mask may write, is sampled as before."""
+    model, calls = build("llama", vocab_size=1100), []
+
+    def spoil(module, inputs, output):
+        calls.append(1)
+        output.logits[..., -1] = value
+
+    model.register_forward_hook(spoil)
+    settings = dict(max_new_tokens=40, eos_token_ids=[], check_every=4, **settings)
+    if value == float("-inf"):
+        assert all(
+            len(r.ids) == 40 and 1099 not in r.ids for r in generate(model, PROMPTS, **settings)
+        )
+        return
+    with pytest.raises(FloatingPointError, match="logits are not finite"):
+        generate(model, PROMPTS, **settings)
+    assert len(calls) < 15  # the prompts and 4 steps: at the next look, not at the end
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
@@ -264,6 +293,41 @@ def test_prompts_as_tensors(monkeypatch):
     assert sorted(prefilled) == sorted(map(tuple, PROMPTS))
     rectangle = torch.tensor([PROMPTS[0], PROMPTS[2][:7]], device=DEVICE)
     assert generate(model, rectangle, **settings) == generate(model, rectangle.tolist(), **settings)
+
+
+def test_numbers_of_any_kind():
+    """np.int64 is no int, and a 0-d tensor cannot be iterated."""
+    model, settings = build("llama"), dict(temperature=0)
+    free = generate(model, PROMPTS, max_new_tokens=5, eos_token_ids=None, **settings)
+    assert free == generate(model, PROMPTS, max_new_tokens=5, eos_token_ids=[], **settings)
+    end = free[0].ids[2]
+    expected = generate(model, PROMPTS, max_new_tokens=5, eos_token_ids=[end], **settings)
+    prompts = [np.array(p) for p in PROMPTS[:2]] + [[np.int64(t) for t in p] for p in PROMPTS[2:]]
+    for eos in (end, np.int64(end), torch.tensor(end), torch.tensor([end]), np.array([end]), {end}):
+        for limit in (np.int64(5), torch.tensor(5), np.array([5] * 5), torch.tensor([5] * 5)):
+            got = generate(model, prompts, max_new_tokens=limit, eos_token_ids=eos, **settings)
+            assert got == expected
+
+
+@pytest.mark.parametrize(
+    "changed, message",
+    [
+        (dict(prompts=[5, 9, 3]), "each prompt must be a list of token ids, not 5"),
+        (dict(prompts=torch.tensor([5, 9, 3])), "each prompt must be a list of token ids"),
+        (dict(prompts="text"), "each prompt"),
+        (dict(prompts=["text"]), "each prompt must be a list of token ids, not 'text'"),
+        (dict(prompts={"input_ids": [[5, 9]]}), "each prompt"),
+        (dict(prompts=[[5.0, 9.0]]), "each prompt"),
+        (dict(eos_token_ids=[None]), "eos_token_ids must be ids"),
+        (dict(eos_token_ids="</s>"), "eos_token_ids must be ids"),
+        (dict(max_new_tokens=2.5), "max_new_tokens must be integers"),
+        (dict(max_new_tokens=None), "max_new_tokens must be integers"),
+    ],
+)
+def test_what_is_not_ids_is_named(changed, message):
+    settings = {**dict(prompts=[[3]], max_new_tokens=1, eos_token_ids=[1]), **changed}
+    with pytest.raises(TypeError, match=message):
+        generate(build("llama"), **settings)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -293,6 +357,8 @@ def test_wrapped_models():
     try:
         parallel = torch.nn.parallel.DistributedDataParallel(model)
         assert generate(parallel, PROMPTS, **settings) == expected
+        both = torch.compile(parallel, backend=lambda graph, inputs: pytest.fail("compiled"))
+        assert generate(both, PROMPTS, **settings) == expected
         assert cache_bytes_per_token(parallel) == cache_bytes_per_token(model)
     finally:
         dist.destroy_process_group()
