@@ -81,7 +81,8 @@ def measured(function, repeats=2):
     """(seconds of the last of some calls, peak MB above the start); the first one warms up."""
     if DEVICE == "cuda":
         return measured_on_gpu(function, repeats)
-    peak, running = 0, True
+    start, running = resident(), True
+    peak = start
     clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
 
     def watch():
@@ -90,7 +91,6 @@ def measured(function, repeats=2):
             peak = max(peak, resident())
             time.sleep(0.001)
 
-    start = resident()
     watcher = threading.Thread(target=watch)
     watcher.start()
     for _ in range(repeats):

@@ -1,5 +1,6 @@
 """examples/: what each baseline trains on, GRPO's gradient against its formula in float64, each
-method by its command line, and the commands of the toy and its ablations."""
+method by its command line, the commands of the toy and its ablations; and that the benchmark of
+training still runs."""
 
 import json
 import sys
@@ -15,6 +16,7 @@ from transformers import AutoModelForCausalLM
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 import ablations
 import baselines
+import bench_training
 import toy
 
 import sdzero
@@ -281,3 +283,29 @@ def test_ablations_need_a_toy(tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:
         ablations.main(["--toy", str(tmp_path)])
     assert stopped.value.code == 2 and "no finished run" in capsys.readouterr().err
+
+
+# -------------------------------------------------------------------------- tests/bench_training.py
+
+
+@pytest.mark.parametrize(
+    "what, name",
+    [
+        ("loss", "full_logits"),
+        ("loss", "topk_logits"),
+        ("loss", "sampled_token"),
+        ("srt", "srt"),
+        ("step", "step"),
+    ],
+)
+@pytest.mark.parametrize("ours", ["0", "1"])
+def test_bench_training(what, name, ours, monkeypatch, capsys):
+    """Both sides of each mode run, at sizes of no interest. Catches a benchmark that still calls
+    what the scripts have renamed or moved."""
+    for size, value in dict(TOKENS=70, VOCABULARY=128, ROWS=128, WIDTH=8).items():
+        monkeypatch.setattr(bench_training, size, value)
+    small = dict(vocab_size=128, hidden_size=36, intermediate_size=48, num_hidden_layers=2)
+    monkeypatch.setattr(bench_training, "SMOLLM2", {**bench_training.SMOLLM2, **small})
+    bench_training.main([what, "--child", f"{name}:{ours}"])
+    seconds, megabytes = json.loads(capsys.readouterr().out)
+    assert seconds > 0 and megabytes >= 0
