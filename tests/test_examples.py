@@ -163,10 +163,29 @@ def test_from_a_model_of_stage_1(base, data, tmp_path, monkeypatch):  # noqa: F8
     assert set(saved["problems"]) == set(used) and set(saved["trained"]) == {*used, *asked}
 
 
+@pytest.mark.parametrize("method, verdict", [("grpo", 1), ("sdpo", 0)])
+def test_nothing_learned(method, verdict, base, data, tmp_path, monkeypatch, capsys):  # noqa: F811
+    """Groups that are all right, or all wrong, from the first to the last: exit code 1 and no model
+    that passes for a trained one."""
+
+    def all_alike(task, args, problems, purpose, sample=baselines.sample_and_verify):
+        return sample(task, args, problems, purpose)[0], [verdict] * len(problems)
+
+    monkeypatch.setattr(baselines, "sample_and_verify", all_alike)
+    with pytest.raises(SystemExit) as stopped:
+        command(method, base, data, tmp_path / "out", "--generations", "16")
+    assert stopped.value.code == 1 and "not one step had a gradient" in capsys.readouterr().err
+    assert len(lines_of(tmp_path / "out" / "metrics.jsonl")) > 1
+    assert not (tmp_path / "out" / "config.json").exists()
+
+
 @pytest.mark.parametrize(
     "method, flags, message",
     [
         ("grpo", ["--group", "3"], "whole groups of 3"),
+        ("grpo", ["--group", "1"], "no other response that --method grpo could learn from"),
+        ("sdpo", ["--group", "1"], "no other response that --method sdpo could learn from"),
+        ("sdft", ["--generations", "7"], "--generations 7 is less than a batch of 8"),
         ("rft", ["--generations", "8"], "belongs to --method grpo and sdft and sdpo"),
         ("grpo", ["--epochs", "2"], "belongs to --method rft"),
         ("grpo", ["--teacher", "live"], "belongs to --method sdft and sdpo"),

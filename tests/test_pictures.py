@@ -233,6 +233,7 @@ def test_nothing_that_a_model_was_trained_on(models_and_problems, tmp_path, monk
         (["--lr", "1"], "--lr means nothing here"),
         (["--eval-temperature", "0"], "--eval-temperature means nothing here"),
         (["--resume"], "--resume means nothing here"),
+        (["--eval-problems", "0"], "--eval-problems 0 leaves no response"),
         (["--unknown"], "unrecognized arguments: --unknown"),
     ],
 )
@@ -248,6 +249,18 @@ def test_what_a_user_can_mend(flags, message, models_and_problems, capsys, monke
         call(Path("."), *flags)
     error = capsys.readouterr().err
     assert stopped.value.code == 2 and message in error and "Traceback" not in error
+
+
+@pytest.mark.parametrize("error, code", [(KeyboardInterrupt, 130), (torch.OutOfMemoryError, 1)])
+def test_an_end_that_nothing_resumes(error, code, models_and_problems, capsys, monkeypatch):
+    def stop(*args):
+        raise error
+
+    monkeypatch.setattr(localize, "sample_all", stop)
+    with pytest.raises(SystemExit) as stopped:
+        call(models_and_problems)
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert stopped.value.code == code and "--resume" not in message
 
 
 # ------------------------------------------------------------------------------------- curves.py
