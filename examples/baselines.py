@@ -355,6 +355,8 @@ def train(
             teacher.update(step)
         run.log("train", step, metrics)
         run.end_step(step, total)
+    if not any(line.get("grad_norm") for line in run.lines):
+        fail("not one step had a gradient: no response told the method anything (see the log)", 1)
 
 
 def parse_arguments(argv: list[str] | None = None) -> Namespace:
@@ -372,6 +374,10 @@ def parse_arguments(argv: list[str] | None = None) -> Namespace:
     args.group = args.group or GROUP[args.method]
     if args.method != "rft" and args.batch_size % args.group:
         fail(f"--batch-size {args.batch_size} responses are not whole groups of {args.group}")
+    if args.method in ("grpo", "sdpo") and args.group == 1:
+        fail(f"--group 1 has no other response that --method {args.method} could learn from")
+    if args.generations and args.generations < args.batch_size:
+        fail(f"--generations {args.generations} is less than a batch of {args.batch_size}")
     args.epochs = args.epochs or 3
     if args.method in BELONGS_TO["teacher"]:
         args.teacher, args.teacher_rate = args.teacher or "ema", args.teacher_rate or 0.05

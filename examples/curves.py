@@ -3,8 +3,8 @@
     python examples/curves.py runs/toy/srt runs/toy/sdzero      ->  runs/toy/srt/curves.png
 
 It needs matplotlib. One run is drawn against its optimizer steps, several against the responses
-that they have generated for training. A run then begins where the run that made its --model ended:
-stage 2 has paid for stage 1. What no run has logged gets no panel.
+that they have generated for training. A run then begins with all responses of the runs that made
+its --model and its --traces: stage 2 has paid for stage 1. What no run has logged gets no panel.
 """
 
 import argparse
@@ -25,32 +25,91 @@ STYLE = {
 }
 
 
-def read(folder: Path, x: str) -> tuple[list[dict], float]:
-    """(the lines of a run's metrics.jsonl, each with its "x", the last x). x: what that counts,
-    "steps" or "generations".
+def load(run: Path) -> tuple[list[dict], dict]:
+    """(the lines of a run's metrics.jsonl, its flags). A last line that is half written, by a run
+    that was killed, is left out. Raises ValueError with the file's name for what is no log."""
+    path, lines = run / "metrics.jsonl", []
+    text = path.read_text(errors="replace")
+    for number, row in enumerate(text.splitlines(), 1):
+        try:
+            line = json.loads(row)
+        except ValueError:
+            if text.endswith(row):  # without a newline
+                break
+            line = None
+        if not isinstance(line, dict) or not {"kind", "step"} <= line.keys():
+            raise ValueError(f"{path}, line {number}: not a line of a run's log")
+        lines.append(line)
+    path = run / "settings.json"
+    try:
+        return lines, json.loads(path.read_text())["flags"] if path.exists() else {}
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{path}: not the settings of a run") from None
 
-    Baselines log how many responses they have generated. For the others they are counted here:
-    stage 1 generates while it collects, and its steps sample nothing; stage 2 samples a batch
-    once for all of its passes (an epoch's last batch may be smaller).
+
+def built_on(run: Path, flags: dict) -> list[Path]:
+    """The runs that made a run's --model and --traces; a warning where one is not to be found.
+
+    A relative path was meant from where the command ran. That is not logged, but mostly it is one
+    of the folders above the run; else it is taken to be the present one.
     """
-    lines = [json.loads(line) for line in open(folder / "metrics.jsonl")]
-    path = folder / "settings.json"
-    flags = json.loads(path.read_text())["flags"] if path.exists() else {}
-    total = 0.0
-    if x == "generations" and (Path(flags.get("model", "")) / "metrics.jsonl").exists():
-        total = read(Path(flags["model"]), x)[1]
-    before = total
+    found = []
+    for flag in ("model", "traces"):
+        name, is_model = flags.get(flag), flag == "model"
+        if not name:
+            continue
+        path = Path(name)
+        if not is_model or path.name == "best" or path.name.startswith("checkpoint-"):
+            path = path.parent  # the run's own folder
+        bases = [*run.resolve().parents, Path.cwd()]
+        places = [(base / path).resolve() for base in bases]
+        logged = [place for place in places if (place / "metrics.jsonl").exists()]
+        logged = [place for place in logged if place != run.resolve()]
+        found += logged[:1]
+        if logged or is_model and any(place.is_dir() for place in places):  # a model of no run
+            continue
+        owner = any((base / path.parent).is_dir() for base in bases)
+        on_the_hub = is_model and name.count("/") == 1 and name[0] != "." and not owner
+        if not on_the_hub:
+            print(f"curves.py: {run}: {name} is not found; its run counts as 0", file=sys.stderr)
+    return found
+
+
+def generated(lines: list[dict], flags: dict) -> list[float]:
+    """How many responses a run itself had generated for training after each of its lines.
+
+    Baselines log it. For the others it is counted here: stage 1 generates while it collects, and
+    its steps sample nothing; stage 2 samples a batch once for all of its passes (an epoch's last
+    batch may be smaller).
+    """
+    counts, total = [], 0.0
     for line in lines:
-        if x == "steps":
-            total = 0 if line["kind"] == "collect" else line["step"]
-        elif "generations" in line:
-            total = before + line["generations"]
+        if "generations" in line:
+            total = line["generations"]
         elif line["kind"] == "collect":
-            total += line["attempts"] + line["revisions_of_wrong"] + line["revisions_of_right"]
+            for kind in ("attempts", "revisions_of_wrong", "revisions_of_right"):
+                total += line.get(kind, 0)
         elif line["kind"] == "train" and "passes" in flags:
             total += flags["batch_size"] / flags["passes"]
-        line["x"] = total
-    return lines, total
+        counts.append(total)
+    return counts
+
+
+def read(run: Path, x: str) -> list[dict]:
+    """The lines of a run's metrics.jsonl, each with its "x". x: what that counts, "steps" or
+    "generations"."""
+    lines, flags = load(run)
+    if x == "steps":
+        return [{**line, "x": line["step"] * (line["kind"] != "collect")} for line in lines]
+    before, waiting, seen = 0.0, built_on(run, flags), {run.resolve()}
+    while waiting:
+        earlier = waiting.pop()
+        if earlier not in seen:  # one run may have made both the model and the traces
+            seen.add(earlier)
+            its_lines, its_flags = load(earlier)
+            before += max(generated(its_lines, its_flags), default=0)
+            waiting += built_on(earlier, its_flags)
+    return [{**line, "x": before + n} for line, n in zip(lines, generated(lines, flags))]
 
 
 def series(lines: list[dict], kind: str, key: str) -> tuple[list[float], list[float]]:
@@ -139,7 +198,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         for run, name in zip(args.runs, names):
             label = name if names.count(name) == 1 else str(run)  # two runs may have one name
-            runs[label] = read(run, x)[0]
+            runs[label] = read(run, x)
         draw(runs, x, output)
     except (OSError, ValueError, ImportError) as error:
         print(f"curves.py: {error}", file=sys.stderr)

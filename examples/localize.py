@@ -357,6 +357,8 @@ def parse_arguments(argv: list[str] | None = None) -> Namespace:
     for name in UNUSED:
         if getattr(args, name) != parser.get_default(name):
             fail(f"--{name.replace('_', '-')} means nothing here")
+    if not args.eval_problems:
+        fail("--eval-problems 0 leaves no response to look at")
     args.eval_only = True  # for common.py this is an evaluation: held-out problems, no run
     check_flags(args)
     if args.output.is_dir() or not os.access(args.output.resolve().parent, os.W_OK):
@@ -380,8 +382,7 @@ def load_both(args: Namespace) -> tuple[LM, LM, dict]:
     return lm, teacher, saved
 
 
-def main(argv: list[str] | None = None) -> None:
-    args = parse_arguments(argv)
+def make_page(args: Namespace) -> None:
     verify_all = load_verifier(args.verifier)
     lm, teacher, saved = load_both(args)
     _, held_out, _ = split_problems(lm, args, saved, half=False)
@@ -405,6 +406,16 @@ def main(argv: list[str] | None = None) -> None:
         figures = [f"{key} {g[key]:.4g}" for _, key, _ in ROWS]
         print(f"{name}  " + "  ".join(figures))
     print(f"saved {args.output}")
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_arguments(argv)
+    try:
+        make_page(args)
+    except KeyboardInterrupt:  # `entry` would advise --resume
+        fail("interrupted", 130)
+    except torch.OutOfMemoryError:
+        fail("out of memory: lower --slots (sampling) or --micro-tokens (scoring)", 1)
 
 
 if __name__ == "__main__":

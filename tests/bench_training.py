@@ -1,12 +1,10 @@
-"""Speed and memory of training, measured: each alternative in a process of its own, interleaved.
+"""Speed and memory of training: each alternative in a process of its own, interleaved.
 
     python tests/bench_training.py loss      full_logits, topk_logits, sampled_token: by chunks
                                              against whole logits
     python tests/bench_training.py step      one stage-2 step, sampling included, against
                                              model.generate + padded batches + whole logits
     python tests/bench_training.py srt       one L_SRT step against two records per trace
-    python tests/bench_training.py memory    what the scripts say about memory before they start,
-                                             against what a step takes (CPU only)
 
 --device cuda runs `loss`, `step` and `srt` on a GPU, in bf16. Printed are medians over --runs.
 
@@ -15,8 +13,7 @@ How it is measured. Random weights in SmolLM2-135M's shape; `loss` has 2,048 tok
 The tensors of its gradients exist before, as in every micro-batch but the first. On a CPU, peak
 memory is the resident set above what it was with weights, inputs and code loaded, sampled every
 millisecond; on a GPU it is the allocator's. With OMP_NUM_THREADS=1 seconds are that thread's CPU
-time, which other work on the machine disturbs less; else wall time. For `memory`, whose estimate is
-of tensors, MALLOC_MMAP_THRESHOLD_=65536 keeps glibc's fragmentation out of the measure.
+time, which other work on the machine disturbs less; else wall time.
 
 Figures: 2-core machine of this project, torch 2.13.0 (CPU), transformers 5.24, fp32,
 `OMP_NUM_THREADS=1 python tests/bench_training.py loss|step|srt --runs 3`, CPU seconds and peak
@@ -33,31 +30,6 @@ memory. The steps: 8 problems of at most 128 new tokens; 4 traces.
 Nearly half of our stage-2 step is sampling (torch profiler), which the longest response keeps busy
 for 89 steps. Large matrix products run at some 140 GFLOP/s per core. The rest of a pass is mostly
 the allocator's fresh pages, so we use few micro-batches, with at most 10% padding.
-
-Memory in bytes, bf16 (fp32 in brackets), for P parameters, L layers, width D, heads x head size Q,
-key/value heads x head size K, feed-forward width I. The examples are Qwen3's, in GB, except where
-it says MB; "with checkpointing" is with --gradient-checkpointing:
-
-    part                        formula                       0.6B   1.7B   4B
-    weights                     2 P [4 P]                     1.2    3.4    8.0
-    AdamW's moments             8 P                           4.8    13.8   32.2
-    lost 16 bits of the masters 2 P [0]                       1.2    3.4    8.0
-    gradients, fp32             4 P                           2.4    6.9    16.1
-    teacher: base; ema; live    2 P; 6 P; 0 [4 P; 4 P; 0]     1.2    3.4    8.0
-    activations per token, MB   L (16 D + 10 (Q + K) + 8 I)   2.0    3.2    6.2
-      with checkpointing, MB    2 L D and one layer's         0.13   0.23   0.36
-    logits of a block           176 x 2^24 [816 x 2^17]       3.0    3.0    3.0
-    cache per token, MB         4 L K                         0.11   0.11   0.15
-
-Logits are 12 tensors of a chunk and 2 of a block of 32 chunks in bf16 on a GPU, of 96 in fp32 on a
-CPU (`losses.CHUNK`). Activations are those of one pass, the cache that of one slot.
-
-Training holds all but the cache; sampling holds weights, optimizer, teacher and cache (on a CPU,
-where their memory is kept, fp32 gradients too). The estimate that the scripts print, with
-activations measured on a few tokens, was checked on the CPU with SmolLM2's shape on 2026-11-25
-(`OMP_NUM_THREADS=1 python tests/bench_training.py memory --runs 1`): stage 1 estimated 5.61 GB,
-measured 5.55; stage 2 4.71 and 4.68, with MALLOC_MMAP_THRESHOLD_=65536. glibc's own settings add
-its fragmentation (6.69 and 5.30).
 """
 
 import argparse
@@ -98,10 +70,6 @@ FLAGS = argparse.Namespace(
     skip_first=0,
     importance_cap=None,
     micro_tokens=16384,
-    lr=1e-5,
-    betas=(0.9, 0.999),
-    weight_decay=0.01,
-    clip=1.0,
 )
 
 
@@ -109,11 +77,12 @@ def resident() -> int:
     return int(open("/proc/self/statm").read().split()[1]) * 4096
 
 
-def measured(function, repeats=2, start=None):
+def measured(function, repeats=2):
     """(seconds of the last of some calls, peak MB above the start); the first one warms up."""
     if DEVICE == "cuda":
         return measured_on_gpu(function, repeats)
-    peak, running = 0, True
+    start, running = resident(), True
+    peak = start
     clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
 
     def watch():
@@ -122,7 +91,6 @@ def measured(function, repeats=2, start=None):
             peak = max(peak, resident())
             time.sleep(0.001)
 
-    start = start or resident()
     watcher = threading.Thread(target=watch)
     watcher.start()
     for _ in range(repeats):
@@ -202,7 +170,7 @@ def smollm2():
 
 def bench_srt(ours: bool):
     from losses import OutputLayer
-    from srt import srt_step
+    from srt import Trace, srt_step
 
     model, generator = smollm2().train(), torch.Generator().manual_seed(0)
 
@@ -212,8 +180,8 @@ def bench_srt(ours: bool):
 
     traces = []
     for _ in range(4):
-        trace = dict(prompt_ids=ids(40, 80), init_ids=ids(20, 200), phrase_ids=ids(12, 13))
-        traces.append(dict(**trace, revision_ids=ids(20, 200), reward=0, finished=True))
+        x, y_init, phrase, y_rev = ids(40, 80), ids(20, 200), ids(12, 13), ids(20, 200)
+        traces.append(Trace("", "", 0, "", "", "", True, x, y_init, phrase, y_rev))
     layer = OutputLayer(model)
 
     def run():
@@ -222,18 +190,15 @@ def bench_srt(ours: bool):
             return srt_step(model, layer, traces, (1, 2), 16384)
         # Two records per trace, as the framework's version has them: a batch of each kind, padded,
         # whole logits, cross entropy with labels.
-        divisor = 0
-        for t in traces:
-            first = len(t["init_ids"]) + len(t["phrase_ids"])
-            divisor += first + 2 * len(t["revision_ids"])
+        divisor = sum(sum(t.weights((1, 2))) for t in traces)
         for only_revision in (True, False):
             rows = []
             for t in traces:
-                first = t["init_ids"] + t["phrase_ids"]
+                first = t.init_ids + t.phrase_ids
                 if only_revision:
-                    rows.append((t["prompt_ids"] + first, t["revision_ids"]))
+                    rows.append((t.prompt_ids + first, t.revision_ids))
                 else:
-                    rows.append((t["prompt_ids"], first + t["revision_ids"]))
+                    rows.append((t.prompt_ids, first + t.revision_ids))
             labels = [[-100] * len(given) + scored for given, scored in rows]
             width = max(map(len, labels))
             labels = torch.tensor([x + [-100] * (width - len(x)) for x in labels], device=DEVICE)
@@ -263,9 +228,9 @@ def bench_step(ours: bool):
     from transformers import GenerationConfig, StoppingCriteria
 
     import rollout
+    from common import Optimizer
     from losses import OutputLayer
-    from sdzero import Example, distill_step
-    from srt import Optimizer
+    from sdzero import BETAS, WEIGHT_DECAY, Example, distill_step
     from teacher import Teacher
 
     model, generator = smollm2(), torch.Generator().manual_seed(0)
@@ -328,65 +293,17 @@ def bench_step(ours: bool):
         adamw.zero_grad()
 
     if ours:
-        optimizer = Optimizer(model, FLAGS)
+        optimizer = Optimizer(model, BETAS, WEIGHT_DECAY)
         return measured(ours_step)
     adamw = torch.optim.AdamW(model.parameters(), lr=1e-5)
     return measured(plain_step)
 
 
-def bench_memory(stage_2: bool):
-    """(bytes of the estimate, bytes measured) of the training part of a step whose responses are as
-    long as they may be."""
-    from losses import OutputLayer
-    from rollout import Rollout
-    from sdzero import Example, distill_step
-    from srt import LM, Optimizer, Problem, report_memory, srt_step
-    from teacher import Teacher
-
-    start = resident()
-    model = smollm2().train()
-    prompt, response, phrase = list(range(1, 101)), list(range(1, 257)), list(range(5, 17))
-    lm = LM(model, None, {0}, VOCABULARY, 8192)
-    lm.phrase_ids = lambda text: phrase
-    args = argparse.Namespace(
-        **vars(FLAGS),
-        max_new_tokens=len(response),
-        batch_size=4,
-        slots=1,
-        gradient_checkpointing=False,
-        phrase_wrong="",
-    )
-    parts = report_memory(lm, args, [Problem("", None, prompt)], "base" if stage_2 else None)
-    layer, optimizer = OutputLayer(model), Optimizer(model, FLAGS)
-    teacher = Teacher(model) if stage_2 else None
-    trace = dict(prompt_ids=prompt, init_ids=response, phrase_ids=phrase, revision_ids=response)
-    trace.update(reward=0, finished=True)
-    example = Example(prompt, Rollout(response, [0.0] * len(response), False), 0, phrase)
-
-    def step():
-        if stage_2:
-            other = OutputLayer(teacher.module)
-            distill_step(model, teacher, layer, other, [example] * 4, FLAGS)
-        else:
-            srt_step(model, layer, [trace] * 4, (1, 2), 16384)
-        optimizer.step(1e-5)
-
-    _, peak = measured(step, start=start)
-    return sum(parts.values()) - parts["cache"], peak * 1e6
-
-
 def report(name, results, runs):
-    """One line of medians. results: "0" and "1" -> rows of (seconds, MB), of `memory` two sizes."""
+    """One line of medians. results: "0" (the usual way) and "1" (ours) -> rows of (seconds, MB)."""
     medians = {
         k: [statistics.median(column) for column in zip(*rows)] for k, rows in results.items()
     }
-    if name == "memory":
-        for stage, (said, took) in medians.items():
-            print(
-                f"stage {int(stage) + 1}: estimate {said / 1e9:.2f} GB, measured {took / 1e9:.2f} "
-                f"GB, {said / took - 1:+.0%}  (median of {runs})"
-            )
-        return
     (plain_s, plain_mb), (our_s, our_mb) = medians["0"], medians["1"]
     threads = f"{torch.get_num_threads()} threads"
     print(
@@ -396,25 +313,23 @@ def report(name, results, runs):
     )
 
 
-def main():
+def main(argv=None):
     global DEVICE, DTYPE, TOKENS, VOCABULARY, ROWS, WIDTH
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=["loss", "step", "srt", "memory"])
+    parser.add_argument("what", choices=["loss", "step", "srt"])
     parser.add_argument(
         "--runs", type=int, default=5, help="processes of each alternative, interleaved"
     )
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--child", help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.device == "cuda":
-        if args.what == "memory":
-            parser.error("memory is measured on the CPU")
         DEVICE, DTYPE = "cuda", torch.bfloat16
         if args.what == "loss":
             TOKENS, VOCABULARY, ROWS, WIDTH = 8192, 151669, 151936, 2560
     if args.child:
         name, ours = args.child.rsplit(":", 1)
-        functions = {"step": bench_step, "srt": bench_srt, "memory": bench_memory}
+        functions = {"step": bench_step, "srt": bench_srt}
         bench = functions.get(args.what) or partial(bench_loss, name)
         print(json.dumps(bench(ours == "1")))
         return

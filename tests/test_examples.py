@@ -1,5 +1,6 @@
 """examples/: what each baseline trains on, GRPO's gradient against its formula in float64, each
-method by its command line, and the commands of the toy and its ablations."""
+method by its command line, the commands of the toy and its ablations; and that the benchmark of
+training still runs."""
 
 import json
 import sys
@@ -15,6 +16,7 @@ from transformers import AutoModelForCausalLM
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 import ablations
 import baselines
+import bench_training
 import toy
 
 import sdzero
@@ -161,10 +163,29 @@ def test_from_a_model_of_stage_1(base, data, tmp_path, monkeypatch):  # noqa: F8
     assert set(saved["problems"]) == set(used) and set(saved["trained"]) == {*used, *asked}
 
 
+@pytest.mark.parametrize("method, verdict", [("grpo", 1), ("sdpo", 0)])
+def test_nothing_learned(method, verdict, base, data, tmp_path, monkeypatch, capsys):  # noqa: F811
+    """Groups that are all right, or all wrong, from the first to the last: exit code 1 and no model
+    that passes for a trained one."""
+
+    def all_alike(task, args, problems, purpose, sample=baselines.sample_and_verify):
+        return sample(task, args, problems, purpose)[0], [verdict] * len(problems)
+
+    monkeypatch.setattr(baselines, "sample_and_verify", all_alike)
+    with pytest.raises(SystemExit) as stopped:
+        command(method, base, data, tmp_path / "out", "--generations", "16")
+    assert stopped.value.code == 1 and "not one step had a gradient" in capsys.readouterr().err
+    assert len(lines_of(tmp_path / "out" / "metrics.jsonl")) > 1
+    assert not (tmp_path / "out" / "config.json").exists()
+
+
 @pytest.mark.parametrize(
     "method, flags, message",
     [
         ("grpo", ["--group", "3"], "whole groups of 3"),
+        ("grpo", ["--group", "1"], "no other response that --method grpo could learn from"),
+        ("sdpo", ["--group", "1"], "no other response that --method sdpo could learn from"),
+        ("sdft", ["--generations", "7"], "--generations 7 is less than a batch of 8"),
         ("rft", ["--generations", "8"], "belongs to --method grpo and sdft and sdpo"),
         ("grpo", ["--epochs", "2"], "belongs to --method rft"),
         ("grpo", ["--teacher", "live"], "belongs to --method sdft and sdpo"),
@@ -281,3 +302,29 @@ def test_ablations_need_a_toy(tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:
         ablations.main(["--toy", str(tmp_path)])
     assert stopped.value.code == 2 and "no finished run" in capsys.readouterr().err
+
+
+# -------------------------------------------------------------------------- tests/bench_training.py
+
+
+@pytest.mark.parametrize(
+    "what, name",
+    [
+        ("loss", "full_logits"),
+        ("loss", "topk_logits"),
+        ("loss", "sampled_token"),
+        ("srt", "srt"),
+        ("step", "step"),
+    ],
+)
+@pytest.mark.parametrize("ours", ["0", "1"])
+def test_bench_training(what, name, ours, monkeypatch, capsys):
+    """Both sides of each mode run, at sizes of no interest. Catches a benchmark that still calls
+    what the scripts have renamed or moved."""
+    for size, value in dict(TOKENS=70, VOCABULARY=128, ROWS=128, WIDTH=8).items():
+        monkeypatch.setattr(bench_training, size, value)
+    small = dict(vocab_size=128, hidden_size=36, intermediate_size=48, num_hidden_layers=2)
+    monkeypatch.setattr(bench_training, "SMOLLM2", {**bench_training.SMOLLM2, **small})
+    bench_training.main([what, "--child", f"{name}:{ours}"])
+    seconds, megabytes = json.loads(capsys.readouterr().out)
+    assert seconds > 0 and megabytes >= 0

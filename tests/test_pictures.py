@@ -233,6 +233,7 @@ def test_nothing_that_a_model_was_trained_on(models_and_problems, tmp_path, monk
         (["--lr", "1"], "--lr means nothing here"),
         (["--eval-temperature", "0"], "--eval-temperature means nothing here"),
         (["--resume"], "--resume means nothing here"),
+        (["--eval-problems", "0"], "--eval-problems 0 leaves no response"),
         (["--unknown"], "unrecognized arguments: --unknown"),
     ],
 )
@@ -248,6 +249,18 @@ def test_what_a_user_can_mend(flags, message, models_and_problems, capsys, monke
         call(Path("."), *flags)
     error = capsys.readouterr().err
     assert stopped.value.code == 2 and message in error and "Traceback" not in error
+
+
+@pytest.mark.parametrize("error, code", [(KeyboardInterrupt, 130), (torch.OutOfMemoryError, 1)])
+def test_an_end_that_nothing_resumes(error, code, models_and_problems, capsys, monkeypatch):
+    def stop(*args):
+        raise error
+
+    monkeypatch.setattr(localize, "sample_all", stop)
+    with pytest.raises(SystemExit) as stopped:
+        call(models_and_problems)
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert stopped.value.code == code and "--resume" not in message
 
 
 # ------------------------------------------------------------------------------------- curves.py
@@ -282,7 +295,7 @@ def two_runs(tmp_path):
 
 
 def x_of(run, x="generations"):
-    return [line["x"] for line in curves.read(run, x)[0]]
+    return [line["x"] for line in curves.read(run, x)]
 
 
 def test_what_a_run_has_generated(two_runs, tmp_path):
@@ -296,6 +309,57 @@ def test_what_a_run_has_generated(two_runs, tmp_path):
     lines = [{"kind": "train", "step": i, "generations": 8 * i} for i in (1, 2, 3)]
     assert x_of(write_run(tmp_path / "grpo", lines)) == [8, 16, 24]
     assert x_of(write_run(tmp_path / "after", lines, model=str(stage_1))) == [48, 56, 64]
+
+
+def test_which_runs_a_run_has_paid_for(tmp_path, monkeypatch, capsys):
+    """A relative --model read from elsewhere, best/ and a checkpoint that is gone, traces of
+    another run, one run as both; a warning for what is not found, none for a name on the hub."""
+    counts = {"attempts": 4, "revisions_of_wrong": 0, "revisions_of_right": 12}
+    collected = [{"kind": "collect", "step": 1, **counts}]
+    step = [{"kind": "train", "step": 1, "generations": 8}]
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    runs, n = tmp_path / "runs", 0
+
+    def x_after(**flags):
+        nonlocal n
+        n += 1
+        return x_of(write_run(runs / f"run-{n}", step, **flags))
+
+    write_run(runs / "c", collected, model="Qwen/Qwen3-4B")
+    write_run(runs / "s1", [{"kind": "train", "step": 1}], model="gone/base", traces="runs/c/t")
+    for model in ("runs/s1", "runs/s1/best", "s1/checkpoint-4", str(runs / "s1")):
+        assert x_after(model=model) == [24], model
+    assert x_after(model="runs/s1", traces="c/traces.jsonl") == [24]
+    assert x_after(model="Qwen/Qwen3-4B", traces="../runs/c/traces.jsonl") == [24]
+    assert capsys.readouterr().err == ""
+    assert x_after(model="runs/s2") == x_after(model="/nowhere/s2") == [8]
+    assert x_after(model="Qwen/Qwen3-4B", traces="d/traces.jsonl") == [8]
+    error = capsys.readouterr().err
+    assert [line.split()[2] for line in error.splitlines()] == [
+        "runs/s2",
+        "/nowhere/s2",
+        "d/traces.jsonl",
+    ]
+
+
+@pytest.mark.parametrize("line", ["{}", "[]", '{"kind": "tr', "\x00", "7"])
+def test_lines_that_are_none(line, tmp_path, capsys):
+    """One that is half written is left out at the end; anything else is one line with its place."""
+    good = {"kind": "train", "step": 1, "generations": 8}
+    run = write_run(tmp_path / "run", [good])
+    log = run / "metrics.jsonl"
+    log.write_text(f"{log.read_text()}{line}\n{log.read_text()}")
+    with pytest.raises(SystemExit) as stopped:
+        curves.main([str(run)])
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and f"{log}, line 2" in error and error.count("\n") == 1
+    log.write_text(json.dumps(good) + '\n{"kind": "tr')
+    assert x_of(run) == [8]
+    (run / "settings.json").write_text("[]")
+    with pytest.raises(ValueError, match="settings.json"):
+        curves.read(run, "generations")
 
 
 def test_curves(two_runs, tmp_path):
