@@ -110,6 +110,7 @@ def entry(main: Callable) -> None:
         transformers.utils.logging.disable_progress_bar()
     for stream in (sys.stdout, sys.stderr):  # a log on Windows takes only some characters
         stream.reconfigure(errors="backslashreplace")
+    Run.begun = False
     try:
         main()
     except FloatingPointError as error:
@@ -232,6 +233,9 @@ def check_flags(args: argparse.Namespace) -> None:
         fail(f"--template-kwargs are the template's own switches, not {', '.join(sorted(taken))}")
     if args.prompt_template and args.template_kwargs:
         fail("--prompt-template replaces the chat template: it has no --template-kwargs")
+    for name in ("temperature", "eval_temperature"):
+        if 0 < getattr(args, name) < 1e-5:
+            fail(f"--{name.replace('_', '-')} is nearly 0: give 0, which takes the likeliest token")
     if args.eval_only and (args.resume or not args.eval_problems):
         fail("--eval-only contradicts --resume and --eval-problems 0")
     if args.lora_alpha and not args.lora:
@@ -1261,7 +1265,7 @@ class Run:
             self.save(f"checkpoint-{step}", states)
             for old, path in self.checkpoints().items():
                 if old != step:
-                    shutil.rmtree(path)
+                    self.remove(path)
 
     def finish(self) -> None:
         """The final model into the folder itself, config.json last: where that is, the run is
@@ -1276,9 +1280,17 @@ class Run:
         self.clean_up()
         print(f"saved {self.folder}")
 
+    def remove(self, checkpoint: Path) -> None:
+        """Renamed first, so that a kill leaves no half of a checkpoint."""
+        shutil.rmtree(self.folder / "removing", ignore_errors=True)
+        os.replace(checkpoint, self.folder / "removing")
+        shutil.rmtree(self.folder / "removing")
+
     def clean_up(self) -> None:
-        for path in (*self.checkpoints().values(), self.folder / "final", self.folder / "saving"):
-            shutil.rmtree(path, ignore_errors=True)
+        for path in self.checkpoints().values():
+            self.remove(path)
+        for name in ("final", "saving", "removing"):
+            shutil.rmtree(self.folder / name, ignore_errors=True)
         self.lock.close()  # before its file goes: Windows removes no open file
         self.metrics.close()
         (self.folder / ".lock").unlink(missing_ok=True)
