@@ -29,7 +29,8 @@ memory. The steps: 8 problems of at most 128 new tokens; 4 traces.
 
 Ours again on 2026-11-26, in turn with commit c4b0e6d, at a load of 1 to 6 (medians of 4 processes
 of `step`, 2 of `srt`, 1 of `loss`). Micro-batches are cut more simply since then, and the largest
-of these steps holds more positions: 912 instead of 608 of `srt`, 436 instead of 374 of `step`.
+holds more positions: 912 instead of 608 of `srt`, 436 instead of 374 of `step`. With the old cut
+`srt` takes 1,585 and 1,593 MB again, but 8.5 and 11.3 s: the seconds are only so certain.
 
     what                           commit c4b0e6d        now
     stage-2 step                   19.5 s,  2,231 MB    20.3 s,  2,382 MB
