@@ -257,7 +257,7 @@ def bench_step(ours: bool):
     def ours_step():
         model.train()
         responses = rollout.generate(
-            model, prompts, max_new_tokens=lengths, eos_token_ids=[VOCABULARY], slots=8
+            model, prompts, max_new_tokens=lengths, eos_token_ids=[], slots=8
         )
         assert [len(y.ids) for y in responses] == lengths
         examples = [Example(p, y, 0, phrase) for p, y in zip(prompts, responses)]

@@ -435,8 +435,20 @@ def test_stop_tokens_end_responses_and_are_remembered(base, data, tmp_path):
     assert all(not (ids | {0}) & set(t["revision_ids"][:-1]) for t in traces)
     task = task_of(sdzero, *FLAGS, model=out, dataset=data)
     assert task.lm.eos_ids == ids | {0}
+    saved = AutoModelForCausalLM.from_pretrained(out).generation_config
+    assert saved.eos_token_id == sorted(ids | {0})  # for whoever samples from the output
     with pytest.raises(SystemExit):
         task_of(sdzero, *FLAGS, "--stop-tokens", "a", model=out, dataset=data)
+
+
+@pytest.mark.parametrize("eos, ends", [(5, {0, 5}), ([5, 7], {0, 5, 7})])
+def test_every_eos_of_the_generation_config_ends_responses(eos, ends, base, data, tmp_path):
+    """Besides the tokenizer's own: Llama 3 has three, of which its tokenizer names one."""
+    model = AutoModelForCausalLM.from_pretrained(base)
+    model.generation_config.eos_token_id = eos
+    model.save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(base).save_pretrained(tmp_path)
+    assert task_of(srt, *FLAGS, model=tmp_path, dataset=data).lm.eos_ids == ends
 
 
 def test_the_prompt_is_inherited_and_contradictions_are_refused(base, data, tmp_path, ended):
@@ -538,6 +550,9 @@ def test_a_stage_2_in_which_no_response_fits_twice_is_refused(tmp_path, data, en
         skip = dict(skip_first=8)
         code, _, err = ended(sdzero, *FLAGS, **flags, **skip)
         assert code == 2 and "--skip-first leaves nothing" in err
+        both = dict(skip_first=7, phrase_wrong="x" * 36, phrase_right="y" * 36)
+        code, _, err = ended(sdzero, *FLAGS, **flags, **both)
+        assert code == 2 and "no response fits twice" in err
         code, _, err = ended(srt, *FLAGS, **flags, **long)
         assert code == 2 and "no attempt can be revised" in err
     assert not (tmp_path / "out").exists()

@@ -544,6 +544,7 @@ def test_both_stages_save_merged_models_and_adapters(runs, files):
         assert (folder / "config.json").exists() and not (folder / "adapter_config.json").exists()
         config = json.loads((folder / "adapter" / "adapter_config.json").read_text())
         assert config["base_model_name_or_path"] == str(before)
+        assert (config["r"], config["lora_alpha"]) == (4, 6)  # of FLAGS
         base = AutoModelForCausalLM.from_pretrained(before, dtype=dtype)
         model = AutoModelForCausalLM.from_pretrained(folder)
         assert model.dtype == dtype and not lora_layers(model)

@@ -258,12 +258,12 @@ class Killed(BaseException):
     """Nothing catches it, as nothing catches kill -9."""
 
 
-def killed_after(last):
+def killed_after(last, of="train"):
     log = common.Run.log
 
     def killed(run, kind, step, values):
         log(run, kind, step, values)
-        if (kind, step) == ("train", last):
+        if (kind, step) == (of, last):
             raise Killed
 
     return killed
@@ -365,10 +365,13 @@ def test_another_model_other_data_and_other_traces_are_refused(
     code, _, err = ended(sdzero, *flags, "--model", other, output=folder, resume=True)
     assert code == 2 and "--resume needs the model that the run began with" in err
 
-    with monkeypatch.context() as patch:
-        patch.setattr(Rows, "__getitem__", lambda self, name: [x + "0" for x in ROWS_BY[name]])
-        code, _, err = ended(sdzero, *flags, output=folder, resume=True)
-    assert code == 2 and "--resume needs the problems that the run began with" in err
+    by_key = sorted(ROWS_BY["problem"], key=common.key_of)
+    for changed in (by_key[:1], by_key[2:]):  # one that is held out; those that are not
+        answers = [y + "0" * (x in changed) for x, y in ROWS[:20]]
+        with monkeypatch.context() as patch:
+            patch.setitem(ROWS_BY, "answer", answers)
+            code, _, err = ended(sdzero, *flags, output=folder, resume=True)
+        assert code == 2 and "--resume needs the problems that the run began with" in err
 
     collected = dict(collect_only=True, output=tmp_path / "collected")
     call(srt, *SMALL, model=small["srt"], dataset="x", **collected)
@@ -378,6 +381,46 @@ def test_another_model_other_data_and_other_traces_are_refused(
     traces.write_text("\n".join(lines[1:]) + "\n")
     code, _, err = ended(srt, *flags, output=folder, resume=True)
     assert code == 2 and "--resume needs the traces that the run began with" in err
+
+
+def test_a_chunk_that_is_there_is_not_sampled_again(small, quick, tmp_path, monkeypatch):
+    """Killed with the first of two chunks of traces done: --resume samples the second one only,
+    with a seed of its own."""
+    flags = [*SMALL, *OWN["srt"], "--model", small["srt"], "--dataset", "x"]
+    flags += ["--output", tmp_path / "out", "--collect-only"]
+    asked, real = [], srt.sample_all
+
+    def noted(lm, args, prompts, purpose, *rest):
+        asked.append(purpose)
+        return real(lm, args, prompts, purpose, *rest)
+
+    monkeypatch.setattr(srt, "sample_all", noted)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(common.Run, "log", killed_after(1, "collect"))
+        call(srt, *flags)
+    assert asked == [("attempts", 0), ("revisions", 0)]
+    call(srt, *flags, "--resume")
+    assert asked[2:] == [("attempts", 1), ("revisions", 1)]
+
+
+def test_best_is_gone_with_its_evaluation(small, quick, tmp_path, monkeypatch):
+    """Killed after a new best and before the next checkpoint: the log forgets that evaluation, and
+    a --resume with another --eval-every may never repeat it."""
+    folder, accuracies = tmp_path / "out", {1: 0.3, 2: 0.2, 3: 0.6}
+
+    def evaluate(lm, args, verify_all, problems, step):
+        return dict(accuracy=accuracies.get(step, 0.1), accuracy_se=0.01, sample="")
+
+    monkeypatch.setattr(common, "evaluate", evaluate)
+    flags = [*SMALL, *OWN["sdzero"], "--model", small["sdzero"], "--dataset", "x"]
+    flags += ["--epochs", "2", "--save-every", "2", "--output", folder]
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(common.Run, "log", killed_after(4))
+        call(sdzero, *flags, "--eval-every", "1")
+    assert (folder / "best").exists() and (folder / "checkpoint-2").exists()
+    call(sdzero, *flags, "--eval-every", "100", "--resume")
+    assert [x["step"] for x in log_of(folder, "eval")] == [0, 1, 2, 6]
+    assert not (folder / "best").exists()
 
 
 # --------------------------------------------------------------------------- the state of a folder

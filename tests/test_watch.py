@@ -77,7 +77,12 @@ def data(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "accuracies, best", [((0.5, 0.3, 0.6, 0.4), 10), ((0.9, 0.3, 0.2, 0.5), None)]
+    "accuracies, best",
+    [
+        ((0.5, 0.3, 0.6, 0.4), 10),
+        ((0.9, 0.3, 0.2, 0.5), None),
+        ((0.9, 0.3, 0.3, 0.1), 5),  # the earlier of two equal ones
+    ],
 )
 def test_the_best_evaluated_model_is_kept_beside_the_last(
     accuracies, best, base, data, tmp_path, monkeypatch

@@ -428,6 +428,9 @@ STAGE_2 = {
     "--batch-size 5": dict(sizes=[5, 5, 2]),
     "--epochs 2": dict(sizes=[4] * 6, epochs=2),
     "--passes 2": dict(passes=2),
+    "--passes 2 --lr-schedule cosine --warmup 0": dict(
+        passes=2, rates=[FULL * (0.5 + 0.5 * math.cos(math.pi * k / 6)) for k in range(6)]
+    ),
     "--passes 2 --importance-cap 1.2": dict(passes=2, cap=1.2),
     "--importance-cap 1.2": dict(cap=1.2),
     "--importance-cap 100": dict(cap=100),
@@ -683,6 +686,26 @@ def test_evaluation_figures(name, watch, files, capsys):
     assert not watch.out.exists() and not watch.steps
     run(watch, files, name)
     assert_evaluations(watch, [0, STEPS[name]])
+
+
+@pytest.mark.parametrize("name", ["srt", "sdzero", "grpo", "sdpo"])
+def test_samples_in_the_log_belong_together(name, watch, files):
+    """Problem, gold answer, response, verdict and revision, by the rule. Catches a sample that
+    shows one problem with the response, the verdict or the revision of another."""
+    run(watch, files, name)
+    shown = [x for x in lines_of(watch.out / "metrics.jsonl") if "sample" in x]
+    assert {x["kind"] for x in shown} == {"eval", "collect" if name == "srt" else "train"}
+    word = ("wrong", "right")
+    for x in shown:
+        i = problem_of(x["sample"])
+        text, _ = attempt(i, 0)
+        expected = (
+            f"  problem: '{i}?'\n  response [{word[verdict(text, i)]}; gold '<{i}>']: {text!r}"
+        )
+        if x["kind"] == "eval":
+            new, _ = revision(i, text, True, 0)
+            expected += f"\n  revised [{word[verdict(new, i)]}]: {new!r}"
+        assert x["sample"] == expected
 
 
 # -------------------------------------------------------------------------- flags, in every script
