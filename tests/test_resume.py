@@ -586,6 +586,8 @@ def start(script, *flags, **named):
         env=environment,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
+        # a shell that starts the tests in the background has Ctrl-C ignored, which children inherit
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         text=True,
     )
 
@@ -633,7 +635,8 @@ def test_bad_input_and_ctrl_c_of_a_real_process(runs, tmp_path):
     process = start("srt.py", *flags, *STAGE_1, "--epochs", "1000", "--output", out)
     wait_for(process, lambda: any(out.glob("checkpoint-*")))
     process.send_signal(signal.SIGINT)
-    assert re.fullmatch(r"srt.py: interrupted; .*--resume.*\n", process.communicate()[1])
+    said = process.communicate(timeout=60)[1]
+    assert re.fullmatch(r"srt.py: interrupted; .*--resume.*\n", said)
     assert process.returncode == 130
 
 
