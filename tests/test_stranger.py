@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from types import SimpleNamespace
 
 import pytest
 from test_scripts import FLAGS, STAGE_1, STAGE_2, call, lines_of, save_model, save_rows
@@ -187,7 +188,8 @@ def test_a_file_system_without_locks(base, data, tmp_path, monkeypatch, capsys):
     def flock(*args):
         raise OSError(38, "Function not implemented")
 
-    monkeypatch.setattr(common.fcntl, "flock", flock)
+    without = SimpleNamespace(flock=flock, LOCK_EX=2, LOCK_NB=4)  # `datasets` keeps the real one
+    monkeypatch.setattr(common, "fcntl", without)
     flags = dict(model=base, dataset=data, problems=4, output=tmp_path / "out")
     call(sdzero, *FLAGS, **flags)
     assert "cannot be locked" in capsys.readouterr().err
