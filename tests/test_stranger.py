@@ -1,5 +1,6 @@
 """What a stranger broke: each a line on stderr and exit code 2 before anything is sampled."""
 
+import contextlib
 import json
 import math
 import shutil
@@ -200,5 +201,6 @@ def test_responses_that_may_not_fit_twice_are_announced(data, tmp_path, capsys):
     model = save_model(tmp_path / "model", **sizes)
     flags = dict(model=model, dataset=data, problems=4, eval_problems=0, max_new_tokens=30)
     phrases = ["--phrase-wrong", "No.", "--phrase-right", "Yes."]
-    call(sdzero, *FLAGS, *phrases, **flags, output=tmp_path / "out")
+    with contextlib.suppress(SystemExit):  # where all of them are too long
+        call(sdzero, *FLAGS, *phrases, **flags, output=tmp_path / "out")
     assert "may not fit twice" in capsys.readouterr().err
