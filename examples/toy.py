@@ -436,34 +436,57 @@ def revised_by_srt(out, seed, whose):
     return row, examples, lm, reviser
 
 
+KINDS_OF_TOKENS = (
+    "names",
+    "right prices",
+    "wrong prices",
+    "sums",
+    "answer",
+    "what comes next",
+    "more",
+)
+
+
+def kinds_of_tokens(words, price):
+    """What each token of a response is; "what comes next" is the one after the first answer: the
+    response ends, or goes on with a phrase and another attempt ("more")."""
+    kinds, answered = [], False
+    for i, word in enumerate(words):
+        if answered:
+            kinds.append("more" if kinds[-1] in ("what comes next", "more") else "what comes next")
+        elif word.startswith(": "):
+            named = words[i - 1] if i else ""
+            kinds.append("right prices" if word == f": {price.get(named)}" else "wrong prices")
+        else:
+            kinds.append("names" if word in price else "sums" if ", sum" in word else "answer")
+        answered = answered or word.startswith("####")
+    return kinds
+
+
 @torch.no_grad()
 def where_the_kl_is(world, examples, lm, reviser):
-    """README (4) of the attempts, with SRT as the teacher: the figures below the table.
+    """README (4) of a model's attempts, with SRT as the teacher.
 
-    Returns (share of a wrong response's KL that is in its top 5% of tokens, share that is on wrong
-    prices, mean KL per token of wrong responses, of right ones, of right ones with a revision).
-    Those with a revision are apart, since the teacher passes over the attempt that was revised.
+    Returns, for "wrong" and "right" responses: "nats" per response by kind of token, the number of
+    "tokens" of a response, and the share of its KL that is in its "top" 5% of tokens.
     """
-    top, at_error, kl = [], [], {"wrong": [], "right": [], "revising": []}
-    for e in examples:
-        n = len(e.response.ids)
-        student = lm.model(torch.tensor([e.student_ids])).logits[0]
-        teacher = reviser.model(torch.tensor([e.teacher_ids])).logits[0]
-        values = full_logits(student[-n - 1 : -1], teacher[-n - 1 : -1])  # t-1 predicts t: [n]
-        if e.reward:
-            text = lm.text(e.response.ids)
-            revising = any(phrase in text for phrase in PHRASES)
-            kl["revising" if revising else "right"] += values.tolist()
-            continue
-        kl["wrong"] += values.tolist()
-        largest = values.sort(descending=True).values[: math.ceil(n / 20)]
-        top.append((largest.sum() / values.sum()).item())
-        words = lm.tokenizer.convert_ids_to_tokens(e.response.ids)
-        wrong = []  # for every token but the first, whether it is a wrong price
-        for good, price in zip(words, words[1:]):
-            wrong.append(good in world.price and price != f": {world.price[good]}")
-        at_error.append((values[1:][torch.tensor(wrong)].sum() / values.sum()).item())
-    return [share(x) for x in (top, at_error, *kl.values())]
+    found = {}
+    for verdict in ("wrong", "right"):
+        nats, tokens, top = dict.fromkeys(KINDS_OF_TOKENS, 0.0), 0, []
+        chosen = [e for e in examples if e.reward == (verdict == "right")]
+        for e in chosen:
+            n = len(e.response.ids)
+            student = lm.model(torch.tensor([e.student_ids])).logits[0]
+            teacher = reviser.model(torch.tensor([e.teacher_ids])).logits[0]
+            values = full_logits(student[-n - 1 : -1], teacher[-n - 1 : -1])  # t-1 predicts t: [n]
+            words = lm.tokenizer.convert_ids_to_tokens(e.response.ids)
+            for kind, value in zip(kinds_of_tokens(words, world.price), values.tolist()):
+                nats[kind] += value / len(chosen)
+            largest = values.sort(descending=True).values[: math.ceil(n / 20)]
+            top.append((largest.sum() / values.sum()).item())
+            tokens += n / len(chosen)
+        found[verdict] = {"nats": nats, "tokens": tokens, "top": share(top)}
+    return found
 
 
 # --------------------------------------------------------------------------------------- the report
@@ -498,6 +521,20 @@ def cells(evaluations, columns=COLUMNS):
     return " | ".join(found)
 
 
+def print_kl(figures):
+    """A table of where the KL of the loss lies, from `where_the_kl_is` of each seed."""
+    print("\nKL from SRT as the teacher, millinats per response by kind of token:\n")
+    print(f"| student | response | tokens | top 5% | {' | '.join(KINDS_OF_TOKENS)} |")
+    print("| --- | --- | --- | --- |" + " --- |" * len(KINDS_OF_TOKENS))
+    for student in figures[0]:
+        for verdict in ("wrong", "right"):
+            found = [kl[student][verdict] for kl in figures]
+            cells = [spread([f["tokens"] for f in found], 1), spread([f["top"] for f in found])]
+            for kind in KINDS_OF_TOKENS:
+                cells.append(spread([f["nats"][kind] for f in found], 1000))
+            print(f"| {student} | {verdict} | {' | '.join(cells)} |")
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description="SD-Zero on a toy, on a CPU, without a download")
     add = parser.add_argument
@@ -514,14 +551,18 @@ def main(argv=None):
             out.mkdir(parents=True, exist_ok=True)
             show_pages(World(seed))  # a world of its own: the other one's draws stay as they are
             write(out, world)
-        table = both_stages(out, seed)
+        table, kl = both_stages(out, seed), {}
         table["base, revised by SRT"], *attempts = revised_by_srt(out, seed, "base")
-        figures.append(where_the_kl_is(world, *attempts))
+        kl["base"] = where_the_kl_is(world, *attempts)
+        kl["SRT"] = where_the_kl_is(world, *revised_by_srt(out, seed, "srt")[1:])
         # SRT against SD-Zero as its own reviser: which of them would be the better teacher now
         table["SD-Zero, revised by SRT"], *_ = revised_by_srt(out, seed, "sdzero")
         if args.baselines:
             table.update(the_rest(out, seed))
         tables.append(table)
+        figures.append(kl)
+        report = {"world": seed, "rows": table, "kl": kl}
+        (out / "report.json").write_text(json.dumps(report, indent=1))
         pictures(out)
 
     print(f"\n| model | {' | '.join(COLUMNS)} |\n| --- |{' --- |' * len(COLUMNS)}")
@@ -535,13 +576,7 @@ def main(argv=None):
         f"\n{SIZES['heldout']} held-out problems, 4 samples each (of those revised by SRT 1); "
         f"seeds {args.seed} to {seed}, {errors}"
     )
-    top, at_error, wrong, right, revising = zip(*figures)
-    print(
-        f"KL of the base from SRT as teacher: on wrong responses {spread(top)}% of it in the top "
-        f"5% of the tokens, {spread(at_error)}% on wrong prices; per token "
-        f"{spread(wrong, 1000)} millinats on wrong responses, {spread(right, 1000)} on right ones, "
-        f"{spread(revising, 1000)} on right ones that hold a revision of their own"
-    )
+    print_kl(figures)
     print(f"{(time.time() - started) / 60:.1f} minutes")
 
 
