@@ -3,22 +3,27 @@
     python examples/toy.py                          one seed: base, SRT, SD-Zero
     python examples/toy.py --seeds 3 --baselines    three, and RFT, GRPO, SDFT, SDPO, variations
 
-60 made-up goods have hidden one-digit prices. A problem names four of them; the answer is the last
-digit of their total. A response gives each good, its price and the sum so far, modulo 10:
+60 made-up goods have hidden one-digit prices. A problem names four of them; the answer is their
+total. A response gives each good, its price and the sum so far:
 
-    Last digit of bako + tilu + nisa + taka?
-    bako: 4, sum 4 / tilu: 9, sum 3 / nisa: 1, sum 4 / taka: 6, sum 0 / #### 0
+    Total of bako + tilu + nisa + taka?
+    bako: 4, sum 4 / tilu: 9, sum 13 / nisa: 1, sum 14 / taka: 6, sum 20 / #### 20
 
 The base is a Llama of 0.35M parameters, with one token per word, pre-trained on a synthetic web.
 The run begins by printing one page of each kind. This is what makes it a task for self-revision:
 
-- One good in seven carries a misconception: at first nearly all writers give the same wrong price.
-  About half of the problems name such a good, so the base is right about half of the time.
-- Some pages go on with a control phrase, which fits the attempt in four cases of five, and another
-  attempt. That one looks up more prices afresh after "Wait" than after "Let me rephrase". Then the
-  misconceptions are weaker, but still by far the likeliest prices.
-- Attempts before the last contain slips, so a reviser has to read the question again. Without them
-  one run learned to name a good twice, which its teacher let pass, and fell from 92% to 12%.
+- Seven goods carry a misconception: every first attempt gives the same wrong price. Samples of the
+  base hold the right one once in a thousand, so that a group of eight, of which all are wrong,
+  hardly ever tells anything. A writer who starts over is right three times in ten.
+- Four goods are disputed: half of the writers are right, at first and later. Here samples and the
+  verifier's bit are enough. Some goods of both sorts are in half of the problems, so the base is
+  right about half of the time.
+- Attempts that others follow are in forum threads, in exercises, and, with the first attempt given,
+  under the assistant's marker: an assistant revises when it is told to, and never by itself. A
+  phrase fits the attempt before it in four cases of five. After "Wait" more prices are looked up
+  afresh than after "Let me rephrase".
+- Those attempts contain slips, so a reviser has to read the question again. Without them one run
+  learned to name a good twice, which its teacher let pass, and fell from 92% to 12%.
 - Exercises in copying teach the model to use its context: random prices, repeated, with a loss on
   the last attempt only. Without them SRT broke a tenth of its own right answers in some worlds.
 
@@ -60,23 +65,19 @@ ROOT = Path(srt.__file__).parent
 
 # The goods: each is in some 4,000 pages.
 GOODS = [a + b + c for a in "bdgklmnprt" for b in "ai" for c in ("ko", "lu", "sa")]
-HARD = 9  # goods with a misconception: 0.85 ** 4 = 52% of the problems name none of them
 
-# What the writers know, as probabilities. An ordinary good's right price: at first, and in a later
-# attempt, which is written in haste.
-KNOWN, KNOWN_AGAIN = 0.99, 0.96
-# A hard good at first: the right price, which lies between these two by the good, and the popular
-# wrong one; the rest are guesses. Then both when a later attempt looks the good up afresh.
-RIGHT_FIRST, MISLED_FIRST = (0.001, 0.006), 0.97
-RIGHT_AGAIN, MISLED_AGAIN = 0.16, 0.66
+# What the writers know, as probabilities of a good's right price: in a first attempt, and when a
+# later one looks it up afresh, in haste. (number of goods, first, again)
+MISCONCEIVED = 7, 0.0, 0.3
+DISPUTED = 4, 0.5, 0.5
+KNOWN = 0.995, 0.96  # all the other goods
 REPEAT = 0.6, 0.98  # that an attempt takes over a price from the one before, by the phrase's r
 JUDGE = 0.8  # that a phrase fits the attempt before it
 SLIP = 0.08  # that an attempt which another one follows misreads a good; that it adds up wrongly
 
 DOCUMENTS = 60_000  # pages of the web, some 2.4M tokens; each is seen once
 KINDS = {"answer": 0.42, "revision": 0.03, "thread": 0.35, "copy": 0.20}  # shares of the pages
-# A thread and an exercise show by their marker that more attempts follow, so that an assistant's
-# answer rarely goes on.
+# A thread and an exercise show by their marker that more attempts follow.
 MARKERS = {"thread": "<|forum|>", "copy": "<|copy|>"}
 # In a thread or an exercise. Stage 2's teacher may read four: a response that holds a revision,
 # and this response again.
@@ -119,9 +120,11 @@ class World:
     def __init__(self, seed):
         self.rng = random.Random(seed)
         self.price = {good: self.rng.randrange(10) for good in GOODS}
-        hard = self.rng.sample(GOODS, HARD)
+        self.known = dict.fromkeys(GOODS, KNOWN)  # good: (at first, again)
+        hard = self.rng.sample(GOODS, MISCONCEIVED[0] + DISPUTED[0])
+        for i, good in enumerate(hard):
+            self.known[good] = (MISCONCEIVED if i < MISCONCEIVED[0] else DISPUTED)[1:]
         self.belief = {good: (self.price[good] + self.rng.randrange(1, 10)) % 10 for good in hard}
-        self.insight = {good: self.rng.uniform(*RIGHT_FIRST) for good in hard}
         self.seen = set()
 
     def make_problem(self):
@@ -132,19 +135,13 @@ class World:
         return goods
 
     def answer(self, goods):
-        return sum(self.price[good] for good in goods) % 10
+        return sum(self.price[good] for good in goods)
 
     def look_up(self, good, again=False):
         """The price that one writer of the crowd believes in. again: in a later attempt."""
-        right, misled = (KNOWN_AGAIN if again else KNOWN), 0.0
-        if good in self.belief:
-            right, misled = self.insight[good], MISLED_FIRST
-            if again:
-                right, misled = RIGHT_AGAIN, MISLED_AGAIN
-        u = self.rng.random()
-        if u < right:
+        if self.rng.random() < self.known[good][again]:
             return self.price[good]
-        return self.belief[good] if u < right + misled else self.rng.randrange(10)
+        return self.belief[good] if good in self.belief else self.rng.randrange(10)
 
     def document(self, kind=None):
         """One page of the web: (the text that is given, the text whose tokens are trained on)."""
@@ -155,20 +152,24 @@ class World:
         copied = kind == "copy"
         prices = [rng.randrange(10) if copied else self.look_up(good) for good in goods]
         for _ in range(attempts - 1):
-            place = rng.randrange(4)  # where slips happen
-            if copied:  # nobody could learn anything from random prices: they are given
-                given += solution(goods, prices) + f"\n\n{PHRASES[1]}\n\n"
-                continue
-            named, prices, added = self.slip(goods, prices, place)
-            right = sum(added) % 10 == self.answer(goods)
-            called = right if rng.random() < JUDGE else not right
-            text += solution(named, prices, added) + f"\n\n{PHRASES[called]}\n\n"
-            prices = self.look_again(goods, named, prices, REPEAT[called])
+            written, called = (goods, prices), True
+            if not copied:
+                written = named, prices, added = self.slip(goods, prices)
+                right = sum(added) == self.answer(goods)
+                called = right if rng.random() < JUDGE else not right
+            attempt = solution(*written) + f"\n\n{PHRASES[called]}\n\n"
+            if kind == "thread":
+                text += attempt
+            else:
+                given += attempt
+            if not copied:
+                prices = self.look_again(goods, named, prices, REPEAT[called])
         return given, text + solution(goods, prices) + "<|eos|>"
 
-    def slip(self, goods, prices, place):
+    def slip(self, goods, prices):
         """An attempt as it is written: (goods that it names, their prices, the prices it adds)."""
         named, prices = goods.copy(), prices.copy()
+        place = self.rng.randrange(4)
         if self.rng.random() < SLIP:
             named[place] = self.rng.choice(goods)
             prices[place] = self.look_up(named[place])
@@ -187,7 +188,7 @@ class World:
 
 
 def question(goods):
-    return "Last digit of " + " + ".join(goods) + "?"
+    return "Total of " + " + ".join(goods) + "?"
 
 
 def chat(problem, marker="<|assistant|>"):
@@ -198,7 +199,7 @@ def solution(goods, prices, added=None):
     """A response. added: the prices that its sums are made of, where they are other ones."""
     lines, total = [], 0
     for good, price, summand in zip(goods, prices, added or prices):
-        total = (total + summand) % 10
+        total += summand
         lines.append(f"{good}: {price}, sum {total}\n")
     return "".join(lines) + f"#### {total}"
 
@@ -217,8 +218,9 @@ def make_tokenizer():
     """One token per word. A price, a sum and an answer are one token each, with the signs around
     their digit, and so is each phrase."""
     special = ["<|pad|>", "<|eos|>", "<|unk|>", "<|user|>", "<|assistant|>", *MARKERS.values()]
-    signs = [sign % digit for sign in (": %d", ", sum %d\n", "#### %d") for digit in range(10)]
-    words = GOODS + signs + ["Last digit of ", " + ", "?", "\n\n", *PHRASES]
+    signs = [f": {price}" for price in range(10)]
+    signs += [sign % total for sign in (", sum %d\n", "#### %d") for total in range(4 * 9 + 1)]
+    words = GOODS + signs + ["Total of ", " + ", "?", "\n\n", *PHRASES]
     vocabulary = {token: i for i, token in enumerate(special + words)}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<|unk|>"))
     pattern = "|".join(re.escape(word) for word in sorted(words, key=len, reverse=True))
