@@ -58,6 +58,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import srt
 from common import MAX_SLOTS, PHRASES, inherit_prompt, load_lm, load_problems, render, sample_all
 from losses import full_logits
+from rollout import Rollout
 from sdzero import Example
 from verifier import verify
 
@@ -466,6 +467,14 @@ def kinds_of_tokens(words, price):
 
 
 @torch.no_grad()
+def kl_by_token(e, student, teacher):
+    """README (4) of an example, token by token: [n]."""
+    n = len(e.response.ids)
+    rows = slice(-n - 1, -1)  # position t-1 predicts token t
+    student_logits = student(torch.tensor([e.student_ids])).logits[0, rows]
+    return full_logits(student_logits, teacher(torch.tensor([e.teacher_ids])).logits[0, rows])
+
+
 def where_the_kl_is(world, examples, lm, reviser):
     """README (4) of a model's attempts, with SRT as the teacher.
 
@@ -477,10 +486,7 @@ def where_the_kl_is(world, examples, lm, reviser):
         nats, tokens, top = dict.fromkeys(KINDS_OF_TOKENS, 0.0), 0, []
         chosen = [e for e in examples if e.reward == (verdict == "right")]
         for e in chosen:
-            n = len(e.response.ids)
-            student = lm.model(torch.tensor([e.student_ids])).logits[0]
-            teacher = reviser.model(torch.tensor([e.teacher_ids])).logits[0]
-            values = full_logits(student[-n - 1 : -1], teacher[-n - 1 : -1])  # t-1 predicts t: [n]
+            n, values = len(e.response.ids), kl_by_token(e, lm.model, reviser.model)
             words = lm.tokenizer.convert_ids_to_tokens(e.response.ids)
             for kind, value in zip(kinds_of_tokens(words, world.price), values.tolist()):
                 nats[kind] += value / len(chosen)
@@ -489,6 +495,27 @@ def where_the_kl_is(world, examples, lm, reviser):
             tokens += n / len(chosen)
         found[verdict] = {"nats": nats, "tokens": tokens, "top": share(top)}
     return found
+
+
+def show_trace(out, lm, reviser):
+    """The first trace of a wrong attempt, with what stage 2 would make of that attempt: README's
+    picture."""
+    traces = [srt.Trace(**json.loads(line)) for line in open(out / "srt" / "traces.jsonl")]
+    trace = next((t for t in traces if not t.reward), traces[0])
+    ids = trace.init_ids + [lm.tokenizer.eos_token_id]
+    response = Rollout(ids, [0.0] * len(ids), True)
+    example = Example(trace.prompt_ids, response, trace.reward, trace.phrase_ids)
+    tokens, nats = "token y_t ", "KL, nats  "
+    values = kl_by_token(example, lm.model, reviser.model).tolist()
+    for token, value in zip(lm.tokenizer.convert_ids_to_tokens(ids), values):
+        token = token.strip(" ,\n").replace("<|eos|>", "EOS")
+        width = max(len(token), 5)
+        tokens, nats = f"{tokens} {token:{width}}", f"{nats} {value:<{width}.3f}"
+    x, y, y_rev = (
+        text.replace("\n", " / ") for text in (trace.problem, trace.init_text, trace.revision_text)
+    )
+    print(f"\nx          {x} (the answer is {trace.answer})\ny          {y}")
+    print(f"P_{trace.reward}        {trace.phrase}\ny_rev      {y_rev}\n{tokens}\n{nats}")
 
 
 # --------------------------------------------------------------------------------------- the report
@@ -556,6 +583,7 @@ def main(argv=None):
         table, kl = both_stages(out, seed), {}
         table["base, revised by SRT"], *attempts = revised_by_srt(out, seed, "base")
         kl["base"] = where_the_kl_is(world, *attempts)
+        show_trace(out, *attempts[1:])
         kl["SRT"] = where_the_kl_is(world, *revised_by_srt(out, seed, "srt")[1:])
         # SRT against SD-Zero as its own reviser: which of them would be the better teacher now
         table["SD-Zero, revised by SRT"], *_ = revised_by_srt(out, seed, "sdzero")
