@@ -9,6 +9,7 @@ What a user can mend ends in `fail`: one line on stderr and exit code 2.
 
 import argparse
 import csv
+import functools
 import hashlib
 import importlib
 import inspect
@@ -21,12 +22,15 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import NoReturn
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import transformers
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -35,7 +39,7 @@ from tqdm import tqdm
 import verifier
 from lora import adapter_config, adapter_state, add_lora, load_adapter, merged_state_dict
 from losses import CHUNK, OutputLayer
-from rollout import Rollout, cache_bytes_per_token, check_supported, generate
+from rollout import Rollout, cache_bytes_per_token, check_supported, generate, stream_seeds
 
 try:
     import fcntl  # the lock of a run's folder; Windows has none, and runs there go unlocked
@@ -80,14 +84,17 @@ MAX_SLOTS = 64  # more sequences at once hardly decode faster
 SHOW_EVERY = 10  # optimizer steps between two responses shown in the log
 
 
-def fail(message: str, code: int = 2) -> NoReturn:
+def fail(message: str, code: int = 2, at_once: bool = False) -> NoReturn:
     """End the program with one line on stderr. Code 2: the user's to mend; 1: the run broke."""
+    if rank_and_ranks()[0] and not at_once:  # rank 0 mostly says the same; torchrun ends this one
+        time.sleep(5)
     print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
     raise SystemExit(code)
 
 
 def warn(message: str) -> None:
-    print(f"warning: {message}", file=sys.stderr, flush=True)
+    if rank_and_ranks()[0] == 0:
+        print(f"warning: {message}", file=sys.stderr, flush=True)
 
 
 def last_cause(error: BaseException) -> str:
@@ -101,7 +108,8 @@ def last_cause(error: BaseException) -> str:
 
 def progress(items: Iterable, label: str, **settings) -> tqdm:
     """A bar on a terminal, once it takes more than two seconds; nothing in a log file."""
-    return tqdm(items, desc=label, delay=2, leave=False, disable=None, **settings)
+    hidden = True if rank_and_ranks()[0] else None  # None: where there is no terminal
+    return tqdm(items, desc=label, delay=2, leave=False, disable=hidden, **settings)
 
 
 def entry(main: Callable) -> None:
@@ -110,9 +118,13 @@ def entry(main: Callable) -> None:
         transformers.utils.logging.disable_progress_bar()
     for stream in (sys.stdout, sys.stderr):  # a log on Windows takes only some characters
         stream.reconfigure(errors="backslashreplace")
+    if rank_and_ranks()[0]:
+        sys.stdout = open(os.devnull, "w")
     Run.begun = False
     try:
         main()
+        if dist.is_initialized():
+            dist.destroy_process_group()
     except FloatingPointError as error:
         fail(f"{error}; the last checkpoint is kept: --resume with a lower --lr goes on from it", 1)
     except torch.OutOfMemoryError:
@@ -258,6 +270,92 @@ def check_flags(args: argparse.Namespace) -> None:
         args.lr = 10 * LR if args.lora else LR
         if args.lora:
             print(f"learning rate {args.lr}: for --lora ten times that of full fine-tuning")
+
+
+# ------------------------------------------------------------------------------ several processes
+
+# torchrun starts a script once per GPU, and all its processes do the same, with two exceptions:
+# each samples, verifies and scores only its share, and only rank 0 writes. They meet where shares
+# are put together (`shared_out`, `meet`), and hold the same weights and metrics afterwards.
+
+
+def join_processes(args: argparse.Namespace) -> None:
+    """Find the other processes of `torchrun --nproc-per-node N script.py ...`, if there are any."""
+    if rank_and_ranks()[1] == 1:
+        return
+    if args.device == "cuda":
+        args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(args.device)
+    # Python objects travel over the CPU; a process may have to wait long for the slowest one
+    backend = "cpu:gloo,cuda:nccl" if args.device.startswith("cuda") else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(hours=6))
+
+
+def rank_and_ranks() -> tuple[int, int]:
+    """This process's number and how many there are, as torchrun says."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def on_rank_0(function: Callable) -> Callable:
+    """The other processes do nothing when they call it."""
+
+    @functools.wraps(function)
+    def called(*args, **kwargs):
+        return None if rank_and_ranks()[0] else function(*args, **kwargs)
+
+    return called
+
+
+@contextmanager
+def meeting():
+    """Ends the program where another process has ended, instead of waiting for it."""
+    try:
+        yield
+    except RuntimeError as error:
+        fail(f"another process of this run has ended ({last_cause(error):.60})", 1, at_once=True)
+
+
+def gathered(part: list) -> list[list]:
+    """The parts of all processes, by rank, on each of them."""
+    parts = [part] * rank_and_ranks()[1]
+    if len(parts) > 1:
+        with meeting():
+            dist.all_gather_object(parts, part)
+    return parts
+
+
+def shared_out(work: Callable[[list], list], items: list) -> list:
+    """work(items), of which each process does every n-th; the whole result on each of them."""
+    rank, ranks = rank_and_ranks()
+    results = [None] * len(items)
+    for i, part in enumerate(gathered(work(items[rank::ranks]))):
+        results[i::ranks] = part
+    return results
+
+
+def my_share(items: list, lengths: list[int]) -> list:
+    """This process's part of what is scored: every n-th by length, so that all have equal work."""
+    rank, ranks = rank_and_ranks()
+    by_length = sorted(range(len(items)), key=lambda i: lengths[i])
+    return [items[i] for i in sorted(by_length[rank::ranks])]
+
+
+def meet(model: torch.nn.Module, parts: list[dict]) -> dict[str, torch.Tensor]:
+    """After the backward passes of a step: add up the gradients of all processes.
+
+    parts: values per token of this process's micro-batches, by name. Returns those of all. Not by
+    DistributedDataParallel: it waits for its own forward, and our losses go round that, so that
+    nothing would be added up.
+    """
+    if rank_and_ranks()[1] > 1:
+        mine = [{name: x.cpu() for name, x in part.items()} for part in parts]
+        parts = [part for theirs in gathered(mine) for part in theirs]
+        for weight in (p for p in model.parameters() if p.requires_grad and parts):
+            if weight.grad is None:  # this process had no token
+                weight.grad = torch.zeros_like(weight, dtype=weight.grad_dtype)
+            with meeting():
+                dist.all_reduce(weight.grad)
+    return {name: torch.cat([part[name] for part in parts]) for name in (parts[:1] or [{}])[0]}
 
 
 # ------------------------------------------------------------------------------------------ model
@@ -634,21 +732,20 @@ def load_verifier(name: str) -> Callable[[list[str], list], list[int]]:
                 f"imported: {last_cause(error)}"
             )
 
-    def verdict_of(response: str, answer: object) -> int:
-        found = verify(response, answer)
+    def verdict_of(pair: tuple[str, object]) -> int:
+        found = verify(*pair)
         if found not in (0, 1):  # True and False are 1 and 0
             fail(f"--verifier {name} returned {found!r}: True or False is wanted")
         return int(found)
 
-    def verify_all(responses: list[str], answers: list) -> list[int]:
+    def verdicts_of(pairs: list[tuple]) -> list[int]:
         if name != "code":
-            return [verdict_of(y, a) for y, a in zip(responses, answers)]
+            return [verdict_of(pair) for pair in pairs]
         # code runs in other processes: as many at once as there are cores
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            verdicts = pool.map(verdict_of, responses, answers)
-            return list(progress(verdicts, "verifying", total=len(responses)))
+        with ThreadPoolExecutor(max(1, os.cpu_count() // rank_and_ranks()[1])) as pool:
+            return list(progress(pool.map(verdict_of, pairs), "verifying", total=len(pairs)))
 
-    return verify_all
+    return lambda responses, answers: shared_out(verdicts_of, list(zip(responses, answers)))
 
 
 # ----------------------------------------------------------------------------- sampling, evaluation
@@ -674,20 +771,25 @@ def sample_all(
     if cache_bytes:  # else the sampler's own choice: on a GPU what is free, where nothing trains
         longest = max(map(len, prompts), default=0) + args.max_new_tokens
         slots = fit_slots(args, cache_bytes_per_token(lm.model) * longest, cache_bytes)
-    with progress(None, f"sampling {purpose[0]}", total=len(prompts), unit="response") as bar:
-        return generate(
-            lm.model,
-            prompts,
-            max_new_tokens=args.max_new_tokens,
-            eos_token_ids=lm.eos_ids,
-            temperature=temperature,
-            top_p=top_p,
-            slots=slots,
-            seed=seed_of(args.seed, *purpose),
-            vocab_size=lm.vocab_size,
-            progress=bar.update,
-            cuda_graph=args.cuda_graphs == "on" and lm.model.device.type == "cuda",
-        )
+    seeds = stream_seeds(seed_of(args.seed, *purpose), len(prompts))
+
+    def sample(share: list[tuple]) -> list[Rollout]:
+        with progress(None, f"sampling {purpose[0]}", total=len(share), unit="response") as bar:
+            return generate(
+                lm.model,
+                [prompt for prompt, _ in share],
+                max_new_tokens=args.max_new_tokens,
+                eos_token_ids=lm.eos_ids,
+                temperature=temperature,
+                top_p=top_p,
+                slots=slots,
+                seed=[seed for _, seed in share],
+                vocab_size=lm.vocab_size,
+                progress=bar.update,
+                cuda_graph=args.cuda_graphs == "on" and lm.model.device.type == "cuda",
+            )
+
+    return shared_out(sample, list(zip(prompts, seeds)))
 
 
 def evaluate(
@@ -997,6 +1099,7 @@ def setup(args: argparse.Namespace, half: bool = False) -> Task:
     All that can be known to fail later fails here, before the first sample. half: see
     `split_problems`.
     """
+    join_processes(args)
     saved = inherit_prompt(args)
     verify_all = load_verifier(args.verifier)
     lm = load_lm(args)
@@ -1008,7 +1111,7 @@ def setup(args: argparse.Namespace, half: bool = False) -> Task:
             fail(f"--verifier {args.verifier} raised {type(error).__name__}: {last_cause(error)}")
     if args.eval_only:
         figures = evaluate(lm, args, verify_all, held_out, 0)
-        print(figures.pop("sample"), file=sys.stderr)
+        on_rank_0(print)(figures.pop("sample"), file=sys.stderr)
         print(json.dumps(figures, indent=1))
         raise SystemExit(0)
     saved["prompt"] = {name: getattr(args, name) for name in (*PROMPT_DEFAULTS, "date")}
@@ -1070,18 +1173,8 @@ class Run:
         self.lines: list[dict] = []  # of metrics.jsonl
         self.told: set[str] = set()  # warnings are given once
         self.parts: dict = {}  # what has a state_dict besides the model
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self.lock = open(self.folder / ".lock", "w")
-        except OSError as error:
-            fail(f"cannot write to {self.folder}: {error.strerror}")
-        try:
-            if fcntl:
-                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            fail(f"another process is at work in {self.folder}")
-        except OSError:
-            warn(f"{self.folder} cannot be locked: start no second process there")
+        gathered([])  # all processes have looked at the folder before rank 0 begins to write
+        self.occupy()
         flags = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
         settings = {
             "flags": flags,
@@ -1095,13 +1188,29 @@ class Run:
         }
         notes = self.check_resume(settings) if args.resume else []
         if (self.folder / "config.json").exists():  # complete: its settings and its log stay
-            self.metrics = open(self.folder / "metrics.jsonl", "a")
+            self.metrics = self.open_log()
             return
         self.write("settings.json", settings)
         Run.begun = True
         self.rewind()
         for note in notes:
             self.log("note", self.last_checkpoint(), {"changed": note})
+
+    @on_rank_0
+    def occupy(self) -> None:
+        """Make the folder and lock it."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.lock = open(self.folder / ".lock", "w")
+        except OSError as error:
+            fail(f"cannot write to {self.folder}: {error.strerror}")
+        try:
+            if fcntl:
+                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            fail(f"another process is at work in {self.folder}")
+        except OSError:
+            warn(f"{self.folder} cannot be locked: start no second process there")
 
     def check_resume(self, settings: dict) -> list[str]:
         """Fail where a flag would change the run; return what may change but is worth a note."""
@@ -1133,11 +1242,15 @@ class Run:
         """Write a small JSON file atomically."""
         self.write_text(name, json.dumps(content, indent=1))
 
+    @on_rank_0
     def write_text(self, name: str, text: str) -> None:
         (self.folder / f"{name}.tmp").write_text(text)
         os.replace(self.folder / f"{name}.tmp", self.folder / name)
 
     # the log
+
+    def open_log(self):
+        return open(os.devnull if rank_and_ranks()[0] else self.folder / "metrics.jsonl", "a")
 
     def rewind(self) -> None:
         """Forget what was logged after the last checkpoint: the resumed run logs it again. A line
@@ -1154,9 +1267,9 @@ class Run:
             if collected if line["kind"] == "collect" else line["step"] <= last:
                 self.lines.append(line)
         if best["step"] > last:  # the model of an evaluation that is forgotten
-            shutil.rmtree(self.folder / "best", ignore_errors=True)
+            self.drop_best()
         self.write_text("metrics.jsonl", "".join(json.dumps(line) + "\n" for line in self.lines))
-        self.metrics = open(path, "a")
+        self.metrics = self.open_log()
 
     def log(self, kind: str, step: int, values: dict) -> None:
         """One line for machines, one for people; warnings where the run goes wrong."""
@@ -1187,12 +1300,17 @@ class Run:
         best = max((line["accuracy"] for line in done if line["step"]), default=-1.0)
         if step and figures["accuracy"] > best:
             if last:
-                shutil.rmtree(self.folder / "best", ignore_errors=True)
+                self.drop_best()
             else:
                 self.save("best")
 
+    @on_rank_0
+    def drop_best(self) -> None:
+        shutil.rmtree(self.folder / "best", ignore_errors=True)
+
     # checkpoints and the output
 
+    @on_rank_0
     def save(self, name: str, state: dict | None = None) -> None:
         """The model as an ordinary transformers folder, with the training state if there is one,
         written elsewhere and then renamed. Adapters are merged, and saved in a folder of their own
@@ -1266,6 +1384,7 @@ class Run:
                 if old != step:
                     self.remove(path)
 
+    @on_rank_0
     def finish(self) -> None:
         """The final model into the folder itself, config.json last: where that is, the run is
         complete."""
@@ -1279,12 +1398,14 @@ class Run:
         self.clean_up()
         print(f"saved {self.folder}")
 
+    @on_rank_0
     def remove(self, checkpoint: Path) -> None:
         """Renamed first, so that a kill leaves no half of a checkpoint."""
         shutil.rmtree(self.folder / "removing", ignore_errors=True)
         os.replace(checkpoint, self.folder / "removing")
         shutil.rmtree(self.folder / "removing")
 
+    @on_rank_0
     def clean_up(self) -> None:
         for path in self.checkpoints().values():
             self.remove(path)

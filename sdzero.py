@@ -47,6 +47,8 @@ from common import (
     fraction,
     learning_rate,
     make_parser,
+    meet,
+    my_share,
     natural,
     positive,
     progress,
@@ -211,14 +213,15 @@ def distill_step(
     """
     examples = [e for e in examples if len(e.response.ids) > args.skip_first]
     divisor = sum(len(e.response.ids) - args.skip_first for e in examples)
-    lengths = [len(e.teacher_ids) for e in examples]
+    mine = my_share(examples, [len(e.teacher_ids) for e in examples])
+    lengths = [len(e.teacher_ids) for e in mine]
     parts = []
     for group in progress(micro_batches(lengths, args.micro_tokens), "training"):
-        chosen = [examples[i] for i in group]
+        chosen = [mine[i] for i in group]
         parts.append(distill(student, teacher, student_layer, teacher_layer, chosen, args, divisor))
-    if not parts:
+    whole = meet(student, parts)
+    if not whole:
         return {"loss": 0.0, "kl": None, "log_ratio": None, "entropy": None, "loss_tokens": 0}
-    whole = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     loss = whole["loss"].sum().item() / divisor
     if not math.isfinite(loss):
         raise FloatingPointError(f"the loss is {loss}")

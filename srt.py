@@ -47,10 +47,13 @@ from common import (
     count,
     entry,
     fail,
+    gathered,
     key_of,
     last_cause,
     learning_rate,
     make_parser,
+    meet,
+    my_share,
     progress,
     render,
     sample_all,
@@ -189,6 +192,7 @@ def collect_all(task: Task, args: Namespace, run: Run) -> list[Trace]:
                 "--max-new-tokens"
             )
         run.write_text(path.name, "".join(json.dumps(trace) + "\n" for trace in traces))
+    gathered([])  # all processes have read the chunks, and the traces are written
     for file in files:
         file.unlink(missing_ok=True)
     return [Trace(**json.loads(line)) for line in open(path)]
@@ -266,22 +270,23 @@ def srt_step(
 ) -> dict:
     """Add the gradient of one optimizer step's mean loss to the model's; returns its metrics. The
     result does not depend on the micro-batches."""
-    lengths = [len(trace.ids) for trace in traces]
     divisor = sum(sum(trace.weights(weights)) for trace in traces)
+    mine = my_share(traces, [len(trace.ids) for trace in traces])
     parts = []
-    for group in progress(micro_batches(lengths, micro_tokens), "training"):
-        parts.append(srt_loss(model, layer, [traces[i] for i in group], weights, divisor))
-    nll, weight = (torch.cat(column) for column in zip(*parts))
-    loss = (nll * weight).sum().item() / divisor
+    for group in progress(micro_batches([len(t.ids) for t in mine], micro_tokens), "training"):
+        nll, weight = srt_loss(model, layer, [mine[i] for i in group], weights, divisor)
+        parts.append({"nll": nll, "weight": weight})
+    whole = meet(model, parts)
+    loss = (whole["nll"] * whole["weight"]).sum().item() / divisor
     if not math.isfinite(loss):
         raise FloatingPointError(f"the loss is {loss}")
     return {
         "loss": loss,
-        "nll": nll.mean().item(),  # per token, of y_init, P_r and y_rev alike
+        "nll": whole["nll"].mean().item(),  # per token, of y_init, P_r and y_rev alike
         "reward": sum(trace.reward for trace in traces) / len(traces),  # of the first attempts
         "length": sum(len(trace.revision_ids) for trace in traces) / len(traces),
         "cut_off": sum(not trace.finished for trace in traces) / len(traces),
-        "tokens": sum(lengths),
+        "tokens": sum(len(trace.ids) for trace in traces),
     }
 
 

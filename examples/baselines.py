@@ -47,10 +47,13 @@ from common import (
     count,
     entry,
     fail,
+    gathered,
     key_of,
     learning_rate,
     load_problems,
     make_parser,
+    meet,
+    my_share,
     sample_and_verify,
     seed_of,
     setup,
@@ -152,6 +155,7 @@ def collect(task: Task, args: Namespace, run: Run) -> list[Trace]:
         }
         run.log("collect", 1, counts)
         run.write_text(path.name, "".join(json.dumps(asdict(t)) + "\n" for t in traces))
+    gathered([])  # rank 0 has written it
     return [Trace(**json.loads(line)) for line in open(path)]
 
 
@@ -193,10 +197,10 @@ def grpo_step(
     def loss(logits, token_ids, advantages):
         return -advantages * token_logprobs(logits / (args.temperature or 1), token_ids)
 
-    total = 0.0
-    for group in micro_batches([len(x) + len(y.ids) for x, y, _ in live], args.micro_tokens):
+    mine, parts = my_share(live, [len(x) + len(y.ids) for x, y, _ in live]), []
+    for group in micro_batches([len(x) + len(y.ids) for x, y, _ in mine], args.micro_tokens):
         sequences, counts, token_ids, advantages = [], [], [], []
-        for x, y, advantage in [live[i] for i in group]:
+        for x, y, advantage in [mine[i] for i in group]:
             sequences.append(x + y.ids)
             counts.append(len(y.ids))
             token_ids += y.ids
@@ -205,7 +209,9 @@ def grpo_step(
         token_ids = torch.tensor(token_ids, device=hidden.device)
         advantages = torch.tensor(advantages, device=hidden.device)
         values = backward_by_chunks(loss, layer, hidden, token_ids, advantages, divisor=tokens)
-        total += values.sum().item()
+        parts.append({"loss": values})
+    values = meet(model, parts)
+    total = values["loss"].sum().item() if values else 0.0
     return {"loss": total / tokens, "with_signal": len(live) / responses}
 
 
