@@ -77,6 +77,7 @@ DATE_CODES = ("%a", "%A", "%b", "%B", "%d", "%-d", "%e", "%j", "%m", "%-m", "%y"
 ADAPTER = "adapter/adapter_model.safetensors"  # in a model's folder, what PEFT and vLLM read
 DATA_FILES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 MAX_SLOTS = 64  # more sequences at once hardly decode faster
+VERDICTS = ("wrong", "right")  # of r
 SHOW_EVERY = 10  # optimizer steps between two responses shown in the log
 
 
@@ -651,6 +652,25 @@ def load_verifier(name: str) -> Callable[[list[str], list], list[int]]:
     return verify_all
 
 
+@dataclass
+class Task:
+    """What a run works on."""
+
+    args: argparse.Namespace
+    lm: LM
+    verify_all: Callable
+    problems: list[Problem]  # to train on
+    held_out: list[Problem]  # never trained on
+    counts: dict  # of problems
+    saved: dict  # what the model's srt.json will say, see `inherit_prompt`
+
+    def trained_on(self, keys: list[str], stage_1: bool = False) -> None:
+        """Let srt.json remember these problems. stage_1: stage 2 leaves them out."""
+        self.saved["trained"] = sorted({*self.saved["trained"], *keys})
+        if stage_1:
+            self.saved["problems"] = sorted({*self.saved["problems"], *keys})
+
+
 # ----------------------------------------------------------------------------- sampling, evaluation
 
 
@@ -691,11 +711,60 @@ def sample_all(
         )
 
 
-def evaluate(
-    lm: LM, args: argparse.Namespace, verify_all: Callable, problems: list[Problem], step: int
-) -> dict:
-    """Generate-then-revise on held-out problems: k attempts each, and one revision of every
-    attempt, which is told only right or wrong.
+@dataclass
+class Attempt:
+    """A response to a problem, or a revision of one, with its verdict."""
+
+    problem: Problem
+    response: Rollout  # y
+    text: str  # of y, as the verifier read it
+    reward: int  # r
+
+    def shown(self) -> str:
+        """As text for the log."""
+        gold = f"{VERDICTS[self.reward]}; gold {self.problem.answer!r}"
+        return f"  problem: {self.problem.text!r}\n  response [{gold}]: {self.text!r}"
+
+
+def sample_and_verify(
+    task: Task,
+    problems: list[Problem],
+    purpose: tuple,
+    contexts: list[list[int]] | None = None,
+    **settings,
+) -> list[Attempt]:
+    """One response for each problem (list it n times for n), and its verdict.
+
+    contexts: what each response continues, if not the problem's prompt. settings: of `sample_all`,
+    where they are not those of training samples.
+    """
+    args, lm = task.args, task.lm
+    prompts = [p.prompt_ids for p in problems] if contexts is None else contexts
+    settings = {"temperature": args.temperature, "top_p": args.top_p, **settings}
+    responses = sample_all(lm, args, prompts, purpose, **settings)
+    texts = [lm.text(y.ids) for y in responses]
+    rewards = task.verify_all(texts, [p.answer for p in problems])
+    return [Attempt(*fields) for fields in zip(problems, responses, texts, rewards)]
+
+
+def revise(
+    task: Task, attempts: list[Attempt], n: int, purpose: tuple, **settings
+) -> list[tuple[Attempt, Attempt]]:
+    """(attempt, revision): n revisions of each, told only right or wrong. Attempts whose revision
+    might not fit the context are left out."""
+    phrases, revised, contexts = task.lm.phrases(task.args), [], []
+    for attempt in attempts:
+        context = attempt.problem.prompt_ids + attempt.response.without_eos
+        context += phrases[attempt.reward]
+        if len(context) + task.args.max_new_tokens <= task.lm.context:
+            revised += [attempt] * n
+            contexts += [context] * n
+    problems = [attempt.problem for attempt in revised]
+    return list(zip(revised, sample_and_verify(task, problems, purpose, contexts, **settings)))
+
+
+def evaluate(task: Task, step: int) -> dict:
+    """Generate-then-revise on held-out problems: k attempts each, and one revision of each attempt.
 
     All shares lie in [0, 1], lengths are tokens with EOS. accuracy is avg@k and accuracy_se its
     standard error over problems; pass_at_k counts a problem that any attempt solves.
@@ -704,22 +773,15 @@ def evaluate(
     wrong and of the right attempts. Attempts whose revision does not fit the context are not
     revised: revision_too_long counts them, and the figures of revisions leave them out.
     """
-    k, phrases = args.eval_samples, lm.phrases(args)
+    problems, k = task.held_out, task.args.eval_samples
+    settings = {"temperature": task.args.eval_temperature, "top_p": 1.0}
     asked = [p for p in problems for _ in range(k)]
-    answers = [p.answer for p in asked]
-    temperature = args.eval_temperature
-    attempts = sample_all(lm, args, [p.prompt_ids for p in asked], ("eval", step), temperature)
-    rewards = np.array(verify_all([lm.text(y.ids) for y in attempts], answers))
-
-    contexts = []
-    for problem, attempt, r in zip(asked, attempts, rewards):
-        contexts.append(problem.prompt_ids + attempt.without_eos + phrases[r])
-    fits = [i for i, ids in enumerate(contexts) if len(ids) + args.max_new_tokens <= lm.context]
-    again = [contexts[i] for i in fits]
-    revisions = sample_all(lm, args, again, ("eval revisions", step), temperature)
-    texts = [lm.text(y.ids) for y in revisions]
-    revised = np.array(verify_all(texts, [answers[i] for i in fits]))
-    by_problem, first = rewards.reshape(len(problems), k), rewards[fits]
+    attempts = sample_and_verify(task, asked, ("eval", step), **settings)
+    pairs = revise(task, attempts, 1, ("eval revisions", step), **settings)
+    rewards = np.array([attempt.reward for attempt in attempts])
+    first = np.array([attempt.reward for attempt, _ in pairs])
+    revised = np.array([revision.reward for _, revision in pairs])
+    by_problem = rewards.reshape(len(problems), k)
 
     def mean(values):
         return float(np.mean(values)) if len(values) else None
@@ -730,36 +792,25 @@ def evaluate(
         "accuracy": mean(rewards),
         "accuracy_se": None,
         "pass_at_k": mean(by_problem.max(1)),
-        "finished": mean([y.finished for y in attempts]),
-        "length": mean([len(y.ids) for y in attempts]),
+        "finished": mean([attempt.response.finished for attempt in attempts]),
+        "length": mean([len(attempt.response.ids) for attempt in attempts]),
         "revised_accuracy": mean(revised),
         "correction_rate": None,
         "wrong_to_right": mean(revised[first == 0]),
         "right_to_wrong": mean(1 - revised[first == 1]),
-        "revised_finished": mean([y.finished for y in revisions]),
-        "revised_length": mean([len(y.ids) for y in revisions]),
-        "revision_too_long": len(asked) - len(fits),
-        "sample": shown(lm, asked[0], attempts[0], rewards[0]),
+        "revised_finished": mean([revision.response.finished for _, revision in pairs]),
+        "revised_length": mean([len(revision.response.ids) for _, revision in pairs]),
+        "revision_too_long": len(attempts) - len(pairs),
+        "sample": attempts[0].shown(),
     }
     if len(problems) > 1:
         figures["accuracy_se"] = float(by_problem.mean(1).std(ddof=1) / math.sqrt(len(problems)))
     if len(first) and first.mean() < 1:
         figures["correction_rate"] = (mean(revised) - mean(first)) / (1 - mean(first))
-    if fits[:1] == [0]:
-        figures["sample"] += f"\n  revised [{verdict(revised[0])}]: {texts[0]!r}"
+    if pairs and pairs[0][0] is attempts[0]:
+        revision = pairs[0][1]
+        figures["sample"] += f"\n  revised [{VERDICTS[revision.reward]}]: {revision.text!r}"
     return figures
-
-
-def verdict(reward: int) -> str:
-    return "right" if reward else "wrong"
-
-
-def shown(lm: LM, problem: Problem, response: Rollout, reward: int) -> str:
-    """A problem, a response and its verdict, as text for the log."""
-    return (
-        f"  problem: {problem.text!r}\n"
-        f"  response [{verdict(reward)}; gold {problem.answer!r}]: {lm.text(response.ids)!r}"
-    )
 
 
 # ----------------------------------------------------------------------------------------- memory
@@ -974,24 +1025,6 @@ def compiled(loss: Callable) -> Callable:
 # ------------------------------------------------------------------------------------------ a run
 
 
-@dataclass
-class Task:
-    """What a run works on."""
-
-    lm: LM
-    verify_all: Callable
-    problems: list[Problem]  # to train on
-    held_out: list[Problem]  # never trained on
-    saved: dict  # what the model's srt.json will say, see `inherit_prompt`
-    counts: dict  # of problems
-
-    def trained_on(self, keys: list[str], stage_1: bool = False) -> None:
-        """Let srt.json remember these problems. stage_1: stage 2 leaves them out."""
-        self.saved["trained"] = sorted({*self.saved["trained"], *keys})
-        if stage_1:
-            self.saved["problems"] = sorted({*self.saved["problems"], *keys})
-
-
 def setup(args: argparse.Namespace, half: bool = False) -> Task:
     """Load model, verifier and problems; with --eval-only, evaluate and end the program.
 
@@ -1001,37 +1034,27 @@ def setup(args: argparse.Namespace, half: bool = False) -> Task:
     saved = inherit_prompt(args)
     verify_all = load_verifier(args.verifier)
     lm = load_lm(args)
-    problems, held_out, counts = split_problems(lm, args, saved, half)
-    for problem in (problems + held_out)[:1]:  # a verifier that raises does so before any sample
+    task = Task(args, lm, verify_all, *split_problems(lm, args, saved, half), saved)
+    for problem in (task.problems + task.held_out)[:1]:  # one that raises does so before any sample
         try:
             verify_all([""], [problem.answer])
         except Exception as error:
             fail(f"--verifier {args.verifier} raised {type(error).__name__}: {last_cause(error)}")
     if args.eval_only:
-        figures = evaluate(lm, args, verify_all, held_out, 0)
+        figures = evaluate(task, 0)
         print(figures.pop("sample"), file=sys.stderr)
         print(json.dumps(figures, indent=1))
         raise SystemExit(0)
     saved["prompt"] = {name: getattr(args, name) for name in (*PROMPT_DEFAULTS, "date")}
-    print(f"problems: {json.dumps(counts)}")
+    print(f"problems: {json.dumps(task.counts)}")
     if args.lora:  # stage 2 begins with other factors than stage 1, which leaves srt.json behind
         seed = seed_of(args.seed, "lora", len(saved["trained"]))
         try:
             add_lora(lm.model, args.lora, args.lora_alpha, seed)
         except ValueError as error:
             fail(f"--lora cannot be used with {args.model}: {error}")
-    fit_memory(lm, args, problems)
-    return Task(lm, verify_all, problems, held_out, saved, counts)
-
-
-def sample_and_verify(
-    task: Task, args: argparse.Namespace, problems: list[Problem], purpose: tuple
-) -> tuple[list[Rollout], list[int]]:
-    """One training response for each problem (list it n times for n), and their verdicts."""
-    prompts = [p.prompt_ids for p in problems]
-    responses = sample_all(task.lm, args, prompts, purpose, args.temperature, args.top_p)
-    texts = [task.lm.text(y.ids) for y in responses]
-    return responses, task.verify_all(texts, [p.answer for p in problems])
+    fit_memory(lm, args, task.problems)
+    return task
 
 
 def read_settings(folder: Path) -> dict:
@@ -1066,7 +1089,8 @@ class Run:
 
     begun = False  # whether a run of this process can be resumed
 
-    def __init__(self, args: argparse.Namespace, task: Task, traces: list | None = None):
+    def __init__(self, task: Task, traces: list | None = None):
+        args = task.args
         self.args, self.task, self.folder = args, task, args.output
         self.lines: list[dict] = []  # of metrics.jsonl
         self.told: set[str] = set()  # warnings are given once
@@ -1182,8 +1206,7 @@ class Run:
             return
         if not self.task.held_out or any(line["step"] == step for line in done):
             return
-        task = self.task
-        figures = evaluate(task.lm, self.args, task.verify_all, task.held_out, step)
+        figures = evaluate(self.task, step)
         self.log("eval", step, figures)
         best = max((line["accuracy"] for line in done if line["step"]), default=-1.0)
         if step and figures["accuracy"] > best:
@@ -1252,8 +1275,25 @@ class Run:
             fail(f"{path} is damaged: {last_cause(error)}")
         return step
 
-    def end_step(self, step: int, total: int, passes: int = 1) -> None:
-        """Evaluate, and write a checkpoint, where one is due after `passes` more steps."""
+    def begin_step(self, step: int) -> None:
+        """Start the clock, and seed dropout."""
+        torch.manual_seed(seed_of(self.args.seed, "dropout", step))
+        self.started = time.time()
+
+    def end_step(
+        self, step: int, total: int, metrics: dict, tokens: int | None = None, passes: int = 1
+    ) -> None:
+        """Log step `step` of `total`; evaluate, and write a checkpoint, where one is due.
+
+        tokens: what tokens_per_s counts. passes: steps on one batch, which nothing comes between.
+        """
+        metrics["seconds"] = time.time() - self.started
+        if tokens:
+            metrics["tokens_per_s"] = tokens / metrics["seconds"]
+        self.log("train", step, metrics)
+        self.started = time.time()
+        if step % passes:
+            return
 
         def due(every: int) -> bool:
             return step // every > (step - passes) // every

@@ -25,7 +25,6 @@ Letters in shapes: N tokens in the loss, V vocabulary size, H hidden size.
 
 import math
 import random
-import time
 from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,7 +53,6 @@ from common import (
     seed_of,
     setup,
     share,
-    shown,
     warn,
 )
 from lora import LoraTeacher
@@ -299,7 +297,7 @@ def main(argv: list[str] | None = None) -> None:
         warn("the loss is an expectation over the model's own distribution: --top-p 1 samples it")
     check_lengths(task, args)
     task.trained_on([p.key for p in task.problems])
-    run = Run(args, task)
+    run = Run(task)
     if run.complete:
         return
     make_teacher = LoraTeacher if args.lora else Teacher
@@ -318,41 +316,37 @@ def main(argv: list[str] | None = None) -> None:
     student.train()
 
     for batch_index in range(done // args.passes, len(batches)):
-        started, batch = time.time(), batches[batch_index]
-        first_step = batch_index * args.passes + 1
-        torch.manual_seed(seed_of(args.seed, "dropout", first_step))
+        batch, first_step = batches[batch_index], batch_index * args.passes + 1
+        run.begin_step(first_step)
 
         # the student answers, the verifier gives its bit
-        responses, rewards = sample_and_verify(task, args, batch, ("responses", first_step))
+        attempts = sample_and_verify(task, batch, ("responses", first_step))
 
         # what the teacher reads, x + y + P_r + y, must fit the context whole
         examples = []
-        for problem, y, r in zip(batch, responses, rewards):
-            example = Example(problem.prompt_ids, y, r, phrases[r])
+        for attempt in attempts:
+            x, y, r = attempt.problem.prompt_ids, attempt.response, attempt.reward
+            example = Example(x, y, r, phrases[r])
             kept = y.finished or not args.drop_truncated
             if kept and len(example.teacher_ids) <= lm.context:
                 examples.append(example)
 
         # score, one step towards the teacher (more with --passes), then the teacher's own
+        tokens = sum(len(attempt.response.ids) for attempt in attempts)
         sampled = {
-            "reward": sum(rewards) / len(batch),
-            "length": sum(len(y.ids) for y in responses) / len(batch),
-            "cut_off": sum(not y.finished for y in responses) / len(batch),
+            "reward": sum(attempt.reward for attempt in attempts) / len(batch),
+            "length": tokens / len(batch),
+            "cut_off": sum(not attempt.response.finished for attempt in attempts) / len(batch),
             "dropped": len(batch) - len(examples),
         }
         if batch_index % SHOW_EVERY == 0:
-            sampled["sample"] = shown(lm, batch[0], responses[0], rewards[0])
+            sampled["sample"] = attempts[0].shown()
         for step in range(first_step, first_step + args.passes):
             metrics = distill_step(student, teacher, *layers, examples, args)
             lr = learning_rate(args, step, total)
-            norm = optimizer.step(lr)
+            metrics.update(sampled, grad_norm=optimizer.step(lr), lr=lr)
             teacher.update(step)
-            seconds = time.time() - started
-            metrics.update(sampled, grad_norm=norm, lr=lr, seconds=seconds)
-            metrics["tokens_per_s"] = sum(len(y.ids) for y in responses) / seconds
-            run.log("train", step, metrics)
-            started = time.time()
-        run.end_step(step, total, args.passes)
+            run.end_step(step, total, metrics, tokens, args.passes)
     if not any(line.get("loss_tokens") for line in run.lines):
         fail("not one token was trained on: the responses are dropped (see the log's lines)", 1)
     run.finish()

@@ -53,10 +53,10 @@ from common import (
     make_parser,
     progress,
     render,
-    sample_all,
+    revise,
+    sample_and_verify,
     seed_of,
     setup,
-    shown,
 )
 from losses import OutputLayer, backward_by_chunks, micro_batches, predicting_last, token_logprobs
 
@@ -103,71 +103,60 @@ class Trace:
         return [weights[0]] * before + [weights[1]] * len(self.revision_ids)
 
 
-def collect(task: Task, args: Namespace, problems: list[Problem], chunk: int):
+def collect(task: Task, problems: list[Problem], chunk: int) -> tuple[list[Trace], dict]:
     """Sample, verify, revise, verify. Returns (traces whose revision is right, counts).
 
     Identical traces count once. A revision that hit the length limit verifies or not like any
     other. Attempts whose revision would not fit the context are not revised ("too_long").
     """
-    lm, phrases = task.lm, task.lm.phrases(args)
+    args, phrases = task.args, task.lm.phrases(task.args)
     asked = [p for p in problems for _ in range(args.attempts)]
-    prompts = [p.prompt_ids for p in asked]
-    settings = args.temperature, args.top_p, args.collect_bytes
-    attempts = sample_all(lm, args, prompts, ("attempts", chunk), *settings)
-    rewards = task.verify_all([lm.text(y.ids) for y in attempts], [p.answer for p in asked])
-
-    again, contexts = [], []  # which attempt is revised; what the reviser reads
-    for i, (problem, attempt, r) in enumerate(zip(asked, attempts, rewards)):
-        context = problem.prompt_ids + attempt.without_eos + phrases[r]
-        if len(context) + args.max_new_tokens <= lm.context:
-            again += [i] * args.revisions
-            contexts += [context] * args.revisions
-    revisions = sample_all(lm, args, contexts, ("revisions", chunk), *settings)
-    texts = [lm.text(y.ids) for y in revisions]
-    verdicts = task.verify_all(texts, [asked[i].answer for i in again])
+    room = {"cache_bytes": args.collect_bytes}
+    attempts = sample_and_verify(task, asked, ("attempts", chunk), **room)
+    pairs = revise(task, attempts, args.revisions, ("revisions", chunk), **room)
 
     traces = {}
-    for i, revision, text, right in zip(again, revisions, texts, verdicts):
-        problem, init_ids, r = asked[i], attempts[i].without_eos, rewards[i]
-        same = problem.key, tuple(init_ids), tuple(revision.ids)
-        if not right or same in traces:
+    for attempt, revision in pairs:
+        problem, init_ids, r = attempt.problem, attempt.response.without_eos, attempt.reward
+        same = problem.key, tuple(init_ids), tuple(revision.response.ids)
+        if not revision.reward or same in traces:
             continue
         traces[same] = Trace(
             problem=problem.text,
             answer=problem.answer,
             reward=r,
             phrase=(args.phrase_wrong, args.phrase_right)[r],
-            init_text=lm.text(init_ids),
-            revision_text=text,
-            finished=revision.finished,
+            init_text=task.lm.text(init_ids),
+            revision_text=revision.text,
+            finished=revision.response.finished,
             prompt_ids=problem.prompt_ids,
             init_ids=init_ids,
             phrase_ids=phrases[r],
-            revision_ids=revision.ids,
+            revision_ids=revision.response.ids,
         )
-    revised_right = sum(rewards[i] for i in again)
+    revised_right = sum(attempt.reward for attempt, _ in pairs)
     kept_right = sum(trace.reward for trace in traces.values())
     counts = {
         "problems": len(problems),
         "attempts": len(attempts),
-        "right": sum(rewards),
-        "cut_off": sum(not y.finished for y in attempts),
-        "too_long": len(attempts) * args.revisions - len(revisions),
-        "revisions_of_wrong": len(revisions) - revised_right,
+        "right": sum(attempt.reward for attempt in attempts),
+        "cut_off": sum(not attempt.response.finished for attempt in attempts),
+        "too_long": len(attempts) * args.revisions - len(pairs),
+        "revisions_of_wrong": len(pairs) - revised_right,
         "kept_of_wrong": len(traces) - kept_right,
         "revisions_of_right": revised_right,
         "kept_of_right": kept_right,
-        "sample": shown(lm, asked[0], attempts[0], rewards[0]),
+        "sample": attempts[0].shown(),
     }
     return list(traces.values()), counts
 
 
-def collect_all(task: Task, args: Namespace, run: Run) -> list[Trace]:
+def collect_all(task: Task, run: Run) -> list[Trace]:
     """`collect` chunk by chunk into traces.jsonl. A chunk whose file exists is done."""
-    path = args.output / "traces.jsonl"
+    path = run.folder / "traces.jsonl"
     starts = range(0, len(task.problems), PROBLEMS_AT_ONCE)
     chunks = [task.problems[i : i + PROBLEMS_AT_ONCE] for i in starts]
-    files = [args.output / f"chunk-{i}.json" for i in range(len(chunks))]
+    files = [run.folder / f"chunk-{i}.json" for i in range(len(chunks))]
     if not path.exists():
         traces, tried = [], 0
         for i, (problems, file) in enumerate(zip(chunks, files)):
@@ -175,7 +164,7 @@ def collect_all(task: Task, args: Namespace, run: Run) -> list[Trace]:
             if file.exists():
                 saved = json.loads(file.read_text())
             else:
-                found, counts = collect(task, args, problems, i)
+                found, counts = collect(task, problems, i)
                 counts["seconds"] = time.time() - started
                 saved = {"counts": counts, "traces": [asdict(trace) for trace in found]}
                 run.write(file.name, saved)
@@ -301,9 +290,9 @@ def plan(args: Namespace, traces: list[Trace]) -> list[tuple[list[Trace], tuple[
     return steps
 
 
-def train(task: Task, args: Namespace, traces: list[Trace], run: Run) -> None:
+def train(task: Task, traces: list[Trace], run: Run) -> None:
     """Fine-tune on L_SRT, from the last checkpoint if there is one."""
-    model = task.lm.model
+    args, model = task.args, task.lm.model
     optimizer = Optimizer(model, BETAS, WEIGHT_DECAY)
     done = run.restore(optimizer=optimizer)
     if args.gradient_checkpointing:
@@ -312,15 +301,12 @@ def train(task: Task, args: Namespace, traces: list[Trace], run: Run) -> None:
     steps = plan(args, traces)
     model.train()
     for step in range(done + 1, len(steps) + 1):
-        started = time.time()
-        torch.manual_seed(seed_of(args.seed, "dropout", step))
+        run.begin_step(step)
         batch, weights = steps[step - 1]
         metrics = srt_step(model, layer, batch, weights, args.micro_tokens)
         lr = learning_rate(args, step, len(steps))
-        metrics.update(grad_norm=optimizer.step(lr), lr=lr, seconds=time.time() - started)
-        metrics["tokens_per_s"] = metrics["tokens"] / metrics["seconds"]
-        run.log("train", step, metrics)
-        run.end_step(step, len(steps))
+        metrics.update(grad_norm=optimizer.step(lr), lr=lr)
+        run.end_step(step, len(steps), metrics, metrics["tokens"])
 
 
 def parse_arguments(argv: list[str] | None = None) -> Namespace:
@@ -356,16 +342,16 @@ def main(argv: list[str] | None = None) -> None:
         traces, used = load_traces(task.lm, args)
         task.held_out = [p for p in task.held_out if p.key not in used]
     task.trained_on(used, stage_1=True)
-    run = Run(args, task, traces)
+    run = Run(task, traces)
     if run.complete:
         return
     run.evaluate(0)
-    traces = traces or collect_all(task, args, run)
+    traces = traces or collect_all(task, run)
     if args.collect_only:
         run.write("srt.json", task.saved)
         print(f"saved {args.output / 'traces.jsonl'}: {len(traces)} traces")
         return
-    train(task, args, traces, run)
+    train(task, traces, run)
     run.finish()
 
 
