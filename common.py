@@ -1065,18 +1065,31 @@ def read_settings(folder: Path) -> dict:
         fail(f"{folder / 'settings.json'} is damaged")
 
 
-def fingerprint(task: Task, traces: list | None = None) -> dict[str, str]:
+def fingerprint(task: Task, traces: list | None) -> dict[str, str]:
     """What --resume compares instead of names and places: hashes of some weights, of the problems,
     and of the traces that the run was given."""
-    weights = hashlib.sha256()
-    for p in task.lm.model.parameters():
-        weights.update(p.detach().flatten()[:64].float().cpu().numpy().tobytes())
-    texts = repr([(p.key, p.answer) for p in task.problems + task.held_out])
-    return {
-        "model": weights.hexdigest()[:16],
-        "problems": hashlib.sha256(texts.encode()).hexdigest()[:16],
-        "traces": hashlib.sha256(repr(traces).encode()).hexdigest()[:16],
-    }
+    weights = [p.detach().flatten()[:64].float().cpu().numpy() for p in task.lm.model.parameters()]
+    problems = [(p.key, p.answer) for p in task.problems + task.held_out]
+    parts = {"model": np.concatenate(weights).tobytes(), "problems": repr(problems).encode()}
+    parts["traces"] = repr(traces).encode()
+    return {name: hashlib.sha256(part).hexdigest()[:16] for name, part in parts.items()}
+
+
+def locked(folder: Path):
+    """A file that is open while this process works in the folder, so that no second one does."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / ".lock", "w")
+    except OSError as error:
+        fail(f"cannot write to {folder}: {error.strerror}")
+    try:
+        if fcntl:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        fail(f"another process is at work in {folder}")
+    except OSError:
+        warn(f"{folder} cannot be locked: start no second process there")
+    return file
 
 
 class Run:
@@ -1084,30 +1097,19 @@ class Run:
     model of the best evaluation, where that is not the last), and in the end the model itself.
 
     A run that was killed at any moment goes on from its last checkpoint and ends as if nothing had
-    happened: files appear whole or not at all, and what the log has of later steps is dropped.
+    happened: files and folders appear and vanish whole (`write`, `save`, `remove`), and what the
+    log has of later steps is dropped.
     """
 
     begun = False  # whether a run of this process can be resumed
 
     def __init__(self, task: Task, traces: list | None = None):
-        args = task.args
-        self.args, self.task, self.folder = args, task, args.output
+        self.task, self.args, self.folder = task, task.args, task.args.output
         self.lines: list[dict] = []  # of metrics.jsonl
         self.told: set[str] = set()  # warnings are given once
         self.parts: dict = {}  # what has a state_dict besides the model
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self.lock = open(self.folder / ".lock", "w")
-        except OSError as error:
-            fail(f"cannot write to {self.folder}: {error.strerror}")
-        try:
-            if fcntl:
-                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            fail(f"another process is at work in {self.folder}")
-        except OSError:
-            warn(f"{self.folder} cannot be locked: start no second process there")
-        flags = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
+        self.lock = locked(self.folder)
+        flags = {k: str(v) if isinstance(v, Path) else v for k, v in vars(task.args).items()}
         settings = {
             "flags": flags,
             "fingerprint": fingerprint(task, traces),
@@ -1118,11 +1120,10 @@ class Run:
             "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
             "started": time.strftime("%Y-%m-%d %H:%M:%S"),
         }
-        notes = self.check_resume(settings) if args.resume else []
+        notes = self.check_resume(settings) if task.args.resume else []
         if (self.folder / "config.json").exists():  # complete: its settings and its log stay
-            self.metrics = open(self.folder / "metrics.jsonl", "a")
             return
-        self.write("settings.json", settings)
+        self.write("settings.json", json.dumps(settings, indent=1))
         Run.begun = True
         self.rewind()
         for note in notes:
@@ -1137,8 +1138,7 @@ class Run:
             for name, old in before["flags"].items()
             if settings["flags"].get(name, old) != old and name not in FREE
         }
-        fixed = [text for name, text in changed.items() if name not in NOTED]
-        if fixed:
+        if fixed := [text for name, text in changed.items() if name not in NOTED]:
             fail(f"--resume needs the flags that the run began with: {', '.join(fixed)}")
         for what, value in settings["fingerprint"].items():
             if before["fingerprint"][what] != value:
@@ -1153,14 +1153,6 @@ class Run:
         self.clean_up()
         print(f"{self.folder} is complete")
         return True
-
-    def write(self, name: str, content) -> None:
-        """Write a small JSON file atomically."""
-        self.write_text(name, json.dumps(content, indent=1))
-
-    def write_text(self, name: str, text: str) -> None:
-        (self.folder / f"{name}.tmp").write_text(text)
-        os.replace(self.folder / f"{name}.tmp", self.folder / name)
 
     # the log
 
@@ -1179,15 +1171,14 @@ class Run:
             if collected if line["kind"] == "collect" else line["step"] <= last:
                 self.lines.append(line)
         if best["step"] > last:  # the model of an evaluation that is forgotten
-            shutil.rmtree(self.folder / "best", ignore_errors=True)
-        self.write_text("metrics.jsonl", "".join(json.dumps(line) + "\n" for line in self.lines))
-        self.metrics = open(path, "a")
+            self.remove("best")
+        self.write(path.name, "".join(json.dumps(line) + "\n" for line in self.lines))
 
     def log(self, kind: str, step: int, values: dict) -> None:
         """One line for machines, one for people; warnings where the run goes wrong."""
         self.lines.append({"kind": kind, "step": step, **values})
-        self.metrics.write(json.dumps(self.lines[-1]) + "\n")
-        self.metrics.flush()
+        with open(self.folder / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(self.lines[-1]) + "\n")
         plain = {k: v for k, v in values.items() if k != "sample" and not isinstance(v, dict)}
         figures = [f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in plain.items()]
         print(f"{kind} {step}  " + "  ".join(figures))
@@ -1211,44 +1202,57 @@ class Run:
         best = max((line["accuracy"] for line in done if line["step"]), default=-1.0)
         if step and figures["accuracy"] > best:
             if last:
-                shutil.rmtree(self.folder / "best", ignore_errors=True)
+                self.remove("best")
             else:
                 self.save("best")
 
-    # checkpoints and the output
+    # files and folders
+
+    def write(self, name: str, text: str) -> None:
+        """A small file, whole or not at all."""
+        temporary = self.folder / f"{name}.tmp"
+        temporary.write_text(text)
+        os.replace(temporary, self.folder / name)
+
+    def remove(self, name: str) -> None:
+        """A folder, if it is there: renamed first, so that a kill leaves no half of it."""
+        doomed = self.folder / "removing"
+        shutil.rmtree(doomed, ignore_errors=True)
+        if (self.folder / name).is_dir():
+            os.replace(self.folder / name, doomed)
+            shutil.rmtree(doomed)
 
     def save(self, name: str, state: dict | None = None) -> None:
-        """The model as an ordinary transformers folder, with the training state if there is one,
-        written elsewhere and then renamed. Adapters are merged, and saved in a folder of their own
-        besides: transformers would take a model beside an adapter_config.json for their base. A
-        checkpoint has only the adapters."""
+        """The model as an ordinary transformers folder, with the training state if there is one:
+        written elsewhere and then renamed.
+
+        Adapters are merged, and also saved in a folder of their own: transformers would take a
+        model beside an adapter_config.json for their base. A checkpoint has only the adapters.
+        """
+        temporary, model = self.folder / "saving", self.task.lm.model
         try:
-            self.save_files(name, state)
+            shutil.rmtree(temporary, ignore_errors=True)
+            if self.args.lora:
+                (temporary / "adapter").mkdir(parents=True)
+                config = json.dumps(adapter_config(model, self.args.model), indent=1)
+                (temporary / "adapter" / "adapter_config.json").write_text(config)
+                save_file(adapter_state(model), temporary / ADAPTER)
+            if not self.args.lora or state is None:
+                model.save_pretrained(temporary, state_dict=merged_state_dict(model))
+            self.task.lm.tokenizer.save_pretrained(temporary)
+            (temporary / "srt.json").write_text(json.dumps(self.task.saved))
+            if state is not None:
+                torch.save(state, temporary / "training_state.pt")
+            self.remove(name)
+            os.replace(temporary, self.folder / name)
         except (OSError, RuntimeError, SafetensorError) as error:
             fail(f"cannot write to {self.folder}, make room and --resume: {last_cause(error)}", 1)
 
-    def save_files(self, name: str, state: dict | None) -> None:
-        temporary, model = self.folder / "saving", self.task.lm.model
-        shutil.rmtree(temporary, ignore_errors=True)
-        if self.args.lora:
-            (temporary / "adapter").mkdir(parents=True)
-            config = json.dumps(adapter_config(model, self.args.model), indent=1)
-            (temporary / "adapter" / "adapter_config.json").write_text(config)
-            save_file(adapter_state(model), temporary / ADAPTER)
-        if not self.args.lora or state is None:
-            model.save_pretrained(temporary, state_dict=merged_state_dict(model))
-        self.task.lm.tokenizer.save_pretrained(temporary)
-        (temporary / "srt.json").write_text(json.dumps(self.task.saved))
-        if state is not None:
-            torch.save(state, temporary / "training_state.pt")
-        shutil.rmtree(self.folder / name, ignore_errors=True)
-        os.replace(temporary, self.folder / name)
-
-    def checkpoints(self) -> dict[int, Path]:
-        """Our checkpoints by step; a user's own checkpoint-3-mine is none."""
-        found = {p.name.removeprefix("checkpoint-"): p for p in self.folder.glob("checkpoint-*")}
-        whole = {step: p for step, p in found.items() if (p / "training_state.pt").exists()}
-        return {int(step): path for step, path in whole.items() if step.isdecimal()}
+    def checkpoints(self) -> list[int]:
+        """Their steps, in order. A user's own checkpoint-3-mine is none."""
+        states = self.folder.glob("checkpoint-*/training_state.pt")
+        steps = [path.parent.name.removeprefix("checkpoint-") for path in states]
+        return sorted(int(step) for step in steps if step.isdecimal())
 
     def last_checkpoint(self) -> int:
         return max(self.checkpoints(), default=0)
@@ -1256,11 +1260,10 @@ class Run:
     def restore(self, **parts) -> int:
         """Put the last checkpoint back into the model and `parts` (optimizer, teacher), whose
         states later checkpoints will hold. Returns the number of steps done, 0 without one."""
-        self.parts = parts
-        step = self.last_checkpoint()
+        self.parts, model, step = parts, self.task.lm.model, self.last_checkpoint()
         if not step:
             return 0
-        path, model = self.checkpoints()[step], self.task.lm.model
+        path = self.folder / f"checkpoint-{step}"
         try:
             if self.args.lora:
                 load_adapter(model, load_file(path / ADAPTER))
@@ -1274,6 +1277,8 @@ class Run:
         except Exception as error:  # each format has its own
             fail(f"{path} is damaged: {last_cause(error)}")
         return step
+
+    # the steps
 
     def begin_step(self, step: int) -> None:
         """Start the clock, and seed dropout."""
@@ -1303,36 +1308,26 @@ class Run:
         if due(self.args.save_every) and step < total:
             states = {name: part.state_dict() for name, part in self.parts.items()}
             self.save(f"checkpoint-{step}", states)
-            for old, path in self.checkpoints().items():
+            for old in self.checkpoints():
                 if old != step:
-                    self.remove(path)
+                    self.remove(f"checkpoint-{old}")
 
     def finish(self) -> None:
-        """The final model into the folder itself, config.json last: where that is, the run is
-        complete."""
+        """The final model into the folder itself, config.json last: with it the run is complete."""
         self.save("final")
         final = self.folder / "final"
         for path in sorted(final.iterdir(), key=lambda p: p.name == "config.json"):
-            target = self.folder / path.name
-            if target.is_dir():
-                shutil.rmtree(target)
-            os.replace(path, target)
+            self.remove(path.name)
+            os.replace(path, self.folder / path.name)
         self.clean_up()
         print(f"saved {self.folder}")
 
-    def remove(self, checkpoint: Path) -> None:
-        """Renamed first, so that a kill leaves no half of a checkpoint."""
-        shutil.rmtree(self.folder / "removing", ignore_errors=True)
-        os.replace(checkpoint, self.folder / "removing")
-        shutil.rmtree(self.folder / "removing")
-
     def clean_up(self) -> None:
-        for path in self.checkpoints().values():
-            self.remove(path)
+        for step in self.checkpoints():
+            self.remove(f"checkpoint-{step}")
         for name in ("final", "saving", "removing"):
             shutil.rmtree(self.folder / name, ignore_errors=True)
         self.lock.close()  # before its file goes: Windows removes no open file
-        self.metrics.close()
         (self.folder / ".lock").unlink(missing_ok=True)
 
 

@@ -153,31 +153,28 @@ def collect(task: Task, problems: list[Problem], chunk: int) -> tuple[list[Trace
 
 def collect_all(task: Task, run: Run) -> list[Trace]:
     """`collect` chunk by chunk into traces.jsonl. A chunk whose file exists is done."""
-    path = run.folder / "traces.jsonl"
+    path, lines, tried = run.folder / "traces.jsonl", [], 0
     starts = range(0, len(task.problems), PROBLEMS_AT_ONCE)
-    chunks = [task.problems[i : i + PROBLEMS_AT_ONCE] for i in starts]
-    files = [run.folder / f"chunk-{i}.json" for i in range(len(chunks))]
+    files = [run.folder / f"chunk-{chunk}.json" for chunk in range(len(starts))]
     if not path.exists():
-        traces, tried = [], 0
-        for i, (problems, file) in enumerate(zip(chunks, files)):
-            started = time.time()
-            if file.exists():
-                saved = json.loads(file.read_text())
-            else:
-                found, counts = collect(task, problems, i)
+        for chunk, (start, file) in enumerate(zip(starts, files)):
+            if not file.exists():
+                started = time.time()
+                problems = task.problems[start : start + PROBLEMS_AT_ONCE]
+                traces, counts = collect(task, problems, chunk)
                 counts["seconds"] = time.time() - started
-                saved = {"counts": counts, "traces": [asdict(trace) for trace in found]}
-                run.write(file.name, saved)
-            run.log("collect", i + 1, saved["counts"])
-            traces += saved["traces"]
-            tried += sum(saved["counts"][f"revisions_of_{kind}"] for kind in ("right", "wrong"))
-        if not traces:
+                saved = {"counts": counts, "traces": [asdict(trace) for trace in traces]}
+                run.write(file.name, json.dumps(saved))
+            saved = json.loads(file.read_text())
+            run.log("collect", chunk + 1, saved["counts"])
+            lines += [json.dumps(trace) + "\n" for trace in saved["traces"]]
+            tried += saved["counts"]["revisions_of_wrong"] + saved["counts"]["revisions_of_right"]
+        if not lines:
             fail(
                 f"not one of {tried} revisions verified: try a stronger model, easier problems, "
-                "more --problems or --revisions, or look at --prompt-suffix, --verifier and "
-                "--max-new-tokens"
+                "more --revisions, another --prompt-suffix, --verifier or --max-new-tokens"
             )
-        run.write_text(path.name, "".join(json.dumps(trace) + "\n" for trace in traces))
+        run.write(path.name, "".join(lines))
     for file in files:
         file.unlink(missing_ok=True)
     return [Trace(**json.loads(line)) for line in open(path)]
@@ -348,7 +345,7 @@ def main(argv: list[str] | None = None) -> None:
     run.evaluate(0)
     traces = traces or collect_all(task, run)
     if args.collect_only:
-        run.write("srt.json", task.saved)
+        run.write("srt.json", json.dumps(task.saved, indent=1))
         print(f"saved {args.output / 'traces.jsonl'}: {len(traces)} traces")
         return
     train(task, traces, run)

@@ -148,7 +148,7 @@ def collect(task: Task, args: Namespace, run: Run) -> list[Trace]:
             "kept": len(traces),
         }
         run.log("collect", 1, counts)
-        run.write_text(path.name, "".join(json.dumps(asdict(t)) + "\n" for t in traces))
+        run.write(path.name, "".join(json.dumps(asdict(t)) + "\n" for t in traces))
     return [Trace(**json.loads(line)) for line in open(path)]
 
 
