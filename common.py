@@ -16,6 +16,7 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import sys
 import time
@@ -66,14 +67,6 @@ PROMPT_DEFAULTS = {
 PLACES = {"model", "dataset", "eval_dataset", "traces", "output", "device", "resume"}
 FREE = {"micro_tokens", "gradient_checkpointing", "save_every", "eval_every"} | PLACES
 NOTED = {"slots", "lr", "cache_bytes", "collect_bytes"}
-# Chat templates may ask for today's date. The library takes no function of ours for it, but macros
-# in a template come before its own functions. The newline is dropped, as after every block.
-FIXED_DATE = (
-    "{% macro strftime_now(style) %}{% set text = namespace(now=style) %}"
-    "{% for code, value in date_parts.items() %}"
-    "{% set text.now = text.now.replace(code, value) %}{% endfor %}{{ text.now }}{% endmacro %}\n"
-)
-DATE_CODES = ("%a", "%A", "%b", "%B", "%d", "%-d", "%e", "%j", "%m", "%-m", "%y", "%Y", "%F", "%D")
 ADAPTER = "adapter/adapter_model.safetensors"  # in a model's folder, what PEFT and vLLM read
 DATA_FILES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 MAX_SLOTS = 64  # more sequences at once hardly decode faster
@@ -127,17 +120,16 @@ def entry(main: Callable) -> None:
 # ------------------------------------------------------------------------------------------ flags
 
 
-def number(kind: type, low: float, high: float = math.inf, above: bool = False) -> Callable:
+def number(kind: type, low: float, high: float = sys.float_info.max, above: bool = False):
     """An argparse type: a finite number from `low` (or `above` it) to `high`."""
+    limits = f"{'above' if above else 'at least'} {low}"
+    limits += f" and at most {high}" if high < sys.float_info.max else ""
 
     def parse(text: str):
         value = kind(text)
-        in_range = (low < value if above else low <= value) and value <= high
-        if not in_range or value == math.inf:
-            least = f"{'above' if above else 'at least'} {low}"
-            most = "" if high == math.inf else f" and at most {high}"
-            raise argparse.ArgumentTypeError(f"must be {least}{most}, not {text}")
-        return value
+        if (low < value if above else low <= value) and value <= high:
+            return value
+        raise argparse.ArgumentTypeError(f"must be {limits}, not {text}")
 
     parse.__name__ = kind.__name__  # argparse names it in "invalid int value"
     return parse
@@ -145,9 +137,9 @@ def number(kind: type, low: float, high: float = math.inf, above: bool = False) 
 
 def json_object(text: str) -> dict:
     value = json.loads(text)
-    if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError("must be a JSON object")
-    return value
+    if isinstance(value, dict):
+        return value
+    raise argparse.ArgumentTypeError("must be a JSON object")
 
 
 count, natural = number(int, 1), number(int, 0)
@@ -204,11 +196,8 @@ FLAGS = [
 
 def make_parser(description: str, own: list[tuple], **defaults) -> argparse.ArgumentParser:
     """A parser of FLAGS and a script's own flags. defaults: those that differ from FLAGS'."""
-    parser = argparse.ArgumentParser(
-        description=description,
-        usage="%(prog)s --model MODEL --dataset DATASET [flags]",
-        allow_abbrev=False,
-    )
+    usage = "%(prog)s --model MODEL --dataset DATASET [flags]"
+    parser = argparse.ArgumentParser(description=description, usage=usage, allow_abbrev=False)
     parser.error = fail
     problems = defaults.pop("problems", "all")
     for name, kind, default, text in FLAGS + own:
@@ -229,11 +218,11 @@ def check_flags(args: argparse.Namespace) -> None:
     """Fail early: flags that contradict each other, or an --output that is in use."""
     if args.prompt_template and "{problem}" not in args.prompt_template:
         fail("--prompt-template has no {problem} in it")
+    if args.prompt_template and args.template_kwargs:
+        fail("--prompt-template replaces the chat template: it has no --template-kwargs")
     arguments = inspect.signature(transformers.PreTrainedTokenizerBase.apply_chat_template)
     if taken := set(args.template_kwargs or ()) & set(arguments.parameters):
         fail(f"--template-kwargs are the template's own switches, not {', '.join(sorted(taken))}")
-    if args.prompt_template and args.template_kwargs:
-        fail("--prompt-template replaces the chat template: it has no --template-kwargs")
     for name in ("temperature", "eval_temperature"):
         if 0 < getattr(args, name) < 1e-5:
             fail(f"--{name.replace('_', '-')} is nearly 0: give 0, which takes the likeliest token")
@@ -243,14 +232,14 @@ def check_flags(args: argparse.Namespace) -> None:
         fail("--lora-alpha belongs to --lora")
     if args.eval_only:
         return
-    begun = (args.output / "settings.json").exists()
-    if args.resume and not begun:
-        fail(f"{args.output} holds no run to resume")
     if args.output.exists() and not args.output.is_dir():
         fail(f"{args.output} is a file: name another --output")
-    # a run that was killed before it had settings leaves only these
-    ours = {".lock", "settings.json.tmp"}
-    if not args.resume and args.output.exists() and {p.name for p in args.output.iterdir()} - ours:
+    there = {path.name for path in args.output.iterdir()} if args.output.exists() else set()
+    begun = "settings.json" in there
+    if args.resume and not begun:
+        fail(f"{args.output} holds no run to resume")
+    # a run that was killed before it had settings leaves only these two
+    if not args.resume and there - {".lock", "settings.json.tmp"}:
         how = "go on with its run with --resume" if begun else "empty it"
         fail(f"{args.output} already holds something: name another --output, or {how}")
     if args.lora and not args.lora_alpha:
@@ -293,61 +282,62 @@ def choose_dtype(args: argparse.Namespace) -> torch.dtype:
     """bfloat16 where the GPU computes in it (T4 and V100 do not), fp32 elsewhere."""
     if args.dtype != "auto":
         return getattr(torch, args.dtype)
-    on_gpu = args.device.startswith("cuda")
-    native = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
-    if on_gpu and not native:
-        warn("this GPU has no bfloat16: the weights are float32, which takes twice the memory")
-    return torch.bfloat16 if native else torch.float32
+    if not args.device.startswith("cuda"):
+        return torch.float32
+    if torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.bfloat16
+    warn("this GPU has no bfloat16: the weights are float32, which takes twice the memory")
+    return torch.float32
 
 
 def load_lm(args: argparse.Namespace) -> LM:
     """The model in --dtype on --device. Fails where it cannot be loaded, sampled from, told when
     to stop, or saved again."""
-    if args.device.startswith("mps") and not torch.backends.mps.is_available():
+    mps, name = args.device.startswith("mps"), args.model
+    if mps and not torch.backends.mps.is_available():
         fail("--device mps: torch finds no GPU of Apple's here")
     try:
         torch.empty(0, device=args.device)
         # cuDNN's attention plans anew for every shape, and ours change at every step
         torch.backends.cuda.enable_cudnn_sdp(False)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(args.model)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
         # scaled_dot_product_attention of Apple's GPUs is silently wrong for strided keys and for
         # masks that several heads share (pytorch#181133, #184180, #195910)
-        attention = "eager" if args.device.startswith("mps") else None
         model = transformers.AutoModelForCausalLM.from_pretrained(
-            args.model, dtype=choose_dtype(args), attn_implementation=attention
+            name, dtype=choose_dtype(args), attn_implementation="eager" if mps else None
         ).to(args.device)
         check_supported(model)
         OutputLayer(model)
     except (OSError, ValueError, RuntimeError, KeyError, ImportError, AssertionError) as error:
-        here = "" if Path(args.model).is_dir() else " (of the hub: no such folder is here)"
-        fail(f"cannot use the model {args.model}{here} on {args.device}: {last_cause(error)}")
+        here = "" if Path(name).is_dir() else " (of the hub: no such folder is here)"
+        fail(f"cannot use the model {name}{here} on {args.device}: {last_cause(error)}")
     if not args.prompt_template and not tokenizer.chat_template:
-        fail(
-            f"{args.model} has no chat template: give --prompt-template, in bash for example "
-            "$'Question: {problem}\\nAnswer: '"
-        )
+        example = r"$'Question: {problem}\nAnswer: '"
+        fail(f"{name} has no chat template: give --prompt-template, in bash for example {example}")
     stops = [tokenizer.convert_tokens_to_ids(token) for token in args.stop_tokens]
     for token, i in zip(args.stop_tokens, stops):
         if i is None or i == tokenizer.unk_token_id:
-            fail(f"{token!r} of --stop-tokens is no token of {args.model}")
-    eos = model.generation_config.eos_token_id
-    configured = eos if isinstance(eos, list) else [eos]
-    eos_ids = {i for i in (tokenizer.eos_token_id, *configured, *stops) if i is not None}
+            fail(f"{token!r} of --stop-tokens is no token of {name}")
+    config = model.generation_config
+    ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    eos_ids = {tokenizer.eos_token_id, *ends, *stops} - {None}
+    if min(eos_ids, default=math.inf) >= len(tokenizer):
+        fail(f"{name} has no EOS token, so responses could not end: give --stop-tokens")
     if stops:
-        model.generation_config.eos_token_id = sorted(eos_ids)  # for whoever loads the output
-    if not eos_ids:
-        fail(f"{args.model} has no EOS token, so responses could not end: give --stop-tokens")
+        config.eos_token_id = sorted(eos_ids)  # for whoever loads the output
+    try:
+        config.validate(strict=True)
+    except ValueError as error:  # transformers loads it, and would refuse to save it in the end
+        warn(f"the generation config cannot be saved, only its EOS is kept: {last_cause(error)}")
+        kept = {"eos_token_id": config.eos_token_id, "bos_token_id": config.bos_token_id}
+        model.generation_config = transformers.GenerationConfig(**kept)
     context = getattr(model.config, "max_position_embeddings", None)
     if context is None:
-        fail(f"{args.model} does not say how long its context is (max_position_embeddings)")
-    keep_savable(model)
+        fail(f"{name} does not say how long its context is (max_position_embeddings)")
     rows = model.get_output_embeddings().weight.shape[0]
     if rows < len(tokenizer):
-        fail(f"{args.model} has {rows} embeddings for the {len(tokenizer)} tokens of its tokenizer")
-    vocab_size = len(tokenizer)
-    if min(eos_ids) >= vocab_size:
-        fail(f"no EOS id of {args.model} is its tokenizer's: responses could not end")
-    return LM(model, tokenizer, eos_ids, vocab_size, context)
+        fail(f"{name} has {rows} embeddings for the {len(tokenizer)} tokens of its tokenizer")
+    return LM(model, tokenizer, eos_ids, len(tokenizer), context)
 
 
 def check_is_there(name: str, what: str) -> None:
@@ -358,24 +348,10 @@ def check_is_there(name: str, what: str) -> None:
         fail(f"{name!r} is no {what} folder")
     if (path / "settings.json").exists() and not (path / "config.json").exists():
         fail(f"{name} holds an unfinished run, or only traces: use its best/, or --traces")
-    if "/" not in name or path.is_dir():
-        return
-    like_a_folder = name.startswith((".", "/", "~")) or name.count("/") != 1
-    if like_a_folder or path.parent.is_dir():  # runs/typo beside runs/srt
+    like_a_folder = name.startswith((".", "/", "~")) or name.count("/") > 1
+    # runs/typo beside runs/srt
+    if not path.is_dir() and (like_a_folder or "/" in name and path.parent.is_dir()):
         fail(f"no such {what} folder: {name}")
-
-
-def keep_savable(model: torch.nn.Module) -> None:
-    """Replace a generation config that transformers loads but refuses to save (top_k without
-    do_sample, pad_token_id -1): found now instead of after the last step."""
-    config = model.generation_config
-    try:
-        config.validate(strict=True)
-    except ValueError as error:
-        warn(f"the generation config cannot be saved, only its EOS is kept: {last_cause(error)}")
-        model.generation_config = transformers.GenerationConfig(
-            eos_token_id=config.eos_token_id, bos_token_id=config.bos_token_id
-        )
 
 
 def inherit_prompt(args: argparse.Namespace) -> dict:
@@ -387,26 +363,21 @@ def inherit_prompt(args: argparse.Namespace) -> dict:
     a flag contradicts it, unless --force is given.
     """
     check_is_there(args.model, "model")
+    quiet = ("_raise_exceptions_for_missing_entries", "_raise_exceptions_for_connection_errors")
     try:
-        path = transformers.utils.cached_file(
-            args.model,
-            "srt.json",
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False,
-        )
+        path = transformers.utils.cached_file(args.model, "srt.json", **dict.fromkeys(quiet, False))
     except OSError:  # no such model: load_lm says so
         path = None
     saved = json.loads(Path(path).read_text()) if path else {}
     prompt = saved.get("prompt", {})
     for name, default in PROMPT_DEFAULTS.items():
-        given = getattr(args, name)
+        given, before = getattr(args, name), prompt.get(name, default)
         if given is None:
-            setattr(args, name, prompt.get(name, default))
-        elif prompt and given != prompt.get(name, default) and not args.force:
-            fail(
-                f"--{name.replace('_', '-')} is {given!r}, but {args.model} was trained with "
-                f"{prompt.get(name, default)!r}: drop the flag, or add --force"
-            )
+            setattr(args, name, before)
+        elif prompt and given != before and not args.force:
+            was = f"{args.model} was trained with {before!r}"
+            flag = name.replace("_", "-")
+            fail(f"--{flag} is {given!r}, but {was}: drop the flag, or add --force")
     # a template that shows today's date would ask otherwise tomorrow: the first stage's date stays
     args.date = prompt.get("date", time.strftime("%Y-%m-%d"))
     beside = args.traces.with_name("srt.json") if getattr(args, "traces", None) else None
@@ -452,15 +423,18 @@ def render(lm: LM, problem: str, args: argparse.Namespace) -> list[int]:
         bos = lm.tokenizer.bos_token_id
         wanted = bos is not None and bos in lm.tokenizer("")["input_ids"]
         return [bos] + ids if wanted and ids[:1] != [bos] else ids
+    template = lm.tokenizer.get_chat_template()
+    # templates that show today's date show that of the first stage
     day = time.strptime(args.date, "%Y-%m-%d")
+    template = re.sub(
+        r"""strftime_now\((['"])(.*?)\1\)""", lambda m: repr(time.strftime(m[2], day)), template
+    )
     try:
-        template = lm.tokenizer.get_chat_template()
         return lm.tokenizer.apply_chat_template(
             [{"role": "user", "content": text}],
-            chat_template=FIXED_DATE + template if "strftime_now" in template else template,
+            chat_template=template,
             add_generation_prompt=True,
             return_dict=True,
-            date_parts={code: time.strftime(code, day) for code in DATE_CODES},
             **args.template_kwargs,
         )["input_ids"]
     except Exception as error:  # a template may raise what it likes
@@ -487,9 +461,9 @@ def load_rows(name: str, default_split: str):
             source["keep_default_na"] = False
             with open(path, newline="", errors="replace") as file:
                 widths = [len(row) for row in csv.reader(file)]
-            for line, width in enumerate(widths, 1):
-                if width > widths[0]:  # pandas would take the first field for the row's name
-                    fail(f"row {line} of {name} has {width} fields, the header {widths[0]}")
+            if max(widths) > widths[0]:  # pandas would take the first field for the row's name
+                row = widths.index(max(widths)) + 1
+                fail(f"row {row} of {name} has {max(widths)} fields, the header {widths[0]}")
     else:
         rest, _, split = name.partition("@")
         rest, _, config = rest.partition(":") if not Path(rest).exists() else (rest, "", "")
@@ -499,9 +473,7 @@ def load_rows(name: str, default_split: str):
         rows = datasets.load_dataset(**source)
     except Exception as error:  # each builder has its own exceptions
         fail(f"cannot load the data set {name}: {last_cause(error)}")
-    if not len(rows):
-        fail(f"the data set {name} is empty")
-    return rows
+    return rows if len(rows) else fail(f"the data set {name} is empty")
 
 
 def is_empty(answer: object) -> bool:
@@ -526,11 +498,9 @@ def checked_answer(answer: object, verifier_name: str) -> object:
     return answer
 
 
-def load_problems(
-    args: argparse.Namespace, name: str, default_split: str = "train"
-) -> tuple[list[tuple[str, object]], dict]:
-    """(text, answer) of the distinct problems of a data set, and counts of what was left out."""
-    rows = load_rows(name, default_split)
+def load_problems(args: argparse.Namespace, name: str, split: str = "train") -> tuple[dict, dict]:
+    """The distinct problems of a data set, {key: (text, answer)}, and counts of its rows."""
+    rows = load_rows(name, split)
 
     def column(given: str | None, usual: tuple[str, ...], flag: str):
         for candidate in [given] if given else usual:
@@ -545,16 +515,16 @@ def load_problems(
     for i, (text, answer) in enumerate(zip(texts, answers), 1):
         if not isinstance(text, str) or not text.strip() or is_empty(answer):
             counts["incomplete"] += 1
-        elif key_of(text) in problems:
+        elif (key := key_of(text)) in problems:
             counts["duplicates"] += 1
         else:
             try:
-                problems[key_of(text)] = text, checked_answer(answer, args.verifier)
+                problems[key] = text, checked_answer(answer, args.verifier)
             except (TypeError, ValueError, SyntaxError) as error:
                 fail(f"row {i} of {name}, for --verifier {args.verifier}: {last_cause(error)}")
     if not problems:
         fail(f"all {len(rows)} rows of {name} are incomplete: no problem, or no answer")
-    return list(problems.values()), counts
+    return problems, counts
 
 
 def split_problems(
@@ -567,39 +537,32 @@ def split_problems(
     that the model has been trained on is not evaluated. half: train on half of the rest, at most
     10,000, where --problems does not say how many (the paper's split).
     """
-    rest, counts = load_problems(args, args.dataset)
-    candidates = rest
+    rows, counts = load_problems(args, args.dataset)
+    candidates = rows
     if args.eval_dataset:
         candidates, more = load_problems(args, args.eval_dataset, "test")
         counts.update({f"eval_{name}": n for name, n in more.items() if n})
+    kept_apart = sorted(candidates)[: args.eval_problems]
+    trained = set(saved["trained"])
+    unseen = [key for key in kept_apart if key not in trained]
+    if seen := len(kept_apart) - len(unseen):
+        counts["eval_trained_on"] = seen
+        left = f"{seen} of {len(kept_apart)} held-out problems are left out"
+        warn(f"{left}: {args.model} was trained on them")
+    used = {*kept_apart, *saved["problems"]}
 
-    def by_key(rows):
-        return sorted(rows, key=lambda row: key_of(row[0]))
-
-    def fitting(rows, name):
+    def fitting(rows: dict, keys: list[str], name: str) -> list[Problem]:
         """Never cut: a problem without its beginning is another problem."""
         problems = []
-        for text, answer in progress(rows, "tokenizing"):
-            problem = Problem(text, answer, render(lm, text, args))
+        for key in progress(keys, "tokenizing"):
+            problem = Problem(*rows[key], render(lm, rows[key][0], args))
             if len(problem.prompt_ids) + args.max_new_tokens <= lm.context:
                 problems.append(problem)
-        counts[name] = len(rows) - len(problems)
+        counts[name] = len(keys) - len(problems)
         return problems
 
-    candidates = by_key(candidates)[: args.eval_problems]
-    kept_apart = {key_of(text) for text, _ in candidates}
-    trained = set(saved["trained"])
-    unseen = [row for row in candidates if key_of(row[0]) not in trained]
-    if len(unseen) < len(candidates):
-        seen = len(candidates) - len(unseen)
-        counts["eval_trained_on"] = seen
-        warn(
-            f"{seen} of {len(candidates)} held-out problems are left out: {args.model} was "
-            "trained on them"
-        )
-    held_out = fitting(unseen, "eval_too_long")
-    used = kept_apart | set(saved["problems"])
-    problems = fitting([row for row in by_key(rest) if key_of(row[0]) not in used], "too_long")
+    held_out = fitting(candidates, unseen, "eval_too_long")
+    problems = fitting(rows, [key for key in sorted(rows) if key not in used], "too_long")
     random.Random(seed_of(args.seed, "problems")).shuffle(problems)
     if args.problems:
         problems = problems[: args.problems]
@@ -618,22 +581,17 @@ def split_problems(
 
 def load_verifier(name: str) -> Callable[[list[str], list], list[int]]:
     """verify_all(responses, answers) -> r in {0, 1} for each."""
-    if name == "math":
-        verify = verifier.verify
-    elif name == "code":
-        if sys.platform != "linux":
-            fail("--verifier code needs Linux, whose kernel contains what it runs")
-        verify = verifier.verify_code
-    else:
+    verify = {"math": verifier.verify, "code": verifier.verify_code}.get(name)
+    if name == "code" and sys.platform != "linux":
+        fail("--verifier code needs Linux, whose kernel contains what it runs")
+    if not verify:
         try:
             sys.path.insert(0, os.getcwd())
             module, function = name.split(":")
             verify = getattr(importlib.import_module(module), function)
         except (ValueError, ImportError, AttributeError) as error:
-            fail(
-                f"--verifier {name} is neither math nor code nor a module:function that can be "
-                f"imported: {last_cause(error)}"
-            )
+            known = "neither math nor code nor a module:function that can be imported"
+            fail(f"--verifier {name} is {known}: {last_cause(error)}")
 
     def verdict_of(response: str, answer: object) -> int:
         found = verify(response, answer)
@@ -827,26 +785,25 @@ def estimate_memory(
     parameter, of that weight only; the largest comes last, when the other gradients are gone, so
     that this never adds to the peak.
     """
-    config, size = lm.model.config, lm.model.dtype.itemsize
+    config, size, cached = lm.model.config, lm.model.dtype.itemsize, cache_bytes_per_token(lm.model)
     parameters = sum(p.numel() for p in lm.model.parameters())
     # with LoRA only the adapters are trained, in fp32, and the base teacher takes nothing
     adapters = sum(factor.numel() for factor in adapter_state(lm.model).values())
     trained, in_fp32 = adapters or parameters, size == 4 or adapters > 0
     copies = {"base": 0 if adapters else size, "ema": 4 if in_fp32 else 6}
-    generate_length = longest_prompt + args.max_new_tokens  # x + y
-    phrase = len(lm.phrase_ids(args.phrase_wrong))
-    revise_length = min(generate_length + phrase + args.max_new_tokens, lm.context)
+    response = longest_prompt + args.max_new_tokens  # x + y
+    revision = response + len(lm.phrase_ids(args.phrase_wrong)) + args.max_new_tokens
+    revision = min(revision, lm.context)
     # tokens of one forward and backward pass; in stage 2 the student reads only x + y
-    length = generate_length if teacher else revise_length
+    length = response if teacher else revision
     tokens = min(args.batch_size * length, max(args.micro_tokens, length))
-    layers, width = config.num_hidden_layers, config.hidden_size
-    heads = config.num_attention_heads
-    head_size = getattr(config, "head_dim", None) or width // heads
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    layers, width, heads = config.num_hidden_layers, config.hidden_size, config.num_attention_heads
+    queries = heads * (getattr(config, "head_dim", None) or width // heads)
+    keys = cached // (2 * layers * size)
     inner = getattr(config, "moe_intermediate_size", None)
     inner = inner or getattr(config, "intermediate_size", None) or 4 * width
     inner *= getattr(config, "num_experts_per_tok", None) or 1
-    layer = (8 * width + 5 * (heads + kv_heads) * head_size + 4 * inner) * size
+    layer = (8 * width + 5 * (queries + keys) + 4 * inner) * size
     per_token = layers * width * size + layer if args.gradient_checkpointing else layers * layer
     per_token += (3 * inner + 2 * width) * size  # the gradients inside the layer that is at work
     chunk, chunks = CHUNK.get(lm.model.device.type, CHUNK["cuda"])
@@ -857,7 +814,7 @@ def estimate_memory(
         "teacher": trained * copies.get(teacher, 0),
         "activations": tokens * per_token,
         "logits": (12 * 4 + 2 * chunks * size) * chunk,
-        "slot": cache_bytes_per_token(lm.model) * revise_length,
+        "slot": cached * revision,
     }
 
 
@@ -872,22 +829,19 @@ def fit_memory(lm: LM, args: argparse.Namespace, problems: list[Problem]) -> Non
     parts = estimate_memory(lm, args, longest, getattr(args, "teacher", None))
     standing = parts["weights"] + parts["optimizer"] + parts["teacher"]
     training = standing + parts["gradients"] + parts["activations"] + parts["logits"]
-    args.cache_bytes = args.collect_bytes = None
-    device = math.inf
+    args.cache_bytes, args.collect_bytes, card = None, None, math.inf
     if lm.model.device.type == "cuda":
-        device = torch.cuda.mem_get_info(lm.model.device)[1]
-        args.cache_bytes = int(0.9 * device) - standing
-        args.collect_bytes = int(0.9 * device) - parts["weights"]
+        card = torch.cuda.mem_get_info(lm.model.device)[1]
+        args.cache_bytes = int(0.9 * card) - standing
+        args.collect_bytes = int(0.9 * card) - parts["weights"]
     slots = fit_slots(args, parts["slot"], args.cache_bytes)
     sampling = standing + slots * parts["slot"]
+    needed = f"training {training / 1e9:.3g}, sampling {sampling / 1e9:.3g} at {slots} slots"
     figures = ", ".join(f"{name} {n / 1e9:.3g}" for name, n in parts.items())
-    print(
-        f"memory at most, GB: training {training / 1e9:.3g}, sampling {sampling / 1e9:.3g} at "
-        f"{slots} slots of full length; {figures}"
-    )
-    if training > device:
+    print(f"memory at most, GB: {needed} of full length; {figures}")
+    if training > card:
         warn("training may not fit: lower --micro-tokens, or add --gradient-checkpointing")
-    if sampling > device:
+    if sampling > card:
         warn("sampling may not fit: lower --slots or --max-new-tokens")
 
 

@@ -47,7 +47,6 @@ from common import (
     count,
     entry,
     fail,
-    key_of,
     learning_rate,
     load_problems,
     make_parser,
@@ -263,7 +262,7 @@ def load_solutions(task: Task, args: Namespace) -> dict[str, list[int]]:
         # a worked solution is text, whatever the verifier wants of an answer
         of_column = {"answer_column": args.solution_column, "verifier": "any"}
         rows, _ = load_problems(Namespace(**{**vars(args), **of_column}), args.dataset)
-        found = {key_of(problem): solution for problem, solution in rows}
+        found = {key: solution for key, (_, solution) in rows.items()}
         missing = sum(key not in found for key in texts)
         if missing:
             fail(f"{missing} of {len(texts)} problems have no {args.solution_column}")
