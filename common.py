@@ -22,6 +22,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
@@ -91,6 +92,16 @@ def last_cause(error: BaseException) -> str:
         error = inner
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return " ".join(lines[:2]) if lines[0].rstrip().endswith(":") else lines[0]
+
+
+@contextmanager
+def explained(message: str, *errors: type[Exception], code: int = 2):
+    """Let these exceptions (all, where none is named) end in `fail(message: cause)`."""
+    errors = errors or (Exception,)
+    try:
+        yield
+    except errors as error:
+        fail(f"{message}: {last_cause(error)}", code)
 
 
 def progress(items: Iterable, label: str, **settings) -> tqdm:
@@ -296,7 +307,9 @@ def load_lm(args: argparse.Namespace) -> LM:
     mps, name = args.device.startswith("mps"), args.model
     if mps and not torch.backends.mps.is_available():
         fail("--device mps: torch finds no GPU of Apple's here")
-    try:
+    here = "" if Path(name).is_dir() else " (of the hub: no such folder is here)"
+    wrong = (OSError, ValueError, RuntimeError, KeyError, ImportError, AssertionError)
+    with explained(f"cannot use the model {name}{here} on {args.device}", *wrong):
         torch.empty(0, device=args.device)
         # cuDNN's attention plans anew for every shape, and ours change at every step
         torch.backends.cuda.enable_cudnn_sdp(False)
@@ -308,9 +321,6 @@ def load_lm(args: argparse.Namespace) -> LM:
         ).to(args.device)
         check_supported(model)
         OutputLayer(model)
-    except (OSError, ValueError, RuntimeError, KeyError, ImportError, AssertionError) as error:
-        here = "" if Path(name).is_dir() else " (of the hub: no such folder is here)"
-        fail(f"cannot use the model {name}{here} on {args.device}: {last_cause(error)}")
     if not args.prompt_template and not tokenizer.chat_template:
         example = r"$'Question: {problem}\nAnswer: '"
         fail(f"{name} has no chat template: give --prompt-template, in bash for example {example}")
@@ -429,7 +439,7 @@ def render(lm: LM, problem: str, args: argparse.Namespace) -> list[int]:
     template = re.sub(
         r"""strftime_now\((['"])(.*?)\1\)""", lambda m: repr(time.strftime(m[2], day)), template
     )
-    try:
+    with explained("the chat template does not take this prompt"):  # it may raise what it likes
         return lm.tokenizer.apply_chat_template(
             [{"role": "user", "content": text}],
             chat_template=template,
@@ -437,8 +447,6 @@ def render(lm: LM, problem: str, args: argparse.Namespace) -> list[int]:
             return_dict=True,
             **args.template_kwargs,
         )["input_ids"]
-    except Exception as error:  # a template may raise what it likes
-        fail(f"the chat template does not take this prompt: {last_cause(error)}")
 
 
 def load_rows(name: str, default_split: str):
@@ -469,10 +477,8 @@ def load_rows(name: str, default_split: str):
         rest, _, config = rest.partition(":") if not Path(rest).exists() else (rest, "", "")
         check_is_there(rest, "data set")
         source = {"path": rest, "name": config or None, "split": split or default_split}
-    try:
+    with explained(f"cannot load the data set {name}"):  # each builder has its own exceptions
         rows = datasets.load_dataset(**source)
-    except Exception as error:  # each builder has its own exceptions
-        fail(f"cannot load the data set {name}: {last_cause(error)}")
     return rows if len(rows) else fail(f"the data set {name} is empty")
 
 
@@ -518,10 +524,9 @@ def load_problems(args: argparse.Namespace, name: str, split: str = "train") -> 
         elif (key := key_of(text)) in problems:
             counts["duplicates"] += 1
         else:
-            try:
+            row = f"row {i} of {name}, for --verifier {args.verifier}"
+            with explained(row, TypeError, ValueError, SyntaxError):
                 problems[key] = text, checked_answer(answer, args.verifier)
-            except (TypeError, ValueError, SyntaxError) as error:
-                fail(f"row {i} of {name}, for --verifier {args.verifier}: {last_cause(error)}")
     if not problems:
         fail(f"all {len(rows)} rows of {name} are incomplete: no problem, or no answer")
     return problems, counts
@@ -585,13 +590,11 @@ def load_verifier(name: str) -> Callable[[list[str], list], list[int]]:
     if name == "code" and sys.platform != "linux":
         fail("--verifier code needs Linux, whose kernel contains what it runs")
     if not verify:
-        try:
+        unknown = f"--verifier {name} is neither math nor code nor a module:function to be imported"
+        with explained(unknown, ValueError, ImportError, AttributeError):
             sys.path.insert(0, os.getcwd())
             module, function = name.split(":")
             verify = getattr(importlib.import_module(module), function)
-        except (ValueError, ImportError, AttributeError) as error:
-            known = "neither math nor code nor a module:function that can be imported"
-            fail(f"--verifier {name} is {known}: {last_cause(error)}")
 
     def verdict_of(response: str, answer: object) -> int:
         found = verify(response, answer)
@@ -879,20 +882,16 @@ class Optimizer:
         self.weights = [p for p in model.parameters() if p.requires_grad]
         self.clip = clip
         self.narrow = []  # (bf16 weight, lower half, master): its storage is empty between steps
-        decayed, others = [], []
+        groups = [{"params": [], "weight_decay": weight_decay}, {"params": [], "weight_decay": 0.0}]
         for weight in self.weights:
             master = weight
             if weight.dtype == torch.bfloat16:
                 weight.grad_dtype = torch.float32
                 master = torch.nn.Parameter(torch.empty(0, device=weight.device))
                 self.narrow.append((weight, torch.zeros_like(weight, dtype=torch.int16), master))
-            (decayed if weight.dim() > 1 else others).append(master)
+            groups[weight.dim() < 2]["params"].append(master)
         # the embedding is the largest: its temporary copies come when other gradients are gone
         self.narrow.sort(key=lambda entry: entry[0].numel())
-        groups = [
-            {"params": decayed, "weight_decay": weight_decay},
-            {"params": others, "weight_decay": 0.0},
-        ]
         # fused: no temporary copy of all weights
         self.adamw = torch.optim.AdamW(groups, lr=0.0, betas=tuple(betas), fused=True)
 
@@ -1003,10 +1002,10 @@ def setup(args: argparse.Namespace, half: bool = False) -> Task:
     print(f"problems: {json.dumps(task.counts)}")
     if args.lora:  # stage 2 begins with other factors than stage 1, which leaves srt.json behind
         seed = seed_of(args.seed, "lora", len(saved["trained"]))
-        try:
+        with explained(f"--lora cannot be used with {args.model}", ValueError):
             add_lora(lm.model, args.lora, args.lora_alpha, seed)
-        except ValueError as error:
-            fail(f"--lora cannot be used with {args.model}: {error}")
+    if args.gradient_checkpointing:
+        checkpoint_layers(lm.model)
     fit_memory(lm, args, task.problems)
     return task
 
@@ -1184,7 +1183,8 @@ class Run:
         model beside an adapter_config.json for their base. A checkpoint has only the adapters.
         """
         temporary, model = self.folder / "saving", self.task.lm.model
-        try:
+        full = f"cannot write to {self.folder}, make room and --resume"
+        with explained(full, OSError, RuntimeError, SafetensorError, code=1):
             shutil.rmtree(temporary, ignore_errors=True)
             if self.args.lora:
                 (temporary / "adapter").mkdir(parents=True)
@@ -1199,8 +1199,6 @@ class Run:
                 torch.save(state, temporary / "training_state.pt")
             self.remove(name)
             os.replace(temporary, self.folder / name)
-        except (OSError, RuntimeError, SafetensorError) as error:
-            fail(f"cannot write to {self.folder}, make room and --resume: {last_cause(error)}", 1)
 
     def checkpoints(self) -> list[int]:
         """Their steps, in order. A user's own checkpoint-3-mine is none."""
@@ -1218,7 +1216,7 @@ class Run:
         if not step:
             return 0
         path = self.folder / f"checkpoint-{step}"
-        try:
+        with explained(f"{path} is damaged"):  # each format has its own exceptions
             if self.args.lora:
                 load_adapter(model, load_file(path / ADAPTER))
             else:
@@ -1228,8 +1226,6 @@ class Run:
             state = torch.load(path / "training_state.pt", map_location="cpu")
             for name, part in parts.items():
                 part.load_state_dict(state[name])
-        except Exception as error:  # each format has its own
-            fail(f"{path} is damaged: {last_cause(error)}")
         return step
 
     # the steps

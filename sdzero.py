@@ -38,7 +38,6 @@ from common import (
     Run,
     Task,
     check_flags,
-    checkpoint_layers,
     compiled,
     count,
     entry,
@@ -267,21 +266,18 @@ def parse_arguments(argv: list[str] | None = None) -> Namespace:
     return args
 
 
-def check_lengths(task: Task, args: Namespace) -> None:
+def check_lengths(task: Task) -> None:
     """Fail where even the shortest response would leave nothing to train on."""
+    args, context = task.args, task.lm.context
     if args.skip_first >= args.max_new_tokens:
         fail("--skip-first leaves nothing of a response of --max-new-tokens")
-    prompt_ids = min((p.prompt_ids for p in task.problems), key=len)
-    phrase_ids = min(task.lm.phrases(args), key=len)
-    n = args.skip_first + 1  # tokens of the shortest response; the last is its EOS
-    shortest = Example(prompt_ids, Rollout([0] * n, [0.0] * n, True), 0, phrase_ids)
-    if len(shortest.teacher_ids) > task.lm.context:
-        fail(
-            f"no response fits twice: what the teacher reads has at least "
-            f"{len(shortest.teacher_ids)} tokens, the context {task.lm.context}"
-        )
-    longest = max(len(p.prompt_ids) for p in task.problems) + max(map(len, task.lm.phrases(args)))
-    fitting = (task.lm.context - longest) // 2
+    prompts = [len(p.prompt_ids) for p in task.problems]
+    phrases = [len(phrase_ids) for phrase_ids in task.lm.phrases(args)]
+    least = min(prompts) + args.skip_first + min(phrases) + args.skip_first + 1  # its EOS
+    if least > context:
+        read = f"what the teacher reads has at least {least} tokens"
+        fail(f"no response fits twice: {read}, the context {context}")
+    fitting = (context - max(prompts) - max(phrases)) // 2
     if fitting < args.max_new_tokens:
         warn(f"responses of more than {fitting} tokens may not fit twice, and are then dropped")
 
@@ -295,7 +291,7 @@ def main(argv: list[str] | None = None) -> None:
         warn(f"{args.model} does not come from stage 1: without a reviser little is gained")
     if args.top_p < 1 or args.temperature == 0:
         warn("the loss is an expectation over the model's own distribution: --top-p 1 samples it")
-    check_lengths(task, args)
+    check_lengths(task)
     task.trained_on([p.key for p in task.problems])
     run = Run(task)
     if run.complete:
@@ -304,8 +300,6 @@ def main(argv: list[str] | None = None) -> None:
     teacher = make_teacher(student, args.teacher, args.teacher_rate, args.teacher_interval)
     optimizer = Optimizer(student, BETAS, WEIGHT_DECAY)
     done = run.restore(optimizer=optimizer, teacher=teacher)
-    if args.gradient_checkpointing:
-        checkpoint_layers(student)
     layers = OutputLayer(student, lm.vocab_size), OutputLayer(teacher.module, lm.vocab_size)
     phrases, batches, order = lm.phrases(args), [], list(task.problems)
     for epoch in range(args.epochs):

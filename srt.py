@@ -42,13 +42,12 @@ from common import (
     Run,
     Task,
     check_flags,
-    checkpoint_layers,
     compiled,
     count,
     entry,
+    explained,
     fail,
     key_of,
-    last_cause,
     learning_rate,
     make_parser,
     progress,
@@ -182,28 +181,24 @@ def collect_all(task: Task, run: Run) -> list[Trace]:
 
 def load_traces(lm: LM, args: Namespace) -> tuple[list[Trace], list[str]]:
     """Traces of an earlier --collect-only run, and the keys of all problems that it tried."""
-    path = args.traces
-    try:
+    path, made = args.traces, f"{args.traces} was collected with"
+    other = f"{path} is not a traces file of srt.py"
+    if not path.is_file():
+        fail(f"cannot read {path}: there is no such file")
+    with explained(other, OSError, ValueError, TypeError):
         traces = [Trace(**json.loads(line)) for line in open(path)]
-    except OSError as error:
-        fail(f"cannot read {path}: {error.strerror}")
-    except (ValueError, TypeError) as error:
-        fail(f"{path} is not a traces file of srt.py: {last_cause(error)}")
     if not traces:
         fail(f"{path} holds no trace")
     for trace in traces:
         if trace.reward not in (0, 1) or not trace.ids or max(trace.ids) >= lm.vocab_size:
-            fail(f"{path} is not a traces file of srt.py: a reward or an id is out of range")
+            fail(f"{other}: a reward or an id is out of range")
         if trace.phrase != (args.phrase_wrong, args.phrase_right)[trace.reward]:
             flag = ("--phrase-wrong", "--phrase-right")[trace.reward]
-            fail(f"{path} was collected with the phrase {trace.phrase!r}: give it as {flag}")
+            fail(f"{made} the phrase {trace.phrase!r}: give it as {flag}")
         if trace.phrase_ids != lm.phrase_ids(trace.phrase):
-            fail(f"{path} was collected with another tokenizer than that of {args.model}")
+            fail(f"{made} another tokenizer than that of {args.model}")
         if trace.prompt_ids != render(lm, trace.problem, args):
-            fail(
-                f"{path} was collected with another prompt: repeat that run's flags, and keep its "
-                "srt.json beside it"
-            )
+            fail(f"{made} another prompt: repeat that run's flags, and keep its srt.json beside it")
         if len(trace.ids) > lm.context:
             fail(f"{path} holds a trace of {len(trace.ids)} tokens, the context {lm.context}")
     beside = path.parent / "srt.json"
@@ -292,8 +287,6 @@ def train(task: Task, traces: list[Trace], run: Run) -> None:
     args, model = task.args, task.lm.model
     optimizer = Optimizer(model, BETAS, WEIGHT_DECAY)
     done = run.restore(optimizer=optimizer)
-    if args.gradient_checkpointing:
-        checkpoint_layers(model)
     layer = OutputLayer(model, task.lm.vocab_size)
     steps = plan(args, traces)
     model.train()
@@ -330,11 +323,10 @@ def main(argv: list[str] | None = None) -> None:
     task = setup(args, half=True)
     traces, used = None, [p.key for p in task.problems]
     shortest = min(len(p.prompt_ids) for p in task.problems) + min(map(len, task.lm.phrases(args)))
-    if not args.traces and shortest + args.max_new_tokens > task.lm.context:
-        fail(
-            f"no attempt can be revised: a prompt, its phrase and a revision take at least "
-            f"{shortest + args.max_new_tokens} tokens, the context holds {task.lm.context}"
-        )
+    shortest += args.max_new_tokens  # of what holds a revision
+    if not args.traces and shortest > task.lm.context:
+        holds = f"the context holds {task.lm.context} tokens"
+        fail(f"no attempt can be revised: {holds}, a prompt with a revision at least {shortest}")
     if args.traces:
         traces, used = load_traces(task.lm, args)
         task.held_out = [p for p in task.held_out if p.key not in used]

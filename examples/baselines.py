@@ -43,7 +43,6 @@ from common import (
     Run,
     Task,
     check_flags,
-    checkpoint_layers,
     count,
     entry,
     fail,
@@ -338,8 +337,6 @@ def train(
     optimizer = Optimizer(model, BETAS, WEIGHT_DECAY)
     parts = {"teacher": teacher} if teacher else {}
     done = run.restore(optimizer=optimizer, **parts)
-    if args.gradient_checkpointing:
-        checkpoint_layers(model)
     run.evaluate(0)
     model.train()
     for step in range(done + 1, total + 1):
