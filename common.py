@@ -20,6 +20,7 @@ import re
 import shutil
 import sys
 import time
+from argparse import Namespace
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -225,7 +226,7 @@ def make_parser(description: str, own: list[tuple], **defaults) -> argparse.Argu
     return parser
 
 
-def check_flags(args: argparse.Namespace) -> None:
+def check_flags(args: Namespace) -> None:
     """Fail early: flags that contradict each other, or an --output that is in use."""
     if args.prompt_template and "{problem}" not in args.prompt_template:
         fail("--prompt-template has no {problem} in it")
@@ -284,12 +285,12 @@ class LM:
         """P_r as its own token ids, with a blank line before and after it."""
         return self.tokenizer(f"\n\n{phrase}\n\n", add_special_tokens=False)["input_ids"]
 
-    def phrases(self, args: argparse.Namespace) -> list[list[int]]:
+    def phrases(self, args: Namespace) -> list[list[int]]:
         """The ids of P_0 and P_1: index them with the verdict r."""
         return [self.phrase_ids(args.phrase_wrong), self.phrase_ids(args.phrase_right)]
 
 
-def choose_dtype(args: argparse.Namespace) -> torch.dtype:
+def choose_dtype(args: Namespace) -> torch.dtype:
     """bfloat16 where the GPU computes in it (T4 and V100 do not), fp32 elsewhere."""
     if args.dtype != "auto":
         return getattr(torch, args.dtype)
@@ -301,7 +302,7 @@ def choose_dtype(args: argparse.Namespace) -> torch.dtype:
     return torch.float32
 
 
-def load_lm(args: argparse.Namespace) -> LM:
+def load_lm(args: Namespace) -> LM:
     """The model in --dtype on --device. Fails where it cannot be loaded, sampled from, told when
     to stop, or saved again."""
     mps, name = args.device.startswith("mps"), args.model
@@ -364,7 +365,7 @@ def check_is_there(name: str, what: str) -> None:
         fail(f"no such {what} folder: {name}")
 
 
-def inherit_prompt(args: argparse.Namespace) -> dict:
+def inherit_prompt(args: Namespace) -> dict:
     """Fill the prompt's flags that were not given from the srt.json beside the model.
 
     Returns srt.json's content: "prompt" (the flags, and the date that chat templates show),
@@ -419,7 +420,7 @@ def key_of(text: str) -> str:
     return hashlib.sha256(" ".join(text.split()).encode()).hexdigest()[:16]
 
 
-def render(lm: LM, problem: str, args: argparse.Namespace) -> list[int]:
+def render(lm: LM, problem: str, args: Namespace) -> list[int]:
     """prompt_ids of a problem: only the user's side, up to where the assistant begins to write.
 
     What the assistant writes is appended as ids and never rendered: some templates would insert an
@@ -504,7 +505,7 @@ def checked_answer(answer: object, verifier_name: str) -> object:
     return answer
 
 
-def load_problems(args: argparse.Namespace, name: str, split: str = "train") -> tuple[dict, dict]:
+def load_problems(args: Namespace, name: str, split: str = "train") -> tuple[dict, dict]:
     """The distinct problems of a data set, {key: (text, answer)}, and counts of its rows."""
     rows = load_rows(name, split)
 
@@ -532,10 +533,8 @@ def load_problems(args: argparse.Namespace, name: str, split: str = "train") -> 
     return problems, counts
 
 
-def split_problems(
-    lm: LM, args: argparse.Namespace, saved: dict, half: bool
-) -> tuple[list[Problem], list[Problem], dict]:
-    """(training problems, held-out problems, counts).
+def split_problems(lm: LM, args: Namespace, saved: dict, half: bool) -> tuple[list, list, dict]:
+    """(problems to train on, held-out problems, counts).
 
     Held out are the first --eval-problems by a hash of the text, before anything is dropped: the
     same ones in every run, whatever its seed and lengths. None of them is ever trained on, and one
@@ -617,7 +616,7 @@ def load_verifier(name: str) -> Callable[[list[str], list], list[int]]:
 class Task:
     """What a run works on."""
 
-    args: argparse.Namespace
+    args: Namespace
     lm: LM
     verify_all: Callable
     problems: list[Problem]  # to train on
@@ -643,7 +642,7 @@ def seed_of(*parts) -> int:
 
 def sample_all(
     lm: LM,
-    args: argparse.Namespace,
+    args: Namespace,
     prompts: list[list[int]],
     purpose: tuple,
     temperature: float,
@@ -778,7 +777,7 @@ def evaluate(task: Task, step: int) -> dict:
 
 
 def estimate_memory(
-    lm: LM, args: argparse.Namespace, longest_prompt: int, teacher: str | None = None
+    lm: LM, args: Namespace, longest_prompt: int, teacher: str | None = None
 ) -> dict[str, int]:
     """Where a run's memory goes at most, in bytes by part (README, "Memory").
 
@@ -821,7 +820,7 @@ def estimate_memory(
     }
 
 
-def fit_memory(lm: LM, args: argparse.Namespace, problems: list[Problem]) -> None:
+def fit_memory(lm: LM, args: Namespace, problems: list[Problem]) -> None:
     """Say what the run needs and what to lower, and share out a GPU's memory.
 
     A cache gets `cache_bytes`: what weights, optimizer and teacher leave free, less a tenth. Stage
@@ -848,7 +847,7 @@ def fit_memory(lm: LM, args: argparse.Namespace, problems: list[Problem]) -> Non
         warn("sampling may not fit: lower --slots or --max-new-tokens")
 
 
-def fit_slots(args: argparse.Namespace, slot: int, cache_bytes: int | None) -> int:
+def fit_slots(args: Namespace, slot: int, cache_bytes: int | None) -> int:
     """How many sequences are decoded at once: --slots, or as many as fit, `slot` bytes each. Not
     the sampler's choice by free memory: this one is the same after --resume."""
     if args.slots or cache_bytes is None:
@@ -948,7 +947,7 @@ def join(weight: torch.Tensor, low: torch.Tensor) -> torch.Tensor:
     return ((weight.view(torch.int16).int() << 16) + low).view(torch.float32)
 
 
-def learning_rate(args: argparse.Namespace, step: int, total: int) -> float:
+def learning_rate(args: Namespace, step: int, total: int) -> float:
     """For optimizer step `step` of 1 ... total: linear warm-up, then cosine to 0 or constant."""
     warmup = math.ceil(args.warmup if args.warmup >= 1 else args.warmup * total)
     if step <= warmup:
@@ -978,7 +977,7 @@ def compiled(loss: Callable) -> Callable:
 # ------------------------------------------------------------------------------------------ a run
 
 
-def setup(args: argparse.Namespace, half: bool = False) -> Task:
+def setup(args: Namespace, half: bool = False) -> Task:
     """Load model, verifier and problems; with --eval-only, evaluate and end the program.
 
     All that can be known to fail later fails here, before the first sample. half: see
@@ -1235,18 +1234,15 @@ class Run:
         torch.manual_seed(seed_of(self.args.seed, "dropout", step))
         self.started = time.time()
 
-    def end_step(
-        self, step: int, total: int, metrics: dict, tokens: int | None = None, passes: int = 1
-    ) -> None:
-        """Log step `step` of `total`; evaluate, and write a checkpoint, where one is due.
-
-        tokens: what tokens_per_s counts. passes: steps on one batch, which nothing comes between.
-        """
+    def end_step(self, step: int, total: int, metrics: dict, tokens: int = 0) -> None:
+        """Log step `step` of `total`; evaluate, and write a checkpoint, where one is due: not
+        between the --passes on one batch. tokens: what tokens_per_s counts."""
         metrics["seconds"] = time.time() - self.started
         if tokens:
             metrics["tokens_per_s"] = tokens / metrics["seconds"]
         self.log("train", step, metrics)
         self.started = time.time()
+        passes = getattr(self.args, "passes", 1)
         if step % passes:
             return
 
@@ -1299,18 +1295,13 @@ def signs_of_collapse(lines: list[dict]) -> dict[str, str]:
                 f"{last['accuracy']:.3f} at step {last['step']}, more than three standard errors"
             )
     steps = [e for e in lines if e["kind"] == "train" and e.get("entropy") is not None]
-    if len(steps) < 2 * window:
-        return signs
-
-    def mean(part: list[dict], name: str) -> float:
-        return sum(e[name] for e in part) / window
-
     for name, wrong, what in (
         ("cut_off", lambda old, new: new > old + 0.2, "the share of responses cut off"),
         ("length", lambda old, new: new > 2 * old or new < old / 4, "the length of responses"),
         ("entropy", lambda old, new: new < old / 5 or new > 3 * old, "the student's entropy"),
     ):
-        old, new = mean(steps[:window], name), mean(steps[-window:], name)
-        if wrong(old, new):
+        values = [e[name] for e in steps]
+        old, new = sum(values[:window]) / window, sum(values[-window:]) / window
+        if len(steps) >= 2 * window and wrong(old, new):
             signs[name] = f"{what} went from {old:.3g} to {new:.3g} ({window} steps' means)"
     return signs

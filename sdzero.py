@@ -340,7 +340,7 @@ def main(argv: list[str] | None = None) -> None:
             lr = learning_rate(args, step, total)
             metrics.update(sampled, grad_norm=optimizer.step(lr), lr=lr)
             teacher.update(step)
-            run.end_step(step, total, metrics, tokens, args.passes)
+            run.end_step(step, total, metrics, tokens)
     if not any(line.get("loss_tokens") for line in run.lines):
         fail("not one token was trained on: the responses are dropped (see the log's lines)", 1)
     run.finish()
