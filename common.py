@@ -437,9 +437,8 @@ def render(lm: LM, problem: str, args: Namespace) -> list[int]:
     template = lm.tokenizer.get_chat_template()
     # templates that show today's date show that of the first stage
     day = time.strptime(args.date, "%Y-%m-%d")
-    template = re.sub(
-        r"""strftime_now\((['"])(.*?)\1\)""", lambda m: repr(time.strftime(m[2], day)), template
-    )
+    pattern = r"""strftime_now\(\s*(['"])(.*?)\1\s*\)"""
+    template = re.sub(pattern, lambda match: repr(time.strftime(match[2], day)), template)
     with explained("the chat template does not take this prompt"):  # it may raise what it likes
         return lm.tokenizer.apply_chat_template(
             [{"role": "user", "content": text}],
