@@ -653,7 +653,6 @@ def sample_all(
     if cache_bytes:  # else the sampler's own choice: on a GPU what is free, where nothing trains
         longest = max(map(len, prompts), default=0) + args.max_new_tokens
         slots = fit_slots(args, cache_bytes_per_token(lm.model) * longest, cache_bytes)
-    generator = torch.Generator(lm.model.device).manual_seed(seed_of(args.seed, *purpose))
     with progress(None, f"sampling {purpose[0]}", total=len(prompts), unit="response") as bar:
         return generate(
             lm.model,
@@ -663,7 +662,7 @@ def sample_all(
             temperature=temperature,
             top_p=top_p,
             slots=slots,
-            generator=generator,
+            seed=seed_of(args.seed, *purpose),
             vocab_size=lm.vocab_size,
             progress=bar.update,
             cuda_graph=args.cuda_graphs == "on" and lm.model.device.type == "cuda",

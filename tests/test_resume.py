@@ -131,9 +131,10 @@ def half_saved(self, folder):
         half_written(folder / name, '{"half": ')
 
 
-def sampled(model, prompts, *, max_new_tokens, eos_token_ids, generator, **rest):
+def sampled(model, prompts, *, max_new_tokens, eos_token_ids, seed, **rest):
     """In the place of the sampler, which would take most of the time: random ids by the seed."""
     responses, eos = [], min(eos_token_ids)
+    generator = torch.Generator().manual_seed(seed)
     for _ in prompts:
         ids = torch.randint(4, 90, (max_new_tokens,), generator=generator).tolist()
         finished = ids[0] % 2 == 0
