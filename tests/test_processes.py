@@ -68,6 +68,8 @@ def together(tmp_path):
         env = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, WORLD_SIZE=str(n))
         processes = []
         for rank in range(n):
+            for name in ("out", "err"):
+                (folder / f"{name}{rank}").write_text("")
             ranks = {**env, "RANK": str(rank), "LOCAL_RANK": str(rank)}
             argv = script, shlex.split(flags), ranks, folder, patch
             processes.append(context.Process(target=work, args=argv))
