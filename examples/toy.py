@@ -414,7 +414,7 @@ def revised_by_srt(out, seed, whose):
     """
     (lm, args), (reviser, _) = load(out / whose, out, seed), load(out / "srt", out, seed)
     phrases = lm.phrases(args)
-    problems, _ = load_problems(args, args.dataset)
+    problems = load_problems(args, args.dataset)[0].values()
     prompts = [render(lm, text, args) for text, _ in problems]
     answers = [answer for _, answer in problems]
 

@@ -4,6 +4,7 @@ training still runs."""
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -150,10 +151,10 @@ def test_from_a_model_of_stage_1(base, data, tmp_path, monkeypatch):  # noqa: F8
     used = json.loads((tmp_path / "srt" / "srt.json").read_text())["problems"]
     asked, held_out = set(), set()
 
-    def watched(task, args, problems, purpose, sample=baselines.sample_and_verify):
+    def watched(task, problems, purpose, sample=baselines.sample_and_verify):
         asked.update(p.key for p in problems)
         held_out.update(p.key for p in task.held_out)
-        return sample(task, args, problems, purpose)
+        return sample(task, problems, purpose)
 
     monkeypatch.setattr(baselines, "sample_and_verify", watched)
     more = ["--generations", "104", "--problems", "26"]  # a pass over all that is left
@@ -169,8 +170,8 @@ def test_nothing_learned(method, verdict, base, data, tmp_path, monkeypatch, cap
     """Groups that are all right, or all wrong, from the first to the last: exit code 1 and no model
     that passes for a trained one."""
 
-    def all_alike(task, args, problems, purpose, sample=baselines.sample_and_verify):
-        return sample(task, args, problems, purpose)[0], [verdict] * len(problems)
+    def all_alike(task, problems, purpose, sample=baselines.sample_and_verify):
+        return [replace(a, reward=verdict) for a in sample(task, problems, purpose)]
 
     monkeypatch.setattr(baselines, "sample_and_verify", all_alike)
     with pytest.raises(SystemExit) as stopped:

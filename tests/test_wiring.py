@@ -177,7 +177,7 @@ def watch(monkeypatch, tmp_path):
         w.held_out = problems if w.held_out is None else w.held_out
         held_out = problems & w.held_out
         assert len(revisions) == 1 and held_out in (problems, set())
-        seed = rest["seed"]
+        seed = rest["seed"][0]
         call = dict(texts=texts, held_out=bool(held_out), revisions=revisions.pop(), seed=seed)
         w.samples.append(SimpleNamespace(**{**rest, **call}))
         return found
