@@ -1184,7 +1184,7 @@ def test_the_toy_in_small(tmp_path, monkeypatch, capsys):
     in a process of its own. That it learns anything is not asked of so small a version."""
     import toy
 
-    small = dict(DOCUMENTS=1000, SIZES=dict(stage1=24, stage2=96, heldout=6))
+    small = dict(DOCUMENTS=1000, SIZES=dict(stage1=96, stage2=96, heldout=6))
     small["MODEL"] = {**toy.MODEL, "hidden_size": 32, "num_hidden_layers": 1}
     for name, value in small.items():
         monkeypatch.setattr(toy, name, value)
