@@ -98,7 +98,7 @@ STAGE_2 = ["--batch-size", 32, "--lr", 3e-4, "--warmup", 5]
 GROUPS = ["--batch-size", 96, "--warmup", 5]  # GRPO: 12 problems x 8 responses
 BASELINES = {  # method: (problems, flags)
     "rft": ("stage1", [*STAGE_1, "--warmup", 0.05, "--lr-schedule", "cosine"]),
-    "grpo": ("both", [*GROUPS, "--lr", 3e-4]),
+    "grpo": ("both", [*GROUPS, "--lr", 1e-3]),
     "sdft": ("both", [*GROUPS, "--lr", 5e-5, "--solution-column", "solution"]),
     "sdpo": ("both", [*GROUPS, "--lr", 5e-5]),
 }
