@@ -124,8 +124,9 @@ def make_loss(args: Namespace):
         student_logits = student_logits / temperature
         teacher_logits = teacher_logits / temperature
         student, teacher = losses.log_softmax(student_logits), losses.log_softmax(teacher_logits)
-        # The objectives on some tokens get the logits: through the log-softmax rounding errors
-        # would reach the other tokens, whose gradient is 0, and AdamW would make them full steps.
+        # full_logits shares its log-softmax with the figures below. The others get the logits: a
+        # token that topk_logits leaves out must have the gradient 0. Through one more log-softmax
+        # it would get a rounding error, of which AdamW makes a full step.
         if args.objective == "full_logits":
             value = losses.divergence(student, teacher, args.alpha)
         elif args.objective == "topk_logits":
@@ -210,13 +211,13 @@ def distill_step(
     """
     examples = [e for e in examples if len(e.response.ids) > args.skip_first]
     divisor = sum(len(e.response.ids) - args.skip_first for e in examples)
-    mine = my_share(examples, [len(e.teacher_ids) for e in examples])
+    mine = my_share(examples, [len(e.teacher_ids) for e in examples])  # all, without torchrun
     lengths = [len(e.teacher_ids) for e in mine]
     parts = []
     for group in progress(micro_batches(lengths, args.micro_tokens), "training"):
         chosen = [mine[i] for i in group]
         parts.append(distill(student, teacher, student_layer, teacher_layer, chosen, args, divisor))
-    whole = meet(student, parts)
+    whole = meet(student, parts)  # with torchrun: everybody's, and the sum of their gradients
     if not whole:
         return {"loss": 0.0, "kl": None, "log_ratio": None, "entropy": None, "loss_tokens": 0}
     loss = whole["loss"].sum().item() / divisor
