@@ -287,9 +287,12 @@ def join_processes(args: Namespace) -> None:
     """Find the other processes of `torchrun --nproc-per-node N script.py ...`, if there are any."""
     if rank_and_ranks()[1] == 1:
         return
+    if args.device.startswith("cuda:"):
+        fail(f"--device {args.device} would be every process's: --device cuda gives each its own")
     if args.device == "cuda":
         args.device = f"cuda:{os.environ['LOCAL_RANK']}"
-        torch.cuda.set_device(args.device)
+        with explained(f"each process of torchrun needs a GPU, and there is no {args.device}"):
+            torch.cuda.set_device(args.device)
     # gloo for Python objects, which travel over the CPU. Waiting for the slowest one may take long.
     backend = "cpu:gloo,cuda:nccl" if args.device.startswith("cuda") else "gloo"
     dist.init_process_group(backend, timeout=timedelta(hours=6))
@@ -464,7 +467,7 @@ def check_is_there(name: str, what: str) -> None:
     if (path / "settings.json").exists() and not (path / "config.json").exists():
         fail(f"{name} holds an unfinished run, or only traces: use its best/, or --traces")
     like_a_folder = name.startswith((".", "/", "~")) or name.count("/") > 1
-    # runs/typo beside runs/srt
+    # the last: runs/typo, where runs/srt is
     if not path.is_dir() and (like_a_folder or "/" in name and path.parent.is_dir()):
         fail(f"no such {what} folder: {name}")
 
@@ -474,7 +477,7 @@ def inherit_prompt(args: Namespace) -> dict:
 
     Returns srt.json's content: "prompt" (the flags, and the date that chat templates show),
     "problems" (keys of those that stage 1 used and stage 2 leaves out) and "trained" (keys of all
-    that this model or an ancestor was trained on). Of a model without one all are empty. Fails when
+    that this model or an ancestor was trained on). Without an srt.json all are empty. Fails when
     a flag contradicts it, unless --force is given.
     """
     check_is_there(args.model, "model")
@@ -755,20 +758,20 @@ def sample_all(
     slots, cache_bytes = args.slots, cache_bytes or getattr(args, "cache_bytes", None)
     if cache_bytes:  # else the sampler's own choice: on a GPU what is free, where nothing trains
         longest = max(map(len, prompts), default=0) + args.max_new_tokens
-        slots = fit_slots(args, cache_bytes_per_token(lm.model) * longest, cache_bytes)
+        slots = slots_that_fit(args, cache_bytes_per_token(lm.model) * longest, cache_bytes)
     seeds = stream_seeds(seed_of(args.seed, *purpose), len(prompts))
 
-    def sample(share: list[tuple]) -> list[Rollout]:
-        with progress(None, f"sampling {purpose[0]}", total=len(share), unit="response") as bar:
+    def sample(part: list[tuple]) -> list[Rollout]:
+        with progress(None, f"sampling {purpose[0]}", total=len(part), unit="response") as bar:
             return generate(
                 lm.model,
-                [prompt for prompt, _ in share],
+                [prompt for prompt, _ in part],
                 max_new_tokens=args.max_new_tokens,
                 eos_token_ids=lm.eos_ids,
                 temperature=temperature,
                 top_p=top_p,
                 slots=slots,
-                seed=[seed for _, seed in share],
+                seed=[seed for _, seed in part],
                 vocab_size=lm.vocab_size,
                 progress=bar.update,
                 cuda_graph=args.cuda_graphs == "on" and lm.model.device.type == "cuda",
@@ -942,7 +945,7 @@ def fit_memory(lm: LM, args: Namespace, problems: list[Problem]) -> None:
         card = torch.cuda.mem_get_info(lm.model.device)[1]
         args.cache_bytes = int(0.9 * card) - standing
         args.collect_bytes = int(0.9 * card) - parts["weights"]
-    slots = fit_slots(args, parts["slot"], args.cache_bytes)
+    slots = slots_that_fit(args, parts["slot"], args.cache_bytes)
     sampling = standing + slots * parts["slot"]
     needed = f"training {training / 1e9:.3g}, sampling {sampling / 1e9:.3g} at {slots} slots"
     figures = ", ".join(f"{name} {n / 1e9:.3g}" for name, n in parts.items())
@@ -953,7 +956,7 @@ def fit_memory(lm: LM, args: Namespace, problems: list[Problem]) -> None:
         warn("sampling may not fit: lower --slots or --max-new-tokens")
 
 
-def fit_slots(args: Namespace, slot: int, cache_bytes: int | None) -> int:
+def slots_that_fit(args: Namespace, slot: int, cache_bytes: int | None) -> int:
     """How many sequences are decoded at once: --slots, or as many as fit, `slot` bytes each. Not
     the sampler's choice by free memory: this one is the same after --resume."""
     if args.slots or cache_bytes is None:
@@ -996,7 +999,7 @@ class Optimizer:
                 self.narrow.append((weight, torch.zeros_like(weight, dtype=torch.int16), master))
             groups[weight.dim() < 2]["params"].append(master)
         # the embedding is the largest: its temporary copies come when other gradients are gone
-        self.narrow.sort(key=lambda entry: entry[0].numel())
+        self.narrow.sort(key=lambda item: item[0].numel())
         # fused: no temporary copy of all weights
         self.adamw = torch.optim.AdamW(groups, lr=0.0, betas=tuple(betas), fused=True)
 

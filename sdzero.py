@@ -294,7 +294,8 @@ def main(argv: list[str] | None = None) -> None:
     if not task.saved["problems"]:
         warn(f"{args.model} does not come from stage 1: without a reviser little is gained")
     if args.top_p < 1 or args.temperature == 0:
-        warn("the loss is an expectation over the model's own distribution: --top-p 1 samples it")
+        own = "--top-p 1 and a --temperature above 0 sample it"
+        warn(f"the loss is an expectation over the model's own distribution: {own}")
     check_lengths(task)
     task.trained_on([p.key for p in task.problems])
     run = Run(task)

@@ -99,10 +99,10 @@ class Trace:
         """The sequence that both terms score: ids are put together, never tokenised again."""
         return self.prompt_ids + self.init_ids + self.phrase_ids + self.revision_ids
 
-    def weights(self, weights: tuple[int, int]) -> list[int]:
-        """The loss weight of each token after x."""
+    def weights(self, pair: tuple[int, int]) -> list[int]:
+        """The loss weight of each token after x, by a pair of `WEIGHTS`."""
         before = len(self.init_ids) + len(self.phrase_ids)
-        return [weights[0]] * before + [weights[1]] * len(self.revision_ids)
+        return [pair[0]] * before + [pair[1]] * len(self.revision_ids)
 
 
 def collect(task: Task, problems: list[Problem], chunk: int) -> tuple[list[Trace], dict]:
