@@ -364,8 +364,9 @@ def meet(model: torch.nn.Module, parts: list[dict]) -> dict[str, torch.Tensor]:
         return {}
     for weight in model.parameters() if several else ():
         if weight.requires_grad:
+            grad = grad_of(weight)
             with meeting():
-                dist.all_reduce(grad_of(weight))
+                dist.all_reduce(grad)
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
