@@ -19,7 +19,7 @@ Claimed equal (accuracy by category: tests/bench_verifier.py):
   decimals     0.50 = 1/2 = .5, exactly. A decimal that rounds the gold value is wrong (0.333 for
                1/3), unless gold is that decimal or the response says both (1/3 \approx 0.333).
   fractions    a/b, \frac, \dfrac, \tfrac, mixed numbers; lowest terms or not
-  percentages  50% = 0.5 = 1/2; and 50% = 50 as GSM8K and MATH have it, from 1% on
+  percentages  50% = 0.5 = 1/2; and 50% = 50, since gold answers to "what percent" lack the sign
   powers       2^{10} = 1024; scientific notation 1.5 \times 10^3 = 1.5e3; 5!, \binom{5}{2}
   irrationals  roots, pi, e, i, logarithms and trigonometric functions to 11 digits
   units        dropped when one side has none, equal when both have one (cm = centimeters, $ =
@@ -40,8 +40,8 @@ One answer through all steps: verify(r"So it is \boxed{\frac{1}{2}\text{ cm}}.",
   extract_answer  \frac{1}{2}\text{ cm}
   _clean          \frac {1}{2} ‹cm›
   _tokens         command \frac, sign {, number 1, close }, sign {, number 2, close }, word cm
-  _Reader         _Value(numbers=(1/2, 1/2, 1/2), unit="cm"): the expression's value at three points
-  _Comparison     equal to _Value((1/2, 1/2, 1/2), ""): the numbers agree, and one has no unit
+  _Reader         _Node("value", (1/2, 1/2, 1/2), unit="cm"): its values at three points
+  _Comparison     equal to _Node("value", (1/2, 1/2, 1/2)): the numbers agree, and one has no unit
 An expression is its values at three points, where every variable is a number drawn by its name.
 Rational functions that differ agree there with a chance of 1e-15: no algebra is needed.
 
@@ -81,7 +81,7 @@ def verify(response: str, gold: str) -> bool:
 
     gold: a bare or boxed answer, or a GSM8K solution that ends in `#### 42`.
     Takes less than 100 ms for 100,000 characters. Raises TypeError when one of them is no string,
-    nothing for any two strings. verify("42", "42") is False by design: the response has no marker.
+    nothing for any two strings.
     """
     _require_strings(response=response, gold=gold)
     try:
@@ -125,8 +125,7 @@ def extract_answer(response: str) -> str | None:
             if not is_remark and not _EMPTY.fullmatch(content):
                 return content.strip()
             continue
-        text = response[match.end() : match.end() + 500].lstrip(" \t#*:_")
-        content = _stated(text)
+        content = _stated(response[match.end() : match.end() + 500].lstrip(" \t#*:_"))
         if _EMPTY.fullmatch(content) or _HEADING.match(content):
             continue
         if match["hash"] or _is_final(before, match[0], content):
@@ -250,20 +249,11 @@ _UNITS = {}
 for _aliases in _UNIT_NAMES.split("|"):
     _UNITS.update(dict.fromkeys(_aliases.split(), _aliases.split()[0]))
 
-_FUNCTIONS = {
-    "sin": cmath.sin,
-    "cos": cmath.cos,
-    "tan": cmath.tan,
-    "cot": lambda x: 1 / cmath.tan(x),
-    "sec": lambda x: 1 / cmath.cos(x),
-    "csc": lambda x: 1 / cmath.sin(x),
-    "arcsin": cmath.asin,
-    "arccos": cmath.acos,
-    "arctan": cmath.atan,
-    "exp": cmath.exp,
-    "ln": cmath.log,
-    "log": lambda x, base=10: cmath.log(x) / cmath.log(base),
-}
+_FUNCTIONS = {name: getattr(cmath, name) for name in ("sin", "cos", "tan", "exp")}
+_FUNCTIONS |= {f"arc{name}": getattr(cmath, f"a{name}") for name in ("sin", "cos", "tan")}
+_FUNCTIONS |= {"cot": lambda x: 1 / cmath.tan(x), "sec": lambda x: 1 / cmath.cos(x)}
+_FUNCTIONS |= {"csc": lambda x: 1 / cmath.sin(x), "ln": cmath.log}
+_FUNCTIONS |= {"log": lambda x, base=10: cmath.log(x) / cmath.log(base)}
 
 _SPELLINGS = r"""\frac frac dfrac tfrac cfrac, \binom binom dbinom tbinom, * cdot times ast, / div
 √ sqrt, π pi, ∞ infty infinity, ° circ degree, % %, ¤ $, £ pounds, ± pm, ⏎ \, or lor vee
@@ -295,9 +285,16 @@ def _repeating(match: re.Match) -> str:
     return rf"\frac{{{numerator}}}{{{'9' * len(repeated)}{'0' * len(fixed)}}}"
 
 
+def _roman(match: re.Match) -> str:
+    r"""Letters in \text{} or \mathrm. Rule: a single one that is no unit is a variable."""
+    letters = (match[1] or match[2]).strip()
+    return f" {letters}" if re.fullmatch(f"[^{_UNIT_LETTERS}]", letters) else f" ‹{letters}› "
+
+
+_UNIT_LETTERS = "ghlmsJLNVW"
 _TEXT = r"\\(?:text(?:bf|it|rm|sf|tt|up|normal)?|operatorname|mathrm|mathbf|mathsf|mbox|hbox)"
 _SEPARATOR = r"(?:\\[a-z]+)?\{\s*,?\s*(?:\\[!,])?\s*\}(?:\\[!,:; ])?|,\\!|\\!,?|\\[,;: ]"
-_COMPARISONS = {"<=": "≤", ">=": "≥", "!=": "≠", "==": "="}
+_SIGNS = {"<=": "≤", ">=": "≥", "!=": "≠", "==": "=", "begin": "⟦", "end": "⟧"}
 _REWRITES = [  # in this order; the comments run as a test
     # 1{,}234 -> 1234
     (rf"(?<=\d)\s?(?:{_SEPARATOR})\s*(?=\d{{3}}(?!\d))", ""),
@@ -308,38 +305,36 @@ _REWRITES = [  # in this order; the comments run as a test
     (r"\\mathbb ?\{?R\}?", r"(-\\infty,\\infty)"),  # \mathbb{R} -> (-\infty,\infty)
     (r"\\(?:text)?color\{[^{}]*\}|\\overline ?(?=\{[A-Z]{2}\})", ""),  # \overline{AB} -> {AB}
     (r"\{([^{}]*)\\over(?![a-z])([^{}]*)\}", r"{\\frac{\1}{\2}}"),  # {1\over2} -> {\frac{1}{2}}
-    (rf"({_TEXT})\s+([A-Za-z])(?![A-Za-z])", r"\1{\2}"),  # \mathrm e -> \mathrm{e}
-    (_TEXT + r"\{d\}\s*(?=[a-z])", "d"),  # \mathrm{d}x -> dx
-    # a letter is a variable unless it is a unit: 3\mathrm{e}+2 -> 3 e +2
-    (_TEXT + r"\s*\{\s*([A-IKMO-UX-Za-fi-knp-rt-z])\s*\}", r" \1 "),
-    (_TEXT + r"\s*\{\s*([A-Za-z][A-Za-z ./'-]*)\}", r" ‹\1› "),  # 5\text{ cm} -> 5 ‹cm›
+    # 5\text{ cm} -> 5 ‹cm›; 3\mathrm e+2 -> 3 e+2
+    (_TEXT + r"\s*(?:\{\s*([A-Za-z][A-Za-z ./'-]*)\}|([A-Za-z])(?![A-Za-z]))", _roman),
     (_TEXT + r"\s*\{([^{}]*)\}", r" \1 "),  # \text{1st} -> 1st
     # \frac{ ‹km› }{ ‹h› } -> ‹km/h›
     (r"\\[dt]?frac ?\{ ‹([^‹›]*)› \}\{ ‹([^‹›]*)› \}", r"‹\1/\2›"),
-    (r"\\begin\{(?:[pbB]?matrix\}|array\}(?:\{[^{}]*\})?)", "⟦"),  # \begin{pmatrix}1 -> ⟦1
-    (r"\\end\{(?:[pbB]?matrix|array)\}", "⟧"),  # 1\end{pmatrix} -> 1⟧
+    # \begin{pmatrix}1 -> ⟦1; 1\end{pmatrix} -> 1⟧
+    (
+        r"\\(begin|end)\{(?:[pbB]?matrix|array)\}(?:\{[clr|]*\})?",
+        lambda match: _SIGNS[match[1]],
+    ),
     # the other commands: 2\cdot\pi -> 2 *  π
     (r"\\([A-Za-z]+|(?s:.))", lambda match: _COMMANDS.get(match[1], match[0] + " ")),
     (r"\\(frac|binom)\s*(\d)\s*(\d)", r"\\\1{\2}{\3}"),  # \frac 12 -> \frac{1}{2}
     (r"(?<=[\w)}])\*\*(?=[\w({])", "^"),  # x**2 -> x^2
-    (r"[<>!=]=", lambda match: _COMPARISONS[match[0]]),  # x <= 2 -> x ≤ 2
+    (r"[<>!=]=", lambda match: _SIGNS[match[0]]),  # x <= 2 -> x ≤ 2
     (r"\A([^$]*)\$(?=\s?[\d.])([^$]*)\Z", r"\1¤\2"),  # $5 -> ¤5
     (r"\*\*|__|\$", " "),  # **5** -> 5
-    (r"\^ ?(-\d+|-[A-Za-z])", r"^{\1}"),  # 2^-1 -> 2^{-1}
     (r"-\s*([¤£€])", r"\1-"),  # -¤5 -> ¤-5
-    (r"\^\s*(?:\{\s*(?:°|‹o›)\s*\}|°)", "°"),  # 30^{°} -> 30°
-    # 10 000 -> 10000
-    (r"(?<![\d.,^_])\d{1,3}(?: \d{3})+(?![\d/,]| \d)", lambda match: match[0].replace(" ", "")),
+    (r"\^\s*(?:\{\s*[°o]\s*\}|°)", "°"),  # 30^{°} -> 30°
     # 3 1/2 -> (3+1/2)
     (
         r"(?<![\w.,^])(\d+) *(\\frac *\{ *\d+ *\} *\{ *\d+ *\}|(?<= )\d+ ?/ ?\d+(?![\d.]))",
         r"(\1+\2)",
     ),
     # after a number and a space, a last letter is a unit: 5 m/s -> 5 ‹m›/s
-    (r"\A([-+]?[\d.,]+) ([mghslL])((?:\^\d|/[a-zA-Z]+(?:\^\d)?)*)\Z", r"\1 ‹\2›\3"),
+    (
+        rf"\A([-+]?[\d.,]+) ([{_UNIT_LETTERS}])((?:\^\d|/[a-zA-Z]+(?:\^\d)?)*)\Z",
+        r"\1 ‹\2›\3",
+    ),
 ]
-
-
 _COMPILED = [(re.compile(pattern), replacement) for pattern, replacement in _REWRITES]
 
 
@@ -348,37 +343,17 @@ def _clean(text: str) -> str:
     text = text.translate(_UNICODE)
     for pattern, replacement in _COMPILED:
         text = pattern.sub(replacement, text)
-    text = text.lstrip(" ,;:=≈").rstrip(" .,;:")
-    return _ADVERB.sub("", text)
-
-
-_ADVERB = re.compile(
-    r"(?i)(?<=[^\s,])(?:[ ,]*‹?(?:altogether|in total|in all|overall|combined|total)"
-    r"|, ?‹?(?:respectively|exactly|precisely|only|each|so far|now|of course))›?\Z"
-)
-
-
-def _joined(text: str) -> str:
-    """1,234 -> 1234, not (1,234).
-
-    Rule: a comma before three digits joins them; between brackets only before a 0, as in {1,000}.
-    """
-
-    def join(match):
-        before = text[: match.start()]
-        opened = sum(map(before.count, "([⦃")) > sum(map(before.count, ")]⦄"))
-        return match[0] if opened and ",0" not in match[0] else match[0].replace(",", "")
-
-    return re.sub(r"(?<![\d,.])\d{1,3}(?:,\d{3})+(?!\d|,\d)", join, text)
+    return text.lstrip(" ,;:=≈").rstrip(" .,;:")
 
 
 # ------------------------------------------------------------------------------- reading an answer
 
 _LETTER = "[A-Za-zΑ-Ωα-ορ-ω]"  # without pi
-_NAME = rf"{_LETTER}(?:_(?:\w|\{{\w{{1,9}}\}})'*|'+)"
-_TOKEN = re.compile(
+_NAME = rf"{_LETTER}(?:_(?:\w|\{{\w{{1,9}}\}})'*|'+)|P\s?\([^(),]*[=<>≤≥|∪][^(),]*\)"  # P(X = 2)
+_TOKEN = re.compile(  # a number may have groups of three digits: 1,234 or 1 234
     rf"""\s*(?:‹(?P<word>[^‹›]*)›
-    |(?P<number>\d+(?:\.\d+)?(?:[eE][+-]?\d{{1,3}}(?![\w^]))?|\.\d+)
+    |(?P<number>(?:(?<![\d.,^_])\d{{1,3}}(?:(?:,\d{{3}})+(?!,?\d)|(?:[ ]\d{{3}})+(?![\d/,]|[ ]\d))
+        |\d+)(?:\.\d+)?(?:[eE][+-]?\d{{1,3}}(?![\w^]))?|\.\d+)
     |(?P<name>{_NAME})|(?P<letters>{_LETTER}+)|(?P<command>\\[A-Za-z]+)|(?P<sign>\S))""",
     re.VERBOSE,
 )
@@ -401,38 +376,36 @@ class _Unreadable(ValueError):
     """Not mathematics that this file reads, or too deep: the answer is then compared as text."""
 
 
-class _Value(NamedTuple):
-    numbers: tuple[Fraction | complex, ...]  # at the three points
-    unit: str = ""
-    kind = "value"  # this and the other two kinds are no fields
+class _Node(NamedTuple):
+    """What an answer, or a part of it, was read as."""
+
+    kind: str  # value; relation; text; matrix; row; ∪; the brackets of a group; "" for a bare list
+    items: (
+        list | tuple
+    )  # of a value: Fraction or complex, at the three points; of a relation: sides
+    unit: str = ""  # of a value
+    signs: str = ""  # of a relation: = ≠ < ≤ ≈ ∈; what was written with > and ≥ is turned round
+    text: str = ""  # as it was written
 
     @property
     def is_constant(self) -> bool:
-        return len(set(self.numbers)) == 1
+        return self.kind == "value" and len(set(self.items)) == 1
 
-
-class _Group(NamedTuple):
-    kind: str  # its brackets; "" for a bare list; "∪", "matrix", "row"; "text" with a string
-    items: list
-
-
-class _Side(NamedTuple):
-    value: _Value | _Group
-    text: str
-    is_name: bool  # it only names what is asked for: see _SIDE_NAME
-
-
-class _Relation(NamedTuple):
-    sides: list
-    operators: list  # = ≠ < ≤ ≈ ∈; what was written with > and ≥ is turned round
-    kind = "relation"
+    @property
+    def is_name(self) -> bool:
+        """Whether it only names what is asked for."""
+        return self.kind == "text" or _SIDE_NAME.fullmatch(self.text) is not None
 
 
 def _tokens(text: str) -> list[tuple[str, str]]:
-    """Pairs of a kind (number, name, word, function, command, sign, close, and, end) and a text."""
-    tokens = [("and", "")]  # what begins a statement
+    """Pairs of a kind (number, name, word, function, command, sign, close, and, end) and a text.
+
+    Rule: a comma before three digits joins them; between brackets only before a 0, as in {1,000}.
+    """
+    tokens, opened = [("and", "")], 0  # what begins a statement
     for match in _TOKEN.finditer(text):
         kind, token = match.lastgroup, match[match.lastgroup].strip()
+        opened += (token in "([⦃") - (token in ")]⦄")
         if kind == "sign":
             kind = "close" if token in "}⦄)]⟧" else "and" if token in ",;" else kind
         if token.lower() in ("and", "or"):
@@ -441,6 +414,11 @@ def _tokens(text: str) -> list[tuple[str, str]]:
             tokens.append(("function", token.lower()))
         elif kind == "letters":
             tokens += _letters(token, *tokens[-1], match[0][0].isspace())
+        elif kind == "number":
+            apart = opened > 0 and ",0" not in token
+            for part in token.replace(" ", "").replace(",", "," if apart else "").split(","):
+                tokens += [("number", part), ("and", ",")]
+            tokens.pop()
         else:
             tokens.append((kind, token))
     return tokens[1:] + [("end", "")]
@@ -452,15 +430,17 @@ def _letters(run: str, kind: str, before: str, spaced: bool) -> list[tuple[str, 
     Rule: it is a word after a word; after a number if it is a known unit; after a number and a
     space, or where a statement begins, if it looks like a word (see _is_wordlike). dx is one name.
     """
+    low = run.lower()
     if len(run) == 1 or run in ("dx", "dy", "dz", "dt", "du", "dv", "dr", "ds"):
         return [("name", run)]
-    known = run.lower() in _UNITS or run.lower().removesuffix("s") in _UNITS
-    if kind == "word" or known and (kind in ("number", "close") or kind == "name" and spaced):
-        return [("word", run)]
     begins = kind == "and" or before in "=<>≤≥≠≈∈([⦃"
-    if begins and run.lower() in ("no", "on", "is") or _is_wordlike(run):
-        if begins or spaced and kind in ("number", "close"):
-            return [("word", run)]
+    follows = kind in ("number", "close")
+    is_unit = (low in _UNITS or low.removesuffix("s") in _UNITS) and (
+        follows or kind == "name" and spaced
+    )
+    is_word = (begins or follows and spaced) and _is_wordlike(run)
+    if kind == "word" or is_unit or is_word or begins and low in ("no", "on", "is"):
+        return [("word", run)]
     return [("name", letter) for letter in run]
 
 
@@ -472,7 +452,7 @@ def _is_wordlike(run: str) -> bool:
 
 
 def _unit(text: str, constant: bool) -> str:
-    """One spelling for a unit: centimeters -> cm, square meters -> m^2, dollars -> $.
+    """One spelling for a unit: centimeters -> cm, m^2 -> sq m, dollars -> $.
 
     Rule: after a number every word that looks like one is a unit, except number words; after an
     expression with variables only a known unit is.
@@ -487,18 +467,8 @@ def _unit(text: str, constant: bool) -> str:
         if not known and name not in _LINKS:
             if not constant or not all(map(_is_wordlike, name.split("-"))):
                 raise _Unreadable("no unit")
-        if words and words[-1] in ("sq", "cubic"):
-            power = "3" if words.pop() == "cubic" else "2"
-        words.append((known or singular) + (f"^{power}" if power else ""))
+        words += [{"": "", "2": "sq ", "3": "cubic "}.get(power, power) + (known or singular)]
     return " ".join(words).replace("mi / h", "mph")
-
-
-def _whole(node) -> int:
-    """A whole number up to 300."""
-    n = node.numbers[0] if node.kind == "value" else None
-    if not isinstance(n, Fraction) or n not in range(301):
-        raise _Unreadable("no small whole number")
-    return int(n)
 
 
 class _Reader:
@@ -531,7 +501,7 @@ class _Reader:
     def fail(self):
         raise _Unreadable(f"unexpected {self.tokens[self.at][1]!r}")
 
-    def items(self, end: str = "end") -> list:
+    def items(self, end: str = "end") -> list[_Node]:
         """Statements between commas, semicolons, `and`, `or`, up to the end or a bracket."""
         items = [self.statement()]
         while self.kind == "and":
@@ -540,34 +510,32 @@ class _Reader:
             items.append(self.statement())
         return items if self.kind == end else self.fail()
 
-    def statement(self):
+    def statement(self) -> _Node:
         """A quantity, or a relation between several: x = 2, 1 < x < 3. `x ∈ A` is only A."""
-        sides, operators = [], []
+        sides, signs = [], ""
         while not sides or self.sees("=<>≤≥≠≈∈"):
-            operators += [self.next()] if sides else []
+            signs += self.next() if sides else ""
             start, node = self.at, self.quantity()
             text = "".join(token for _, token in self.tokens[start : self.at])
-            is_name = node.kind == "text" or _SIDE_NAME.fullmatch(text) is not None
-            sides.append(_Side(node, text, is_name))
-        if not operators:
-            return sides[0].value
-        if sides[0].is_name and operators == ["∈"]:
-            return sides[1].value
-        if sides[0].is_name and operators == ["="]:
-            if [side.value.kind for side in sides] == ["()", "()"]:
-                return _one_by_one(*sides)
-        if set(operators) <= {">", "≥"}:
-            sides.reverse()
-            operators = ["<" if operator == ">" else "≤" for operator in reversed(operators)]
-        return _Relation(sides, operators)
+            sides.append(node._replace(text=text))
+        if not signs:
+            return sides[0]
+        if signs == "∈" and sides[0].is_name:
+            return sides[1]
+        if signs == "=" and sides[0].is_name and sides[0].kind == sides[1].kind == "()":
+            pairs = zip(sides[0].items, sides[1].items, strict=True)  # (x, y) = (1, 2)
+            return _Node("", [_Node("relation", pair, signs="=") for pair in pairs])
+        if set(signs) <= {*">≥"}:
+            sides, signs = sides[::-1], signs[::-1].translate({ord(">"): "<", ord("≥"): "≤"})
+        return _Node("relation", sides, signs=signs)
 
-    def quantity(self):
+    def quantity(self) -> _Node:
         """A sum with its unit, words, or brackets joined by ∪ or ∖."""
         if self.kind == "word":
             words = []
             while self.kind in ("word", "name") or self.sees("-"):
                 words.append(self.next())
-            return _Group("text", [" ".join(words)])
+            return _Node("text", [" ".join(words)])
         currency = self.accept("¤£€")
         node = self.sum()
         if node.kind != "value":
@@ -576,7 +544,7 @@ class _Reader:
             parts = node.items if node.kind == "∪" else [node]
             while self.accept("∪"):
                 parts = [*parts, self.sum()]
-            return node if len(parts) == 1 else _Group("∪", parts)
+            return node if len(parts) == 1 else _Node("∪", parts)
         while self.kind == "word" and self.tokens[self.at][1].lower() in _SCALES:
             node = _apply(mul, node, _number(_SCALES[self.next().lower()]))
         unit = ""  # words, signs like %, and powers and quotients of them: cm^2, m/s, °C
@@ -587,36 +555,37 @@ class _Reader:
         unit = _unit(re.sub(r"[{}]", "", unit), node.is_constant)
         return node._replace(unit=_UNITS.get(currency) or unit)
 
-    def sum(self):
+    def sum(self) -> _Node:
         node = self.product()
         while self.sees("+-"):
             node = _apply(_add, node, self.product())  # which begins with its sign
         return node
 
-    def product(self):
+    def product(self) -> _Node:
         node = self.power()
-        while True:
-            if self.sees("*/"):
-                node = _apply(mul if self.next() == "*" else truediv, node, self.power())
-            elif self.kind in ("name", "function", "command") or self.sees("(√π∞{⟦["):
-                node = _apply(mul, node, self.power())
-            elif self.kind == "number" and self.after_power:  # 2^6 3^5
-                node = _apply(mul, node, self.power())
-            else:
-                return node
+        while (
+            self.sees("*/(√π∞{⟦[")
+            or self.kind in ("name", "function", "command")
+            or self.kind == "number"
+            and self.after_power  # 2^6 3^5
+        ):
+            operation = truediv if self.accept("*/") == "/" else mul
+            node = _apply(operation, node, self.power())
+        return node
 
-    def power(self):
+    def power(self) -> _Node:
         minus = False
         while self.sees("+-"):
             minus ^= self.next() == "-"
         node, self.after_power = self.atom(), False
         if self.accept("^"):  # once: 2^3^4 is not TeX, and may be read in two ways
-            node, self.after_power = _apply(_power, node, self.atom()), True
+            exponent = self.power() if self.sees("-") else self.atom()
+            node, self.after_power = _apply(_power, node, exponent), True
         while self.accept("!"):
-            node = _number(math.factorial(_whole(node)))
+            node = _apply(_factorial, node)
         return _apply(neg, node) if minus else node
 
-    def atom(self):
+    def atom(self) -> _Node:
         self.depth += 1  # every recursion passes here
         if self.depth > _MAX_DEPTH:
             raise _Unreadable("too deep")
@@ -624,33 +593,29 @@ class _Reader:
         if kind == "number":
             node = _number(token) if not self.sees("_") else self.fail()  # in another base
         elif kind == "name":
-            node = self.application(re.sub("[{}]", "", token))
+            node = self.application(re.sub("[{} ]", "", token))
         elif token in ("π", "∞"):
             node = _symbol(token)
         elif kind == "function":
             node = self.function(token)
         elif token == r"\frac":
-            numerator = self.atom()
-            node = _apply(truediv, numerator, self.atom())
+            node = _apply(truediv, self.atom(), self.atom())
         elif token == r"\binom":
-            node = _binomial(self.atom(), _whole(self.atom()))
-        elif token == "⟦":
-            node = self.matrix()
+            node = _apply(_binomial, self.atom(), self.atom())
         elif token == "√":
-            degree = _number(2)
-            if self.accept("["):
-                degree = self.sum()
-                self.accept("]") or self.fail()
+            degree = self.bracket(self.next()) if self.sees("[") else _number(2)
             node = _apply(_power, self.atom(), _apply(truediv, _number(1), degree))
         elif token == "|":
             node = _apply(abs, self.sum())
             self.accept("|") or self.fail()
+        elif token == "⟦":
+            node = self.matrix()
         else:
             node = self.bracket(token) if kind == "sign" and token in "([{⦃" else self.fail()
         self.depth -= 1
         return node
 
-    def application(self, name: str) -> _Value:
+    def application(self, name: str) -> _Node:
         """A variable, or the value of a function, which is a variable named after its argument.
 
         Rule: f, g, F, G (and f^{-1}) before a bracket are functions, every other letter is one
@@ -667,65 +632,56 @@ class _Reader:
         argument = self.atom()
         if argument.kind != "value":
             self.fail()
-        points = [f"{complex(number):.9g}" for number in argument.numbers]
-        calls = [_symbol(f"{name}{exponent}({point})") for point in points]
-        return _Value(tuple(call.numbers[0] for call in calls))
+        calls = [_symbol(f"{name}{exponent}({complex(x):.9g})") for x in argument.items]
+        return _Node("value", tuple(call.items[0] for call in calls))
 
-    def function(self, name: str) -> _Value:
+    def function(self, name: str) -> _Node:
+        """sin x, \\sin^2 x, \\log_2 x: without brackets its argument is a product of names."""
         scripts = {}
         while self.sees("^_"):
-            script = self.next()
-            scripts[script] = self.atom()
+            sign = self.next()
+            scripts[sign] = self.power() if self.sees("-") else self.atom()
         if self.sees("("):
             argument = self.atom()
         else:
             argument = self.power()
             while self.kind in ("name", "command") or self.sees("√π{"):
                 argument = _apply(mul, argument, self.power())
-        if argument.kind == "value" and argument.unit == "°" or self.accept("°"):
+        if argument.unit == "°" or self.accept("°"):
             argument = _apply(truediv, _apply(mul, argument, _symbol("π")), _number(180))
-        if scripts.get("^") == _number(-1) and f"arc{name}" in _FUNCTIONS:  # \tan^{-1}
-            name = f"arc{name}"
-            del scripts["^"]
+        power = scripts.get("^", _number(1))
+        if f"arc{name}" in _FUNCTIONS and power.items[0] == -1:  # \tan^{-1}
+            name, power = f"arc{name}", _number(1)
         base = [scripts["_"]] if name == "log" and "_" in scripts else []
         result = _apply(functools.partial(_call, name), argument, *base)
-        return _apply(_power, result, scripts["^"]) if "^" in scripts else result
+        return _apply(_power, result, power)
 
-    def matrix(self) -> _Group:
+    def matrix(self) -> _Node:
         rows = [[]]
         while not self.accept("⟧"):
             if self.accept("⏎"):
                 rows.append([])
             elif not self.accept("&"):
                 rows[-1].append(self.quantity())
-        return _Group("matrix", [_Group("row", row) for row in rows if row])
+        return _Node("matrix", [_Node("row", row) for row in rows if row])
 
-    def bracket(self, left: str):
-        items = self.items("close")
+    def bracket(self, left: str) -> _Node:
+        items = [] if self.kind == "close" else self.items("close")
         closing = {"(": ")]", "[": ")]", "{": "}", "⦃": "⦄"}[left]
         kind = left + (self.accept(closing) or self.fail())
         if len(items) == 1 and kind in ("()", "[]", "{}"):
             return self.fail() if items[0].kind == "relation" else items[0]
         if kind == "[]" and all(row.kind == "[]" for row in items):
-            return _Group("matrix", [_Group("row", row.items) for row in items])  # [[1, 2], [3, 4]]
-        return _Group("" if kind == "{}" else kind, items)
+            return _Node("matrix", [_Node("row", row.items) for row in items])  # [[1, 2], [3, 4]]
+        return _Node("" if kind == "{}" else kind, items)
 
 
-def _one_by_one(left: _Side, right: _Side) -> _Group:
-    """(x, y) = (1, 2) -> x = 1, y = 2."""
-    relations = []
-    names = left.text[1:-1].split(",")
-    for name, x, y in zip(names, left.value.items, right.value.items, strict=True):
-        relations.append(_Relation([_Side(x, name, True), _Side(y, "", False)], ["="]))
-    return _Group("", relations)
-
-
-def _read(text: str):
+def _read(text: str) -> _Node:
     """The parsed answer. Each ± stands for both signs of its own."""
     first, *pieces = text.split("±")
     if not pieces:
         items = _Reader(text).items()
-        return items[0] if len(items) == 1 else _Group("", items)
+        return items[0] if len(items) == 1 else _Node("", items)
     if len(pieces) > 4:
         raise _Unreadable("too many ±")
     values = []
@@ -733,7 +689,7 @@ def _read(text: str):
         node = _read(first + "".join(sign + piece for sign, piece in zip(signs, pieces)))
         for x in _Comparison(exact=False).meanings(node) or [node]:
             values += x.items if x.kind in ("", "⦃⦄") else [x]
-    return _Group("⦃⦄", values)
+    return _Node("⦃⦄", values)
 
 
 # --------------------------------------------------------------------------------------- the values
@@ -742,41 +698,37 @@ _MAX_BITS, _MAX_LENGTH, _MAX_DEPTH = 2**13, 600, 24
 _CONSTANTS = {"π": complex(math.pi), "e": complex(math.e), "i": 1j}
 
 
-def _number(x) -> _Value:
-    return _Value((Fraction(x),) * 3)
+def _number(x) -> _Node:
+    return _Node("value", (Fraction(x),) * 3)
 
 
 @functools.lru_cache(maxsize=4096)
-def _symbol(name: str) -> _Value:
+def _symbol(name: str) -> _Node:
     """A constant, a variable or infinity. Variables have both signs, so that |x| is not x."""
     if name in _CONSTANTS:
-        return _Value((_CONSTANTS[name],) * 3)
+        return _Node("value", (_CONSTANTS[name],) * 3)
     draw = random.Random(name).randrange  # the same in every process
-    return _Value(tuple(Fraction(sign * draw(1, 10**6), 400_009) for sign in (1, -1, 1)))
+    return _Node("value", tuple(Fraction(sign * draw(1, 10**6), 400_009) for sign in (1, -1, 1)))
 
 
-def _apply(function, *arguments) -> _Value:
+def _apply(function, *arguments: _Node) -> _Node:
     """The function at the three points.
 
     Raises ArithmeticError or ValueError where it has no value: ZeroDivisionError, OverflowError.
     """
-    for argument in arguments:
-        if argument.kind != "value":
-            raise _Unreadable("arithmetic on something other than a number")
-    points = [*zip(*(argument.numbers for argument in arguments))]
-    if points[0] == points[1] == points[2]:  # constants
-        return _Value((_checked(function(*points[0]), points[0]),) * 3)
-    return _Value(tuple(_checked(function(*point), point) for point in points))
-
-
-def _checked(x: Fraction | complex, operands: tuple) -> Fraction | complex:
-    """x, unless it is too large to go on with or a float that became zero by underflow."""
-    if isinstance(x, Fraction):
-        if max(x.numerator.bit_length(), x.denominator.bit_length()) > _MAX_BITS:
-            raise _Unreadable("too large")
-    elif not cmath.isfinite(x) or abs(x) < 1e-250 and all(operands):
-        raise _Unreadable("too large or too small")
-    return x
+    if any(argument.kind != "value" for argument in arguments):
+        raise _Unreadable("arithmetic on something other than a number")
+    points, numbers = [*zip(*(argument.items for argument in arguments))], []
+    for point in points[:1] if points[0] == points[1] == points[2] else points:
+        x = function(*point)
+        if isinstance(x, Fraction):
+            extreme = max(x.numerator.bit_length(), x.denominator.bit_length()) > _MAX_BITS
+        else:  # (a float that became zero by underflow would equal others)
+            extreme = not cmath.isfinite(x) or abs(x) < 1e-250 and all(point)
+        if extreme:
+            raise _Unreadable("too large or too small")
+        numbers.append(x)
+    return _Node("value", tuple(numbers) * (3 // len(numbers)))
 
 
 def _add(x: Fraction | complex, y: Fraction | complex) -> Fraction | complex:
@@ -811,14 +763,16 @@ def _call(name: str, x, *base) -> Fraction | complex:
     return Fraction(0) if abs(result) < 1e-15 * abs(x) and name != "exp" else result
 
 
-def _binomial(top: _Value, k: int) -> _Value:
-    if k > 20:  # of x it would grow long
-        return _number(math.comb(_whole(top), k))
+def _factorial(n: Fraction | complex) -> Fraction:
+    if n not in range(301):
+        raise _Unreadable("no small whole number")
+    return Fraction(math.factorial(int(n)))
 
-    def choose(x):
-        return math.prod(((x - i) / Fraction(i + 1) for i in range(k)), start=Fraction(1))
 
-    return _apply(choose, top)
+def _binomial(n: Fraction | complex, k: Fraction | complex) -> Fraction | complex:
+    if k not in range(101):
+        raise _Unreadable("no small whole number")
+    return math.prod(((n - i) / Fraction(i + 1) for i in range(int(k.real))), start=Fraction(1))
 
 
 # -------------------------------------------------------------------------------- comparing answers
@@ -828,7 +782,6 @@ def _same_text(a: str, b: str) -> bool:
     """Whether two cleaned answers are the same text, or equal mathematics."""
     if not a or not b or _plain(a) == _plain(b):
         return bool(a and b)
-    a, b = _joined(a), _joined(b)
     try:
         exact = bool(_LONG_DECIMAL.search(a)) != bool(_LONG_DECIMAL.search(b))
         return _Comparison(exact).same(_read(a), _read(b))
@@ -856,22 +809,22 @@ class _Comparison:
     def __init__(self, exact: bool):
         self.exact, self.left = exact, 2500
 
-    def same(self, a, b) -> bool:
+    def same(self, a: _Node, b: _Node) -> bool:
         self.left -= 10 if a.kind == "relation" else 1
         if self.left < 0:
             raise _Unreadable("too much to compare")
         if a.kind == b.kind == "relation":
             return self.same_relation(self.without_steps(a), self.without_steps(b))
         if a.kind == b.kind == "value":
-            return self.same_quantity(a, b)
-        if isinstance(a, _Group) and isinstance(b, _Group) and self.same_group(a, b):
+            return self.same_value(a, b)
+        if self.same_group(a, b):
             return True
         for x, y in ((a, b), (b, a)):
             if y.kind != "relation" and any(self.same(meaning, y) for meaning in self.meanings(x)):
                 return True
         return False
 
-    def same_group(self, a: _Group, b: _Group) -> bool:
+    def same_group(self, a: _Node, b: _Node) -> bool:
         """Whether two lists, sets, tuples, intervals, unions, matrices or words are the same.
 
         Rule: lists, sets and unions have no order, unless only one of the two names its values; a
@@ -890,70 +843,69 @@ class _Comparison:
         alike = a.kind == b.kind or kinds == {"", "()"}  # "1, 2" may be the point (1, 2)
         return alike and len(x) == len(y) and all(map(self.same, x, y))
 
-    def same_quantity(self, a: _Value, b: _Value) -> bool:
+    def same_value(self, a: _Node, b: _Node) -> bool:
         """Equal numbers, and no different units.
 
         Rule: a percentage is a hundredth, and from 1% on also the bare number: 50% is 0.5 and 50.
         """
         if a.unit and b.unit and a.unit != b.unit:
             return False
-        equal = all(map(self.close, a.numbers, b.numbers))
+        equal = all(map(self.close, a.items, b.items))
         if (a.unit == "%") == (b.unit == "%"):
             return equal
         percent, other = (a, b) if a.unit == "%" else (b, a)
-        if equal and abs(percent.numbers[0]) >= 1:
+        if equal and abs(percent.items[0]) >= 1:
             return True
-        return all(self.close(x, 100 * y) for x, y in zip(percent.numbers, other.numbers))
+        return all(self.close(x, 100 * y) for x, y in zip(percent.items, other.items))
 
     def close(self, x: Fraction | complex, y: Fraction | complex) -> bool:
         if isinstance(x, Fraction) and isinstance(y, Fraction):
             return x == y
         return not self.exact and abs(x - y) <= 1e-11 * max(abs(x), abs(y))
 
-    def same_relation(self, a: _Relation, b: _Relation) -> bool:
+    def same_relation(self, a: _Node, b: _Node) -> bool:
         """Equations up to a factor, inequalities up to a positive one; others side by side.
 
         Rule: without a variable in both differences, as in 1 + 1 = 2, every factor would do, and
         the sides are compared. y = ... and f(x) = ... both name the values of a function.
         """
-        if a.operators != b.operators:
+        if a.signs != b.signs:
             return False
-        if re.fullmatch(r"y [a-zA-Z]\(x\)|[a-zA-Z]\(x\) y", f"{a.sides[0].text} {b.sides[0].text}"):
-            return self.same(a.sides[1].value, b.sides[1].value)
+        if re.fullmatch(r"y [a-zA-Z]\(x\)|[a-zA-Z]\(x\) y", f"{a.items[0].text} {b.items[0].text}"):
+            return self.same(a.items[1], b.items[1])
         x, y = _differences(a), _differences(b)
         if x and y:
-            return all(map(self.proportional, x, y, a.operators))
-        x, y = ([side.value for side in relation.sides] for relation in (a, b))
-        if all(map(self.same, x, y)):
+            return all(map(self.proportional, x, y, a.signs))
+        if all(map(self.same, a.items, b.items)):
             return True
-        return a.operators in (["="], ["≠"]) and all(map(self.same, x, y[::-1]))
+        return a.signs in ("=", "≠") and all(map(self.same, a.items, b.items[::-1]))
 
-    def proportional(self, a: _Value, b: _Value, operator: str) -> bool:
+    def proportional(self, a: _Node, b: _Node, sign: str) -> bool:
         """Whether a = c b for one number c, greater than zero for an inequality."""
-        first, *others = _apply(truediv, a, b).numbers
-        return all(self.close(first, x) for x in others) and (operator in "=≠" or first.real > 0)
+        first, *others = _apply(truediv, a, b).items
+        return all(self.close(first, x) for x in others) and (sign in "=≠" or first.real > 0)
 
-    def without_steps(self, chain: _Relation) -> _Relation:
+    def without_steps(self, chain: _Node) -> _Node:
         """x = 5 + 6 = 11 -> x = 11."""
-        sides = chain.sides
-        if len(sides) > 2 and sides[0].is_name and {*chain.operators} == {"="} and self.said(sides):
-            return _Relation([sides[0], sides[-1]], ["="])
+        sides = chain.items
+        if len(sides) > 2 and sides[0].is_name and {*chain.signs} == {"="} and self.said(sides):
+            return _Node("relation", [sides[0], sides[-1]], signs="=")
         return chain
 
-    def said(self, sides: list[_Side]) -> list:
+    def said(self, sides: list[_Node]) -> list[_Node]:
         """What a chain of equations says: its last side, in a list; nothing if it contradicts that.
 
         Rule: every side before is a name or equal to the last; after a name it may also have
         variables, as in A = pi r^2 = 9 pi. So 2x = 10 does not say 10.
         """
-        *before, (last, _, _) = sides
-        for value, _, is_name in before:
-            formula = sides[0].is_name and value.kind == "value" and not value.is_constant
-            if not (is_name or formula or self.same(value, last)):
+        *before, last = sides
+        for side in before:
+            formula = sides[0].is_name and side.kind == "value" and not side.is_constant
+            if not (side.is_name or formula or self.same(side, last)):
                 return []
         return [last]
 
-    def meanings(self, node) -> list:
+    def meanings(self, node: _Node) -> list[_Node]:
         """What an answer may mean beside itself, when the other one is no relation.
 
         {5} and x = 5 mean 5; x > 3 means (3, oo), x < 1 or x > 2 a union, x ≠ 0 all but 0.
@@ -964,93 +916,79 @@ class _Comparison:
         if node.kind == "":
             parts = [self.intervals(item) for item in node.items if item.kind == "relation"]
             whole = len(parts) == len(node.items) and all(parts)
-            return [_Group("∪", sum(parts, []))] if whole else []
+            return [_Node("∪", sum(parts, []))] if whole else []
         if node.kind != "relation":
             return []
-        sides, operators = node
-        if set(operators) == {"="}:
+        sides, signs = node.items, node.signs
+        if set(signs) == {"="}:
             return self.said(sides)
-        if "≈" in operators and set(operators) <= {"=", "≈"}:
-            n = operators.index("≈") + 1
+        if "≈" in signs and set(signs) <= {"=", "≈"}:
+            n = signs.index("≈") + 1
             if all(side.is_name for side in sides[:n]):
-                return [sides[-1].value] if len(sides) == n + 1 else []
+                return [sides[-1]] if len(sides) == n + 1 else []
             exact = self.said(sides[:n])
             rounded = exact and all(_rounds(exact[0], side) for side in sides[n:])
-            return [*exact, sides[-1].value] if rounded else []
+            return [*exact, sides[-1]] if rounded else []
         parts = self.intervals(node)
-        return parts if len(parts) < 2 else [_Group("∪", parts)]
+        return parts if len(parts) < 2 else [_Node("∪", parts)]
 
-    def intervals(self, node: _Relation) -> list:
+    def intervals(self, node: _Node) -> list[_Node]:
         """Of which numbers an inequality is true, if one of its sides is a variable."""
-        sides, operators = node
-        values, infinity = [side.value for side in sides], _symbol("∞")
-        if operators == ["≠"] and sides[0].is_name:
-            ends = [_apply(neg, infinity), values[1], infinity]
-            return [_Group("()", ends[:2]), _Group("()", ends[1:])]
-        if not set(operators) <= {"<", "≤"}:
-            return []
+        sides, signs, infinity = node.items, node.signs, _symbol("∞")
+        if signs == "≠" and sides[0].is_name:
+            return _without_points(_Node("()", [_apply(neg, infinity), infinity]), sides[1]).items
         if len(sides) == 2 and sides[0].is_name:  # x < 5
-            ends, operators = [_apply(neg, infinity), values[1]], ["<", *operators]
-        elif len(sides) == 2 and sides[1].is_name:  # 5 < x
-            ends, operators = [values[0], infinity], [*operators, "<"]
-        elif len(sides) == 3 and sides[1].is_name:
-            ends = [values[0], values[2]]
-        else:
+            sides, signs = [_apply(neg, infinity), *sides], "<" + signs
+        elif len(sides) == 2:  # 5 < x
+            sides, signs = [*sides, infinity], signs + "<"
+        if len(sides) > 3 or not sides[1].is_name or not set(signs) <= {*"<≤"}:
             return []
-        return [_Group("(["[operators[0] == "≤"] + ")]"[operators[1] == "≤"], ends)]
+        return [_Node("(["[signs[0] == "≤"] + ")]"[signs[1] == "≤"], sides[::2])]
 
 
-def _differences(relation: _Relation) -> list[_Value]:
-    """Left minus right side for every operator; none unless all are numbers with a variable."""
+def _differences(relation: _Node) -> list[_Node]:
+    """Left minus right side for every sign; none unless all are numbers with a variable."""
     differences = []
-    for sides in itertools.pairwise(relation.sides):
-        left, right = (side.value for side in sides)
+    for left, right in itertools.pairwise(relation.items):
         if {left.kind, right.kind} != {"value"} or left.unit or right.unit:
             return []
         differences.append(_apply(_add, left, _apply(neg, right)))
     return [] if any(x.is_constant for x in differences) else differences
 
 
-def _are_named(items: list) -> bool:
+def _are_named(items: list[_Node]) -> bool:
     """Whether the values of a list have different names (x = 1, y = 2) or units (3 m, 4 s)."""
     names = []
     for item in items:
-        if item.kind == "relation" and item.sides[0].is_name and item.operators[0] == "=":
-            names.append(item.sides[0].text)
-        else:
-            names.append(item.unit if item.kind == "value" else "")
+        named = item.kind == "relation" and item.items[0].is_name and item.signs[0] == "="
+        names.append(item.items[0].text if named else item.unit)
     return all(names) and len(set(names)) > 1
 
 
-def _rounds(exact, side: _Side) -> bool:
-    """Whether a side, as it was written, is the other one to its last place.
-
-    Rule: from the second decimal on it may be cut off (pi ≈ 3.1415), before it must be rounded.
-    """
+def _rounds(exact: _Node, rounded: _Node) -> bool:
+    """Whether a number, as it was written, is the other one rounded to its last place."""
     match = re.fullmatch(
-        r"[¤£€]?-?(?=\.?\d)\d*\.?(\d*)(?:\*10\^\{?(-?\d+)\}?)?[^\d+*/^-]*", side.text
+        r"[¤£€]?-?(?=\.?\d)\d*\.?(\d*)(?:\*10\^\{?(-?\d+)\}?)?[^\d+*/^-]*", rounded.text
     )
-    rounded = side.value
     if not match or not exact.kind == rounded.kind == "value" or not exact.is_constant:
         return False
-    x, y = exact.numbers[0], rounded.numbers[0]
+    x, y = exact.items[0], rounded.items[0]
     if rounded.unit == "%" != exact.unit:
         x = 100 * x
-    place = Fraction(10) ** (int(match[2] or 0) - len(match[1]))
-    return abs(x - y) < place * (1 if match[1][1:] else Fraction(1, 2))
+    return abs(x - y) <= Fraction(10) ** (int(match[2] or 0) - len(match[1])) / 2
 
 
-def _without_points(node, points) -> _Group:
+def _without_points(node: _Node, points: _Node) -> _Node:
     """An interval without a set of points: (-oo, oo) without {0} is (-oo, 0) ∪ (0, oo)."""
     items = points.items if points.kind == "⦃⦄" else [points]
     is_interval = node.kind in ("()", "(]", "[)", "[]") and len(node.items) == 2
     if not is_interval or any(point.kind != "value" for point in items):
         raise _Unreadable("no interval without points")
-    inner = sorted(items, key=lambda point: point.numbers[0].real)
+    inner = sorted(items, key=lambda point: point.items[0].real)
     ends = [node.items[0], *inner, node.items[1]]
     brackets = node.kind[0] + ")(" * len(inner) + node.kind[1]
-    pieces = [_Group(brackets[2 * i : 2 * i + 2], ends[i : i + 2]) for i in range(len(ends) - 1)]
-    return _Group("∪", pieces)
+    pieces = [_Node(brackets[2 * i : 2 * i + 2], ends[i : i + 2]) for i in range(len(ends) - 1)]
+    return _Node("∪", pieces)
 
 
 _CHOICE = re.compile(  # and its text, in which no other choice may hide: A. 12, not (A) or (B)
@@ -1058,12 +996,15 @@ _CHOICE = re.compile(  # and its text, in which no other choice may hide: A. 12,
     r"(?!.*\([A-J]\)|\s*[A-J](?:[).:,]|$))\s*(.*))?"
 )
 _FILLER = re.compile(
-    r"(?i)(?:‹?\b(?:(?:the )?(?:final )?answer is|approximately|about|roughly|around|exactly|only"
-    r"|just|a total of|is|equals|equal to|either|both)\b›?\s*)+"
+    r"""‹?\b(?:(?:the\ )?(?:final\ )?answer\ is|approximately|about|roughly|around|exactly|only|just
+    |a\ total\ of|is|equals|equal\ to|either|both)\b›?\s*
+    |(?<=[^\s,])(?:[ ,]*‹?(?:altogether|in\ total|in\ all|overall|combined|total)
+    |,\ ?‹?(?:respectively|exactly|precisely|only|each|so\ far|now|of\ course))›?\s*\Z""",
+    re.IGNORECASE | re.VERBOSE,
 )
-_LABEL = re.compile(  # Area = 5, total cost: 5, P(X = 2) = 5, A(1, 2)
-    r"\s*(?=[^=:\d]{0,60}?[A-Za-z]{3})[A-Za-z‹][^=:<>≤≥≠≈∈\d]{0,60}[=:](?!\s*$)"
-    r"|^P ?\([^()]{1,40}\) ?=|^[A-Z] ?(?=\([^()]*,)"
+_LABEL = re.compile(  # total cost: 5; A(1, 2)
+    r"\s*(?=[^:\d]*[A-Za-z]{3})[A-Za-z‹][^=:<>≤≥≠≈∈\d]{0,60}:(?!\s*$)"
+    r"|^[A-Z] ?(?=\([^()]*,)"
 )
 
 
@@ -1091,19 +1032,17 @@ def _same_choice(a: str, b: str) -> bool | None:
 
 
 def _without_labels(a: str, b: str) -> tuple[str, str]:
-    """Both answers without what introduces them: about 5, Area = 5, total cost: 5.
+    """Both answers without what introduces them: about 5, total cost: 5, 5 in total.
 
-    Rule: words before the only = or : are a label if the other answer has the same ones or none.
+    Rule: words before a colon are a label if the other answer has the same ones or none.
     """
     labels, rests = [], []
     for text in (a, b):
-        text = _FILLER.sub("", text, count=1)
+        text = _FILLER.sub("", text)
         label = _LABEL.match(text)
         labels.append(_plain(label[0]) if label else "")
         rests.append(text[label.end() :] if label else text)
-    if any(labels) and "=" in rests[0] + rests[1] or all(labels) and labels[0] != labels[1]:
-        return "", ""
-    return rests[0], rests[1]
+    return ("", "") if all(labels) and labels[0] != labels[1] else (rests[0], rests[1])
 
 
 # --------------------------------------------------------------------------------------------- code
@@ -1126,10 +1065,10 @@ def verify_code(response: str, tests: list, *, timeout: float = 5.0, memory: int
     because of what the response holds.
 
     The verdict is made in this process. Of `assert f(2) == 4` the child gets `f(2)` and sends back
-    plain data; the 4 never leaves this process. So an early exit, printing "passed", objects that
-    equal everything, patched built-ins and AssertionErrors fail. An assert of another form, such as
-    `assert isclose(f(2), 4)`, is evaluated in the child: objects with operators of their own, a
-    patched math module, or code that inspects frames can forge those.
+    its value as a text; the 4 never leaves this process. So an early exit, printing "passed",
+    objects that equal everything, patched built-ins and AssertionErrors fail. An assert of another
+    form, such as `assert isclose(f(2), 4)`, is evaluated in the child: objects with operators of
+    their own, a patched math module, or code that inspects frames can forge those.
 
     The child has an empty environment, no inherited descriptors, an empty folder, and limits on
     time, memory, processes and output. Where the kernel allows namespaces it also has no network,
@@ -1148,23 +1087,27 @@ def verify_code(response: str, tests: list, *, timeout: float = 5.0, memory: int
         return False
     job = {"code": code, "timeout": timeout, "memory": memory << 20}
     if isinstance(tests[0], dict):
-        return all(_prints(job, test["input"], test["output"]) for test in tests)
-    steps, wanted = [], []  # what the child gets; the literal sides, which it does not get
+        return all(_lines(_run(job, test["input"])) == _lines(test["output"]) for test in tests)
+    token = secrets.token_hex(16)  # what the solution guesses and prints is no reply
+    steps, wanted = [], []  # what the child gets; the two sides, None for those that it evaluates
     for statement in _statements("\n".join(tests)):
         test = statement.test if isinstance(statement, ast.Assert) else None
         if isinstance(test, ast.Compare) and [*map(type, test.ops)] == [ast.Eq]:
-            sides = [ast.unparse(side) for side in (test.left, test.comparators[0])]
-            wanted.append([_literal(side) for side in sides])
-            steps.append([None if value else side for value, side in zip(wanted[-1], sides)])
+            sides = [test.left, test.comparators[0]]
+            wanted.append([*map(_literal, sides)])
+            steps.append([ast.unparse(side) for side, text in zip(sides, wanted[-1]) if not text])
         else:
-            wanted.append(None)
+            wanted.append(["done", None])
             steps.append(ast.unparse(statement))
-    token = secrets.token_hex(16)  # what the solution guesses and prints is no reply
-    replies = _run(job | {"asserts": True}, json.dumps([token, steps]).encode()) or b""
-    replies = replies.split(b"\n")[:-1]
-    return len(replies) == len(steps) and all(
-        _passed(reply, token, values) for reply, values in zip(replies, wanted)
-    )
+    replies = (_run(job | {"steps": [token, steps]}) or "").split("\n")[:-1]
+    if len(replies) != sum(texts.count(None) for texts in wanted):
+        return False
+    unread = iter(replies)
+    for texts in wanted:
+        left, right = [f"{token} {text}" if text else next(unread) for text in texts]
+        if left != right or not left.startswith(token):
+            return False
+    return True
 
 
 def check_tests(tests: list) -> None:
@@ -1179,14 +1122,12 @@ def check_tests(tests: list) -> None:
         raise TypeError(f"{form}, not {type(tests).__name__}: {tests!r:.80}")
     if not tests:
         raise ValueError(f"{form}; the list is empty")
+    kind = dict if isinstance(tests[0], dict) else str
     for test in tests:
-        if isinstance(tests[0], dict):
-            values = [test.get("input"), test.get("output")] if isinstance(test, dict) else [None]
-        else:
-            values = [test]
-        if not all(isinstance(value, str) for value in values):
+        values = [test.get("input"), test.get("output")] if isinstance(test, dict) else [test]
+        if not isinstance(test, kind) or not all(isinstance(value, str) for value in values):
             raise TypeError(f"{form}; this is neither: {test!r:.80}")
-        if isinstance(test, str):
+        if kind is str:
             _statements(test)
 
 
@@ -1195,6 +1136,18 @@ def _statements(source: str) -> list[ast.stmt]:
         return ast.parse(source).body
     except (SyntaxError, ValueError, MemoryError, RecursionError) as error:
         raise ValueError(f"a test that is no Python ({error}): {source!r:.80}") from error
+
+
+def _literal(side: ast.expr) -> str | None:
+    """The text of a literal, as _spelled has it; None for an expression that must be evaluated."""
+    try:
+        return _spelled(ast.literal_eval(side))
+    except (ValueError, TypeError, MemoryError, RecursionError):
+        return None
+
+
+def _lines(text: str | None) -> list[str] | None:
+    return None if text is None else [line.rstrip() for line in text.rstrip().split("\n")]
 
 
 _FENCE = re.compile(
@@ -1210,136 +1163,50 @@ def _code_block(response: str) -> str | None:
     marks as it has or more, indented by three blanks more at most (a docstring's are deeper). The
     indentation of a fence in a list item is taken from its lines.
     """
-    blocks, opening, lines = [], None, []
+    blocks, opening = {}, None  # the last block of each language
     for line in response.replace("\r\n", "\n").split("\n"):
         if opening is None:
-            opening, lines = _FENCE.fullmatch(line), []
+            if opening := _FENCE.fullmatch(line):
+                depth, lines, language = len(opening["indent"]), [], opening["language"].lower()
+                language = "python" if language in ("python3", "py", "py3") else language
+                blocks[language] = None  # until it closes
             continue
-        depth, fence = len(opening["indent"]), opening["fence"]
         closing = re.fullmatch(r"([ \t]*)(`{3,}|~{3,})[ \t]*(?:<[|/].*)?", line)
-        if closing and len(closing[1]) <= depth + 3 and closing[2].startswith(fence):
+        if closing and len(closing[1]) <= depth + 3 and closing[2].startswith(opening["fence"]):
             indents = [len(line) - len(line.lstrip(" \t")) for line in lines if line.strip()]
             indent = min([depth, *indents])  # (textwrap.dedent would change blanks in strings)
-            blocks.append((opening["language"].lower(), "\n".join(line[indent:] for line in lines)))
+            blocks[language] = "\n".join(line[indent:] for line in lines)
             opening = None
-        else:
-            lines.append(line)
-    if opening:
-        blocks.append((opening["language"].lower(), None))
-    marked = [code for language, code in blocks if language in ("python", "python3", "py", "py3")]
-    unmarked = [code for language, code in blocks if language == ""]
-    return (marked or unmarked or [None])[-1]
+        lines.append(line)
+    return blocks.get("python", blocks.get(""))
 
 
-def _prints(job: dict, given: str, wanted: str) -> bool:
-    """Whether the program, given this input, ends well and prints the wanted lines."""
-    out = _run(job, given.encode(errors="replace"))
-    return out is not None and _lines(out.decode(errors="replace")) == _lines(wanted)
-
-
-def _lines(text: str) -> list[str]:
-    return [line.rstrip() for line in text.rstrip().split("\n")]
-
-
-def _literal(source: str) -> tuple | None:
-    """The plain value that a source text spells, in a tuple; None when it spells none."""
-    try:
-        return (ast.literal_eval(source),)
-    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
-        return None
-
-
-def _passed(reply: bytes, token: str, wanted: list | None) -> bool:
-    """Whether the child's reply to one statement says that it passed.
-
-    wanted: the literal sides of an equality, None for another statement.
-    """
-    try:
-        answer, *values = json.loads(reply)
-        if answer != token:
-            return False
-        if values == [True]:  # it ran without an error, or two equal objects that are no plain data
-            return wanted in (None, [None, None])
-        left, right = (side or (_decoded(value),) for side, value in zip(wanted, values))
-        return left == right
-    except (ValueError, TypeError, RecursionError, KeyError, AttributeError):
-        return False
-
-
-def _encoded(value):
-    """A value for JSON: as it is, or the name of the built-in type that it equals and its contents.
-
-    So a Counter becomes a dict, d.keys() a set, a NumPy array a list. Runs in the child. Raises
-    TypeError for what equals no built-in value.
-    """
-    if value is None or isinstance(value, (str, float)):
-        return value
-    if isinstance(value, int):  # JSON has a limit on decimal digits
-        return ["int", int.__format__(value, "x")]
-    if isinstance(value, (bytes, bytearray, memoryview)):
-        return ["bytes", value.hex()]
-    if isinstance(value, complex):
-        return ["complex", [value.real, value.imag]]
-    if isinstance(value, Fraction) or isinstance(value, Decimal) and value.is_finite():
-        return ["Fraction", [*map(_encoded, value.as_integer_ratio())]]
-    if value is ...:
-        return ["Ellipsis", []]
-    sets = set, frozenset, type({}.keys()), type({}.items())
-    for name, kinds in (("dict", dict), ("list", list), ("tuple", tuple), ("frozenset", sets)):
-        if isinstance(value, kinds):
-            items = value.items() if name == "dict" else value
-            return [name, [*map(_encoded, items)]]
-    if hasattr(value, "tolist"):
-        return _encoded(value.tolist())
-    raise TypeError("no plain data")
-
-
-def _decoded(tree):
-    """The value that _encoded wrote down. Raises KeyError and the like for anything else."""
-    if not isinstance(tree, list):
-        return tree
-    name, contents = tree
-    if name == "int":
-        return int(contents, 16)
-    if name == "bytes":
-        return bytes.fromhex(contents)
-    items = [*map(_decoded, contents)]
-    if name in ("complex", "Fraction"):
-        return {"complex": complex, "Fraction": Fraction}[name](*items)
-    kinds = {"dict": dict, "list": list, "tuple": tuple, "frozenset": frozenset}
-    return ... if name == "Ellipsis" else kinds[name](items)
-
-
-def _run(job: dict, data: bytes) -> bytes | None:
-    """What a child, given `data`, wrote to standard output; None when it failed or was stopped."""
+def _run(job: dict, given: str = "") -> str | None:
+    """What a child, given this input, prints; None when it failed or was stopped."""
     with (
         tempfile.TemporaryDirectory(prefix="verifier_", ignore_cleanup_errors=True) as folder,
-        tempfile.TemporaryFile() as given,
         tempfile.TemporaryFile() as out,  # its limit is that on file size
     ):
         os.chmod(folder, 0o777)
         header = json.dumps(job | {"folder": folder}).encode()
-        given.write(b"%10d" % len(header) + header + data)
-        given.seek(0)
         child = subprocess.Popen(
             [sys.executable, "-I", "-c", _child_source()],
-            stdin=given,
+            stdin=subprocess.PIPE,
             stdout=out,
             stderr=subprocess.DEVNULL,
             cwd=folder,
             env={},
             start_new_session=True,
         )
-        try:
-            status = child.wait(job["timeout"] + 5)  # the launcher stops it after `timeout`
-        except subprocess.TimeoutExpired:
-            status = None
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(child.pid, signal.SIGKILL)
-            child.wait()
+        with child, contextlib.suppress(subprocess.TimeoutExpired):
+            try:  # the launcher stops it after `timeout`
+                data = b"%10d" % len(header) + header + given.encode(errors="replace")
+                child.communicate(data, job["timeout"] + 5)
+            finally:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(child.pid, signal.SIGKILL)
         out.seek(0)
-        return out.read() if status == 0 else None
+        return out.read().decode(errors="replace") if child.returncode == 0 else None
 
 
 # ----------------------------------------------------------------------- code: in the child process
@@ -1348,7 +1215,7 @@ def _run(job: dict, data: bytes) -> bytes | None:
 @functools.cache
 def _child_source() -> str:
     """The program of the child: the functions below. It works in a notebook's cell as well."""
-    functions = (_encoded, _launch, _kill_descendants, _isolate, _restrict, _solve)
+    functions = (_launch, _kill_descendants, _isolate, _restrict, _solve, _spelled)
     try:
         sources = [inspect.getsource(function) for function in functions]
     except (OSError, TypeError) as error:
@@ -1404,7 +1271,7 @@ def _kill_descendants() -> None:
         for pid in running:
             os.kill(pid, signal.SIGSTOP)
         stopped |= running
-    for pid in found[1:]:
+    for pid in stopped:
         os.kill(pid, signal.SIGKILL)
     with contextlib.suppress(ChildProcessError):
         while True:
@@ -1419,12 +1286,9 @@ def _isolate(libc, folder: bytes) -> bool:
     uid, gid = os.getuid(), os.getgid()
     spaces = 0x40000000 | 0x20000000 | 0x20000 | 0x8000000  # CLONE_NEWNET, NEWPID, NEWNS, NEWIPC
     new_user = 0x10000000  # CLONE_NEWUSER: how those who are not root get the others
-    for user in (0, new_user) if uid == 0 else (new_user,):
-        if libc.unshare(spaces | user) == 0:
-            break
-    else:
-        return False
-    if user:
+    if uid != 0 or libc.unshare(spaces) != 0:
+        if libc.unshare(spaces | new_user) != 0:
+            return False
         maps = {"setgroups": "deny", "uid_map": f"{uid} {uid} 1", "gid_map": f"{gid} {gid} 1"}
         for name, text in maps.items():
             with open(f"/proc/self/{name}", "w") as file:
@@ -1468,32 +1332,62 @@ def _restrict(libc, job: dict) -> None:
 def _solve(job: dict) -> None:
     """Run the solution: as a program, or loaded and then asked for the values of the tests."""
     sys.set_int_max_str_digits(0)
-    name = "solution" if "asserts" in job else "__main__"
+    name = "solution" if "steps" in job else "__main__"
     module = types.ModuleType(name)
     sys.modules["__main__"] = sys.modules[name] = module  # dataclasses and pickle look it up
     namespace = vars(module)
-    code = compile(job["code"], "solution.py", "exec")
-    if "asserts" not in job:
+    code = compile(job.pop("code"), "solution.py", "exec")
+    if "steps" not in job:
         exec(code, namespace)
         return
-    requests, replies, null = os.dup(0), os.dup(1), os.open(os.devnull, os.O_RDWR)
+    replies, null = os.dup(1), os.open(os.devnull, os.O_RDWR)
     os.dup2(null, 0)
     os.dup2(null, 1)
     originals = dict(vars(builtins))
     exec(code, namespace)
     vars(builtins).update(originals)
-    with open(requests, "rb") as file:
-        token, steps = json.loads(file.read())
+    token, steps = job["steps"]
     for step in steps:
         if isinstance(step, str):
             exec(step, namespace)
-            values = [True]
+            texts = ["done"]
         else:
-            sides = [side and eval(side, namespace) for side in step]
+            values = [eval(side, namespace) for side in step]
             try:
-                values = [source and _encoded(side) for source, side in zip(step, sides)]
-            except TypeError:  # two objects that are no plain data
-                left, right = sides
-                values = [None not in step and type(left) is type(right) and bool(left == right)]
-        os.write(replies, json.dumps([token, *values]).encode() + b"\n")
+                texts = [*map(_spelled, values)]
+            except (TypeError, ValueError):  # objects that are no plain data
+                same = type(values[0]) is type(values[-1]) and bool(values[0] == values[-1])
+                texts = ["an object", "an object" if same else "another object"][: len(values)]
+        for text in texts:
+            os.write(replies, f"{token} {text}\n".encode())
     os._exit(0)
+
+
+def _spelled(value) -> str:
+    """Plain data as one line; equal values of any types have equal texts: 2, 2.0, Fraction(2).
+
+    So a Counter is a dict, d.keys() a set, a NumPy array a list. Raises TypeError or ValueError
+    for what equals no built-in value.
+    """
+    if value is None or value is ... or isinstance(value, str):
+        return "..." if value is ... else json.dumps(value)
+    if isinstance(value, (bytes, bytearray, memoryview)):
+        return f"bytes {bytes(value).hex()}"
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if isinstance(value, complex):
+        real, imaginary = map(_spelled, (value.real, value.imag))
+        return real if value.imag == 0 else f"({real} + {imaginary} j)"
+    if isinstance(value, (int, float, Fraction, Decimal)):
+        if abs(value) == math.inf:
+            return str(float(value))
+        numerator, denominator = value.as_integer_ratio()
+        return f"{numerator:x}/{denominator:x}"  # hexadecimal, which has no limit on digits
+    if isinstance(value, dict):
+        return f"dict {_spelled(dict.items(value))}"
+    sets = set, frozenset, type({}.keys()), type({}.items())
+    for name, kinds in (("set", sets), ("list", list), ("tuple", tuple)):
+        if isinstance(value, kinds):
+            texts = [*map(_spelled, value)]
+            return f"{name}({', '.join(sorted({*texts}) if name == 'set' else texts)})"
+    raise TypeError("no plain data")
