@@ -814,7 +814,7 @@ class _Comparison:
         if self.left < 0:
             raise _Unreadable("too much to compare")
         if a.kind == b.kind == "relation":
-            return self.same_relation(self.without_steps(a), self.without_steps(b))
+            return self.same_relation(a, b)
         if a.kind == b.kind == "value":
             return self.same_value(a, b)
         if self.same_group(a, b):
@@ -866,13 +866,15 @@ class _Comparison:
     def same_relation(self, a: _Node, b: _Node) -> bool:
         """Equations up to a factor, inequalities up to a positive one; others side by side.
 
-        Rule: without a variable in both differences, as in 1 + 1 = 2, every factor would do, and
-        the sides are compared. y = ... and f(x) = ... both name the values of a function.
+        Rule: two that name the same thing (also y and f(x)) are equal if the values are; without
+        a variable in both differences, as in 1 + 1 = 2, every factor would do, and none is tried.
         """
+        x, y, names = self.said(a), self.said(b), f"{a.items[0].text} {b.items[0].text}"
+        named = x and y and re.fullmatch(r"(.*) \1|y [a-zA-Z]\(x\)|[a-zA-Z]\(x\) y", names)
+        if named and self.same(x[0], y[0]):
+            return True
         if a.signs != b.signs:
             return False
-        if re.fullmatch(r"y [a-zA-Z]\(x\)|[a-zA-Z]\(x\) y", f"{a.items[0].text} {b.items[0].text}"):
-            return self.same(a.items[1], b.items[1])
         x, y = _differences(a), _differences(b)
         if x and y:
             return all(map(self.proportional, x, y, a.signs))
@@ -885,52 +887,40 @@ class _Comparison:
         first, *others = _apply(truediv, a, b).items
         return all(self.close(first, x) for x in others) and (sign in "=≠" or first.real > 0)
 
-    def without_steps(self, chain: _Node) -> _Node:
-        """x = 5 + 6 = 11 -> x = 11."""
-        sides = chain.items
-        if len(sides) > 2 and sides[0].is_name and {*chain.signs} == {"="} and self.said(sides):
-            return _Node("relation", [sides[0], sides[-1]], signs="=")
-        return chain
+    def said(self, chain: _Node) -> list[_Node]:
+        """What a chain of = and ≈ says: the side before the first ≈ (or the last), the last one.
 
-    def said(self, sides: list[_Node]) -> list[_Node]:
-        """What a chain of equations says: its last side, in a list; nothing if it contradicts that.
-
-        Rule: every side before is a name or equal to the last; after a name it may also have
-        variables, as in A = pi r^2 = 9 pi. So 2x = 10 does not say 10.
+        Rule: every exact side before is a name or equal to it; after a name it may also have
+        variables, as in A = pi r^2 = 9 pi. So 2x = 10 does not say 10. What is after ≈ must be it
+        rounded (2/3 ≈ 0.67), unless only a name is before (x ≈ 0.67).
         """
-        *before, last = sides
-        for side in before:
+        n = (chain.signs + "≈").index("≈") + 1
+        sides, rounded = chain.items[:n], chain.items[n:]
+        if set(chain.signs) - {*"=≈"}:
+            return []
+        if rounded and all(side.is_name for side in sides):
+            return rounded if len(rounded) == 1 else []
+        for side in sides[:-1]:
             formula = sides[0].is_name and side.kind == "value" and not side.is_constant
-            if not (side.is_name or formula or self.same(side, last)):
+            if not (side.is_name or formula or self.same(side, sides[-1])):
                 return []
-        return [last]
+        return [sides[-1], *rounded[-1:]] if all(_rounds(sides[-1], x) for x in rounded) else []
 
     def meanings(self, node: _Node) -> list[_Node]:
         """What an answer may mean beside itself, when the other one is no relation.
 
         {5} and x = 5 mean 5; x > 3 means (3, oo), x < 1 or x > 2 a union, x ≠ 0 all but 0.
-        Rule for 2/3 ≈ 0.67: either side, if what is after ≈ is the first one rounded.
         """
         if node.kind == "⦃⦄" and len(node.items) == 1:
             return node.items
-        if node.kind == "":
-            parts = [self.intervals(item) for item in node.items if item.kind == "relation"]
-            whole = len(parts) == len(node.items) and all(parts)
-            return [_Node("∪", sum(parts, []))] if whole else []
-        if node.kind != "relation":
+        relations = node.items if node.kind == "" else [node]
+        if any(item.kind != "relation" for item in relations):
             return []
-        sides, signs = node.items, node.signs
-        if set(signs) == {"="}:
-            return self.said(sides)
-        if "≈" in signs and set(signs) <= {"=", "≈"}:
-            n = signs.index("≈") + 1
-            if all(side.is_name for side in sides[:n]):
-                return [sides[-1]] if len(sides) == n + 1 else []
-            exact = self.said(sides[:n])
-            rounded = exact and all(_rounds(exact[0], side) for side in sides[n:])
-            return [*exact, sides[-1]] if rounded else []
-        parts = self.intervals(node)
-        return parts if len(parts) < 2 else [_Node("∪", parts)]
+        parts = [self.intervals(item) for item in relations]
+        if not all(parts):
+            return self.said(node) if node.kind else []
+        pieces = sum(parts, [])
+        return pieces if len(pieces) == 1 else [_Node("∪", pieces)]
 
     def intervals(self, node: _Node) -> list[_Node]:
         """Of which numbers an inequality is true, if one of its sides is a variable."""
