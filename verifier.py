@@ -115,22 +115,22 @@ def extract_answer(response: str) -> str | None:
     _require_strings(response=response)
     fallback = None  # a phrase that counts only when no better answer is before it
     for match in [*_MARKER.finditer(response)][:-100:-1]:  # the last first; more is no honest text
-        before = response[max(0, match.start() - 120) : match.start()]
+        before, end = response[max(0, match.start() - 120) : match.start()], match.end()
         if match["box"]:
-            content = match["bare"] or _boxed(response, match.end())
+            content = match["digits"] or _boxed(response, end)
             if content is None:
                 return fallback
-            end = match.end() + (0 if match["bare"] else len(content) + 1)
-            is_remark = _REMARK_BEFORE.search(before) or _REMARK_AFTER.match(response, end)
-            if not is_remark and not _EMPTY.fullmatch(content):
-                return content.strip()
+            end += 0 if match["digits"] else len(content)
+            is_final = not (_REMARK_BEFORE.search(before) or _REMARK_AFTER.match(response, end))
+        else:
+            content = _stated(response[end : end + 500].lstrip(" \t#*:_"))
+            is_final = match["hash"] or _is_final(before, match[0], content)
+        if _EMPTY.fullmatch(content):
             continue
-        content = _stated(response[match.end() : match.end() + 500].lstrip(" \t#*:_"))
-        if _EMPTY.fullmatch(content) or _HEADING.match(content):
-            continue
-        if match["hash"] or _is_final(before, match[0], content):
-            return content
-        fallback = fallback or content
+        if is_final:
+            return content.strip()
+        if match["phrase"]:
+            fallback = fallback or content
     return fallback
 
 
@@ -143,7 +143,7 @@ def _require_strings(**arguments) -> None:
 # ------------------------------------------------------------------------------ finding the answer
 
 _MARKER = re.compile(
-    r"""(?P<box>\\f?box(?:ed)?(?:\s*(?:\{|\Z)|\s?(?P<bare>\d+)))
+    r"""(?P<box>\\f?box(?:ed)?(?:\s*(?:\{|\Z)|\s?(?P<digits>\d+)))
     |(?P<hash>\#{4,})
     |(?P<phrase>\b(?<!</)answers?\b(?:
         (?:[^\n.:=\\]|\\(?!f?box)){0,60}?\s(?:is|are|was|equals|(?:would|should|will|must)\s+be)\b
@@ -162,7 +162,7 @@ _REMARK_BEFORE = re.compile(  # a common wrong answer is \boxed{13}; 12, not \bo
     re.IGNORECASE | re.VERBOSE,
 )
 _REMARK_AFTER = re.compile(  # \boxed{13} is a common mistake
-    r"[\s$)\\]*(?:is|was|would be) (?:an? |the )?(?:\w+ )?(?:wrong|incorrect|not|mistake|error)\b"
+    r"[\s$)}\\]*(?:is|was|would be) (?:an? |the )?(?:\w+ )?(?:wrong|incorrect|not|mistake|error)\b"
 )
 _CONCLUSION = re.compile(  # the words before "answer" in a clause that states the final one
     r"""[\s*_\#>"'($\\-]*(?:(?:so|thus|hence|therefore|then|and|now|wait|actually|finally|that|this
@@ -171,14 +171,11 @@ _CONCLUSION = re.compile(  # the words before "answer" in a clause that states t
     |overall|short|text|boxed|conclusion|<think>|</think>|<)[\s*_]*)*""",
     re.IGNORECASE | re.VERBOSE,
 )
-_HEADING = re.compile(  # #### Step 2
-    r"(?:step|verif\w+|check\w*|solution|conclusion|explanation|note|analysis|case|part|summary)\b",
-    re.IGNORECASE,
-)
-_EMPTY = re.compile(  # a box, or what is after a phrase, without an answer in it
-    r"(?:\\text\{)?(?:\s|\.|…|\\[lc]?dots|\\[,; ]|_|\?"
-    r"|your|the|final|answer|number|letter|here)*\}?",
-    re.IGNORECASE,
+_EMPTY = re.compile(  # a box, or what is after a phrase, without an answer in it; #### Step 2
+    r"""(?:\\text\{)?
+        (?:\s|\.|…|\\[lc]?dots|\\[,;\ ]|_|\?|your|the|final|answer|number|letter|here)*\}?
+    |(?:step|verif\w+|check\w*|solution|conclusion|explanation|note|analysis|case|part|summary)\b.*""",
+    re.IGNORECASE | re.VERBOSE | re.DOTALL,
 )
 _REASON = re.compile(  # what may follow the answer in its sentence
     r"""[,;]?\s*\(?\b(?:because|since|which|where|when|so|as|if|but|hence|thus|therefore|after|from
@@ -278,71 +275,52 @@ _UNICODE |= {"ℝ": r"\mathbb{R}", "∅": r"\emptyset ", **dict.fromkeys('“”
 _UNICODE = str.maketrans(_UNICODE)
 
 
-def _repeating(match: re.Match) -> str:
-    """A repeating decimal as a fraction: 0.1666... = (16 - 1) / 90."""
-    whole, fixed, repeated = match.groups()
-    numerator = int(whole + fixed + repeated) - int(whole + fixed or "0")
-    return rf"\frac{{{numerator}}}{{{'9' * len(repeated)}{'0' * len(fixed)}}}"
-
-
-def _roman(match: re.Match) -> str:
-    r"""Letters in \text{} or \mathrm. Rule: a single one that is no unit is a variable."""
-    letters = (match[1] or match[2]).strip()
-    return f" {letters}" if re.fullmatch(f"[^{_UNIT_LETTERS}]", letters) else f" ‹{letters}› "
-
-
-_UNIT_LETTERS = "ghlmsJLNVW"
+_VARIABLE = "[A-IKMO-UX-Za-fi-kn-rt-z]"  # a letter that is no unit: not g h l m s J L N V W
 _TEXT = r"\\(?:text(?:bf|it|rm|sf|tt|up|normal)?|operatorname|mathrm|mathbf|mathsf|mbox|hbox)"
 _SEPARATOR = r"(?:\\[a-z]+)?\{\s*,?\s*(?:\\[!,])?\s*\}(?:\\[!,:; ])?|,\\!|\\!,?|\\[,;: ]"
 _SIGNS = {"<=": "≤", ">=": "≥", "!=": "≠", "==": "=", "begin": "⟦", "end": "⟧"}
 _REWRITES = [  # in this order; the comments run as a test
     # 1{,}234 -> 1234
     (rf"(?<=\d)\s?(?:{_SEPARATOR})\s*(?=\d{{3}}(?!\d))", ""),
-    # 0.1\overline{6} -> \frac{15}{90}
-    (r"(\d{0,50})\.(\d{0,50})\\(?:overline|bar)\{(\d{1,50})\}", _repeating),
+    # 0.1\overline{6} -> (0.10+6/90)
+    (
+        r"(\d{0,50})\.(\d{0,50})\\(?:overline|bar)\{(\d{1,50})\}",
+        lambda m: f"({m[1] or 0}.{m[2]}0+{m[3]}/{'9' * len(m[3])}{'0' * len(m[2])})",
+    ),
     (r"(?<=\d) ?x ?(?=10\^)", "*"),  # 3 x 10^5 -> 3*10^5
     (r"(?<![\\A-Za-z])(sqrt|pi|infinity)(?![A-Za-z])", r"\\\1"),  # sqrt(2) -> \sqrt(2)
     (r"\\mathbb ?\{?R\}?", r"(-\\infty,\\infty)"),  # \mathbb{R} -> (-\infty,\infty)
     (r"\\(?:text)?color\{[^{}]*\}|\\overline ?(?=\{[A-Z]{2}\})", ""),  # \overline{AB} -> {AB}
     (r"\{([^{}]*)\\over(?![a-z])([^{}]*)\}", r"{\\frac{\1}{\2}}"),  # {1\over2} -> {\frac{1}{2}}
-    # 5\text{ cm} -> 5 ‹cm›; 3\mathrm e+2 -> 3 e+2
-    (_TEXT + r"\s*(?:\{\s*([A-Za-z][A-Za-z ./'-]*)\}|([A-Za-z])(?![A-Za-z]))", _roman),
+    # a letter is a variable unless it is a unit: 3\mathrm{e}+2 -> 3 e+2
+    (rf"{_TEXT}\s*(?:\{{\s*({_VARIABLE})\s*\}}|({_VARIABLE})(?![A-Za-z]))", r" \1\2"),
+    (_TEXT + r"\s*\{\s*([A-Za-z][A-Za-z ./'-]*)\}", r" ‹\1› "),  # 5\text{ cm} -> 5 ‹cm›
     (_TEXT + r"\s*\{([^{}]*)\}", r" \1 "),  # \text{1st} -> 1st
     # \frac{ ‹km› }{ ‹h› } -> ‹km/h›
     (r"\\[dt]?frac ?\{ ‹([^‹›]*)› \}\{ ‹([^‹›]*)› \}", r"‹\1/\2›"),
     # \begin{pmatrix}1 -> ⟦1; 1\end{pmatrix} -> 1⟧
-    (
-        r"\\(begin|end)\{(?:[pbB]?matrix|array)\}(?:\{[clr|]*\})?",
-        lambda match: _SIGNS[match[1]],
-    ),
+    (r"\\(begin|end)\{(?:[pbB]?matrix|array)\}(?:\{[clr|]*\})?", lambda m: _SIGNS[m[1]]),
     # the other commands: 2\cdot\pi -> 2 *  π
-    (r"\\([A-Za-z]+|(?s:.))", lambda match: _COMMANDS.get(match[1], match[0] + " ")),
+    (r"\\([A-Za-z]+|(?s:.))", lambda m: _COMMANDS.get(m[1], m[0] + " ")),
     (r"\\(frac|binom)\s*(\d)\s*(\d)", r"\\\1{\2}{\3}"),  # \frac 12 -> \frac{1}{2}
     (r"(?<=[\w)}])\*\*(?=[\w({])", "^"),  # x**2 -> x^2
-    (r"[<>!=]=", lambda match: _SIGNS[match[0]]),  # x <= 2 -> x ≤ 2
+    (r"[<>!=]=", lambda m: _SIGNS[m[0]]),  # x <= 2 -> x ≤ 2
     (r"\A([^$]*)\$(?=\s?[\d.])([^$]*)\Z", r"\1¤\2"),  # $5 -> ¤5
     (r"\*\*|__|\$", " "),  # **5** -> 5
     (r"-\s*([¤£€])", r"\1-"),  # -¤5 -> ¤-5
     (r"\^\s*(?:\{\s*[°o]\s*\}|°)", "°"),  # 30^{°} -> 30°
     # 3 1/2 -> (3+1/2)
-    (
-        r"(?<![\w.,^])(\d+) *(\\frac *\{ *\d+ *\} *\{ *\d+ *\}|(?<= )\d+ ?/ ?\d+(?![\d.]))",
-        r"(\1+\2)",
-    ),
+    (r"(?<![\w.,^])(\d+) *(\\frac *(?:\{ *\d+ *\} *){2}|(?<= )\d+ ?/ ?\d+(?![\d.]))", r"(\1+\2)"),
     # after a number and a space, a last letter is a unit: 5 m/s -> 5 ‹m›/s
-    (
-        rf"\A([-+]?[\d.,]+) ([{_UNIT_LETTERS}])((?:\^\d|/[a-zA-Z]+(?:\^\d)?)*)\Z",
-        r"\1 ‹\2›\3",
-    ),
+    (r"\A([-+]?[\d.,]+) ([ghlmsL])(?=(?:[\^/]\w+)*\Z)", r"\1 ‹\2›"),
 ]
-_COMPILED = [(re.compile(pattern), replacement) for pattern, replacement in _REWRITES]
 
 
 def _clean(text: str) -> str:
     """The answer in one spelling, with the private characters of the top of this file."""
     text = text.translate(_UNICODE)
-    for pattern, replacement in _COMPILED:
-        text = pattern.sub(replacement, text)
+    for pattern, replacement in _REWRITES:
+        text = re.sub(pattern, replacement, text)
     return text.lstrip(" ,;:=≈").rstrip(" .,;:")
 
 

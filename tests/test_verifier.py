@@ -61,7 +61,7 @@ def test_equality_is_symmetric(category):
 
 def rewrite_examples() -> list[str]:
     """The comments `# before -> after` of verifier._REWRITES, in their order."""
-    table = SOURCE[SOURCE.index("_REWRITES = [") : SOURCE.index("_COMPILED = [")]
+    table = SOURCE[SOURCE.index("_REWRITES = [") : SOURCE.index("def _clean")]
     return re.findall(r"#(?:[^\n]*:)? (\S[^\n]* -> [^\n]*)", table)
 
 
