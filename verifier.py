@@ -102,9 +102,10 @@ def is_equivalent(answer: str, gold: str) -> bool:
         return answer.strip() == gold.strip()
     a, b = _clean(answer), _clean(gold)
     same = _same_choice(a, b)
-    if same is not None:
-        return same
-    return _same_text(a, b) or _same_text(*_without_labels(a, b))
+    if same is not None or _same_text(a, b):
+        return same is not False
+    (x, a), (y, b) = _label_and_rest(a), _label_and_rest(b)
+    return (x == y or not x or not y) and _same_text(a, b)
 
 
 def extract_answer(response: str) -> str | None:
@@ -244,7 +245,8 @@ _UNIT_NAMES = """$ dollar usd ¤ buck|£ pound gbp|€ euro eur|¢ cent|% percen
 |rad radian|pt|am a.m|pm p.m|kb|mb|gb|kw|kwh|hp|hz|n|j|w|v|sq square|cubic|us|th st nd rd|of|per"""
 _UNITS = {}
 for _aliases in _UNIT_NAMES.split("|"):
-    _UNITS.update(dict.fromkeys(_aliases.split(), _aliases.split()[0]))
+    for _alias in _aliases.split():
+        _UNITS[_alias] = _UNITS[_alias + "s"] = _aliases.split()[0]
 
 _FUNCTIONS = {name: getattr(cmath, name) for name in ("sin", "cos", "tan", "exp")}
 _FUNCTIONS |= {f"arc{name}": getattr(cmath, f"a{name}") for name in ("sin", "cos", "tan")}
@@ -327,12 +329,18 @@ def _clean(text: str) -> str:
 # ------------------------------------------------------------------------------- reading an answer
 
 _LETTER = "[A-Za-zΑ-Ωα-ορ-ω]"  # without pi
-_NAME = rf"{_LETTER}(?:_(?:\w|\{{\w{{1,9}}\}})'*|'+)|P\s?\([^(),]*[=<>≤≥|∪][^(),]*\)"  # P(X = 2)
+_INDEX = r"(?:_(?:\w|\{\w{1,9}\})'*|'+)"
+_NAME = rf"(?:{_LETTER}{_INDEX}|P\s?\([^(),]*[=<>≤≥|∪][^(),]*\))"  # x_1, x', P(X = 2)
+_CALL = rf"""(?:[fgFG]{_INDEX}?(?:\^(?:\{{-?\w+\}}|\w))?(?=\s*\()  # f(x + 1), f^{{-1}}(2), P(x)
+    |(?![ei]\s*\(){_LETTER}{_INDEX}?(?=\s*\(\s*(?:[\d.]+|{_LETTER}{_INDEX}?)\s*\)))"""
 _TOKEN = re.compile(  # a number may have groups of three digits: 1,234 or 1 234
-    rf"""\s*(?:‹(?P<word>[^‹›]*)›
+    rf"""\s*(?:(?P<and>[,;]|(?i:‹?\s*(?:and|or)(?![A-Za-z])\s*›?))
+    |‹(?P<word>[^‹›]*)›
     |(?P<number>(?:(?<![\d.,^_])\d{{1,3}}(?:(?:,\d{{3}})+(?!,?\d)|(?:[ ]\d{{3}})+(?![\d/,]|[ ]\d))
         |\d+)(?:\.\d+)?(?:[eE][+-]?\d{{1,3}}(?![\w^]))?|\.\d+)
-    |(?P<name>{_NAME})|(?P<letters>{_LETTER}+)|(?P<command>\\[A-Za-z]+)|(?P<sign>\S))""",
+    |(?P<function>(?i:{"|".join(_FUNCTIONS)})(?![A-Za-z]))
+    |(?P<name>{_NAME}|[π∞])|(?P<call>{_CALL})|(?P<letters>(?:(?!{_CALL}){_LETTER})+)
+    |(?P<command>\\[A-Za-z]+)|(?P<close>[}}⦄)\]⟧])|(?P<sign>\S))""",
     re.VERBOSE,
 )
 _SIDE_NAME = re.compile(  # of an equation: x, m + n, a/b, sin A, f(2), (x, y); not 2x, x + 1, x^2
@@ -347,6 +355,7 @@ _NUMBER_WORD = re.compile(  # what changes the number before it, and is no unit 
 )
 _SCALES = {"hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9}
 _SCALES |= {"trillion": 10**12, "half": Fraction(1, 2), "halves": Fraction(1, 2), "dozen": 12}
+_FACTORS = "name", "call", "function", "command"  # what multiplies a number without a sign
 _LINKS = "/ * - a an to by as at on for with than from".split()  # in a unit of several words
 
 
@@ -357,10 +366,8 @@ class _Unreadable(ValueError):
 class _Node(NamedTuple):
     """What an answer, or a part of it, was read as."""
 
-    kind: str  # value; relation; text; matrix; row; ∪; the brackets of a group; "" for a bare list
-    items: (
-        list | tuple
-    )  # of a value: Fraction or complex, at the three points; of a relation: sides
+    kind: str  # value; relation; text; ∪; the brackets of a group, [] for a matrix; "" for a list
+    items: list | tuple  # of a value: three numbers, Fraction or complex; of a relation: its sides
     unit: str = ""  # of a value
     signs: str = ""  # of a relation: = ≠ < ≤ ≈ ∈; what was written with > and ≥ is turned round
     text: str = ""  # as it was written
@@ -376,21 +383,17 @@ class _Node(NamedTuple):
 
 
 def _tokens(text: str) -> list[tuple[str, str]]:
-    """Pairs of a kind (number, name, word, function, command, sign, close, and, end) and a text.
+    """Pairs of a kind (a group of _TOKEN, end) and a text.
 
     Rule: a comma before three digits joins them; between brackets only before a 0, as in {1,000}.
+    f, g, F, G before a bracket are functions, every other letter is one before a bracket with a
+    single number or letter: P(x), a(3), not n(n+1).
     """
     tokens, opened = [("and", "")], 0  # what begins a statement
     for match in _TOKEN.finditer(text):
         kind, token = match.lastgroup, match[match.lastgroup].strip()
         opened += (token in "([⦃") - (token in ")]⦄")
-        if kind == "sign":
-            kind = "close" if token in "}⦄)]⟧" else "and" if token in ",;" else kind
-        if token.lower() in ("and", "or"):
-            tokens.append(("and", token))
-        elif token.lower() in _FUNCTIONS:
-            tokens.append(("function", token.lower()))
-        elif kind == "letters":
+        if kind == "letters":
             tokens += _letters(token, *tokens[-1], match[0][0].isspace())
         elif kind == "number":
             apart = opened > 0 and ",0" not in token
@@ -408,14 +411,11 @@ def _letters(run: str, kind: str, before: str, spaced: bool) -> list[tuple[str, 
     Rule: it is a word after a word; after a number if it is a known unit; after a number and a
     space, or where a statement begins, if it looks like a word (see _is_wordlike). dx is one name.
     """
-    low = run.lower()
+    low, follows = run.lower(), kind in ("number", "close")
     if len(run) == 1 or run in ("dx", "dy", "dz", "dt", "du", "dv", "dr", "ds"):
         return [("name", run)]
     begins = kind == "and" or before in "=<>≤≥≠≈∈([⦃"
-    follows = kind in ("number", "close")
-    is_unit = (low in _UNITS or low.removesuffix("s") in _UNITS) and (
-        follows or kind == "name" and spaced
-    )
+    is_unit = low in _UNITS and (follows or kind == "name" and spaced)
     is_word = (begins or follows and spaced) and _is_wordlike(run)
     if kind == "word" or is_unit or is_word or begins and low in ("no", "on", "is"):
         return [("word", run)]
@@ -438,14 +438,11 @@ def _unit(text: str, constant: bool) -> str:
     words = []
     for word in re.sub(r"\bper\b|/", " / ", text.lower()).replace("^ ", "^").split():
         name, _, power = word.strip(".").partition("^")
-        singular = name.removesuffix("s")
-        known = _UNITS.get(name) or _UNITS.get(singular)
-        if _NUMBER_WORD.fullmatch(name):
-            raise _Unreadable("a number word")
-        if not known and name not in _LINKS:
-            if not constant or not all(map(_is_wordlike, name.split("-"))):
-                raise _Unreadable("no unit")
-        words += [{"": "", "2": "sq ", "3": "cubic "}.get(power, power) + (known or singular)]
+        is_word = constant and all(map(_is_wordlike, name.split("-")))
+        if _NUMBER_WORD.fullmatch(name) or not (name in _UNITS or name in _LINKS or is_word):
+            raise _Unreadable("no unit")
+        prefix = {"": "", "2": "sq ", "3": "cubic "}.get(power, power)
+        words.append(prefix + _UNITS.get(name, name.removesuffix("s")))
     return " ".join(words).replace("mi / h", "mph")
 
 
@@ -517,12 +514,10 @@ class _Reader:
         currency = self.accept("¤£€")
         node = self.sum()
         if node.kind != "value":
-            while self.accept("∖"):
-                node = _without_points(node, self.sum())
-            parts = node.items if node.kind == "∪" else [node]
-            while self.accept("∪"):
-                parts = [*parts, self.sum()]
-            return node if len(parts) == 1 else _Node("∪", parts)
+            while sign := self.accept("∪∖"):
+                parts, other = node.items if node.kind == "∪" else [node], self.sum()
+                node = _without_points(node, other) if sign == "∖" else _Node("∪", [*parts, other])
+            return node
         while self.kind == "word" and self.tokens[self.at][1].lower() in _SCALES:
             node = _apply(mul, node, _number(_SCALES[self.next().lower()]))
         unit = ""  # words, signs like %, and powers and quotients of them: cm^2, m/s, °C
@@ -541,12 +536,7 @@ class _Reader:
 
     def product(self) -> _Node:
         node = self.power()
-        while (
-            self.sees("*/(√π∞{⟦[")
-            or self.kind in ("name", "function", "command")
-            or self.kind == "number"
-            and self.after_power  # 2^6 3^5
-        ):
+        while self.sees("*/(√{⟦[") or self.kind in self.factors:
             operation = truediv if self.accept("*/") == "/" else mul
             node = _apply(operation, node, self.power())
         return node
@@ -555,10 +545,10 @@ class _Reader:
         minus = False
         while self.sees("+-"):
             minus ^= self.next() == "-"
-        node, self.after_power = self.atom(), False
+        node, self.factors = self.atom(), _FACTORS
         if self.accept("^"):  # once: 2^3^4 is not TeX, and may be read in two ways
-            exponent = self.power() if self.sees("-") else self.atom()
-            node, self.after_power = _apply(_power, node, exponent), True
+            node = _apply(_power, node, self.power() if self.sees("-") else self.atom())
+            self.factors = (*_FACTORS, "number")  # 2^6 3^5
         while self.accept("!"):
             node = _apply(_factorial, node)
         return _apply(neg, node) if minus else node
@@ -571,15 +561,13 @@ class _Reader:
         if kind == "number":
             node = _number(token) if not self.sees("_") else self.fail()  # in another base
         elif kind == "name":
-            node = self.application(re.sub("[{} ]", "", token))
-        elif token in ("π", "∞"):
-            node = _symbol(token)
+            node = _symbol(re.sub("[{} ]", "", token))
+        elif kind == "call":  # a variable named after the function and its argument
+            node = _apply(lambda x: _symbol(f"{token}({complex(x):.9g})").items[0], self.atom())
         elif kind == "function":
-            node = self.function(token)
-        elif token == r"\frac":
-            node = _apply(truediv, self.atom(), self.atom())
-        elif token == r"\binom":
-            node = _apply(_binomial, self.atom(), self.atom())
+            node = self.function(token.lower())
+        elif token in (r"\frac", r"\binom"):
+            node = _apply(truediv if token == r"\frac" else _binomial, self.atom(), self.atom())
         elif token == "√":
             degree = self.bracket(self.next()) if self.sees("[") else _number(2)
             node = _apply(_power, self.atom(), _apply(truediv, _number(1), degree))
@@ -593,26 +581,6 @@ class _Reader:
         self.depth -= 1
         return node
 
-    def application(self, name: str) -> _Node:
-        """A variable, or the value of a function, which is a variable named after its argument.
-
-        Rule: f, g, F, G (and f^{-1}) before a bracket are functions, every other letter is one
-        before a bracket with a single number or letter: P(x), a(3), not n(n+1).
-        """
-        start, exponent = self.at, ""
-        inside = [kind for kind, _ in self.tokens[start + 1 : start + 3]]
-        if name[0] in "fgFG" and self.accept("^"):
-            exponent = f"^{self.atom()}"
-        is_function = name[0] in "fgFG" or inside in (["number", "close"], ["name", "close"])
-        if name in _CONSTANTS or not is_function or not self.sees("("):
-            self.at = start
-            return _symbol(name)
-        argument = self.atom()
-        if argument.kind != "value":
-            self.fail()
-        calls = [_symbol(f"{name}{exponent}({complex(x):.9g})") for x in argument.items]
-        return _Node("value", tuple(call.items[0] for call in calls))
-
     def function(self, name: str) -> _Node:
         """sin x, \\sin^2 x, \\log_2 x: without brackets its argument is a product of names."""
         scripts = {}
@@ -623,7 +591,7 @@ class _Reader:
             argument = self.atom()
         else:
             argument = self.power()
-            while self.kind in ("name", "command") or self.sees("√π{"):
+            while self.kind in ("name", "call", "command") or self.sees("√{"):
                 argument = _apply(mul, argument, self.power())
         if argument.unit == "°" or self.accept("°"):
             argument = _apply(truediv, _apply(mul, argument, _symbol("π")), _number(180))
@@ -641,16 +609,13 @@ class _Reader:
                 rows.append([])
             elif not self.accept("&"):
                 rows[-1].append(self.quantity())
-        return _Node("matrix", [_Node("row", row) for row in rows if row])
+        return _Node("[]", [_Node("[]", row) for row in rows if row])
 
     def bracket(self, left: str) -> _Node:
         items = [] if self.kind == "close" else self.items("close")
-        closing = {"(": ")]", "[": ")]", "{": "}", "⦃": "⦄"}[left]
-        kind = left + (self.accept(closing) or self.fail())
+        kind = left + (self.accept({"{": "}", "⦃": "⦄"}.get(left, ")]")) or self.fail())
         if len(items) == 1 and kind in ("()", "[]", "{}"):
             return self.fail() if items[0].kind == "relation" else items[0]
-        if kind == "[]" and all(row.kind == "[]" for row in items):
-            return _Node("matrix", [_Node("row", row.items) for row in items])  # [[1, 2], [3, 4]]
         return _Node("" if kind == "{}" else kind, items)
 
 
@@ -832,9 +797,8 @@ class _Comparison:
         if (a.unit == "%") == (b.unit == "%"):
             return equal
         percent, other = (a, b) if a.unit == "%" else (b, a)
-        if equal and abs(percent.items[0]) >= 1:
-            return True
-        return all(self.close(x, 100 * y) for x, y in zip(percent.items, other.items))
+        hundredth = all(self.close(x, 100 * y) for x, y in zip(percent.items, other.items))
+        return hundredth or equal and abs(percent.items[0]) >= 1
 
     def close(self, x: Fraction | complex, y: Fraction | complex) -> bool:
         if isinstance(x, Fraction) and isinstance(y, Fraction):
@@ -856,9 +820,8 @@ class _Comparison:
         x, y = _differences(a), _differences(b)
         if x and y:
             return all(map(self.proportional, x, y, a.signs))
-        if all(map(self.same, a.items, b.items)):
-            return True
-        return a.signs in ("=", "≠") and all(map(self.same, a.items, b.items[::-1]))
+        turned = b.items[::-1] if a.signs in ("=", "≠") else b.items
+        return all(map(self.same, a.items, b.items)) or all(map(self.same, a.items, turned))
 
     def proportional(self, a: _Node, b: _Node, sign: str) -> bool:
         """Whether a = c b for one number c, greater than zero for an inequality."""
@@ -916,11 +879,10 @@ class _Comparison:
 
 def _differences(relation: _Node) -> list[_Node]:
     """Left minus right side for every sign; none unless all are numbers with a variable."""
-    differences = []
-    for left, right in itertools.pairwise(relation.items):
-        if {left.kind, right.kind} != {"value"} or left.unit or right.unit:
-            return []
-        differences.append(_apply(_add, left, _apply(neg, right)))
+    sides = relation.items
+    if any(side.kind != "value" or side.unit for side in sides):
+        return []
+    differences = [_apply(_add, x, _apply(neg, y)) for x, y in zip(sides, sides[1:])]
     return [] if any(x.is_constant for x in differences) else differences
 
 
@@ -953,10 +915,9 @@ def _without_points(node: _Node, points: _Node) -> _Node:
     if not is_interval or any(point.kind != "value" for point in items):
         raise _Unreadable("no interval without points")
     inner = sorted(items, key=lambda point: point.items[0].real)
-    ends = [node.items[0], *inner, node.items[1]]
-    brackets = node.kind[0] + ")(" * len(inner) + node.kind[1]
-    pieces = [_Node(brackets[2 * i : 2 * i + 2], ends[i : i + 2]) for i in range(len(ends) - 1)]
-    return _Node("∪", pieces)
+    ends, kinds = [node.items[0], *inner, node.items[1]], node.kind[0] + ")(" * len(inner)
+    kinds = re.findall("..", kinds + node.kind[1])
+    return _Node("∪", [_Node(kind, pair) for kind, *pair in zip(kinds, ends, ends[1:])])
 
 
 _CHOICE = re.compile(  # and its text, in which no other choice may hide: A. 12, not (A) or (B)
@@ -970,9 +931,9 @@ _FILLER = re.compile(
     |,\ ?‹?(?:respectively|exactly|precisely|only|each|so\ far|now|of\ course))›?\s*\Z""",
     re.IGNORECASE | re.VERBOSE,
 )
-_LABEL = re.compile(  # total cost: 5; A(1, 2)
-    r"\s*(?=[^:\d]*[A-Za-z]{3})[A-Za-z‹][^=:<>≤≥≠≈∈\d]{0,60}:(?!\s*$)"
-    r"|^[A-Z] ?(?=\([^()]*,)"
+_LABELLED = re.compile(  # total cost: 5; A(1, 2)
+    r"""((?=[^:\d]*[A-Za-z]{3})[A-Za-z‹][^=:<>≤≥≠≈∈\d]{0,60}:(?!\s*$)|[A-Z]\ ?(?=\([^()]*,)|)(.*)""",
+    re.VERBOSE | re.DOTALL,
 )
 
 
@@ -981,36 +942,31 @@ def _same_choice(a: str, b: str) -> bool | None:
 
     Rule for several letters: ABC is one word, in order; the list A, C, D has no order and is ACD.
     """
-    a, b = re.sub("[‹›{}]", "", a).strip(), re.sub("[‹›{}]", "", b).strip()
+    a, b = (re.sub("[‹›{}]", "", text).strip() for text in (a, b))
     x, y = _CHOICE.fullmatch(a), _CHOICE.fullmatch(b)
     if x and y:
         return x[1] == y[1] and (not x[2] or not y[2] or _same_text(x[2], y[2]))
     if x or y:
         choice, other = (x, b) if x else (y, a)
-        if other.strip("( )").upper() == choice[1]:
-            return True
-        return True if choice[2] and _same_text(choice[2], other) else None
+        says_it = other.strip("( )").upper() == choice[1] or _same_text(choice[2] or "", other)
+        return True if says_it else None
     letters = [re.sub(r"[\s,;()]|and", "", text) for text in (a, b)]
-    if letters == [a, b]:
-        return a == b if re.fullmatch("[A-Z]{2,}", a) and re.fullmatch("[A-Z]{2,}", b) else None
-    if not all(re.fullmatch("[A-J]{2,10}", text) for text in letters):
+    are_words = letters == [a, b]
+    if not all(re.fullmatch("[A-Z]{2,}" if are_words else "[A-J]{2,10}", x) for x in letters):
         return None
-    ordered = any(x == y != "".join(sorted(x)) for x, y in zip(letters, (a, b)))
-    return letters[0] == letters[1] or not ordered and sorted(letters[0]) == sorted(letters[1])
+    in_order = any(x == y and [*x] != sorted(x) for x, y in zip(letters, (a, b)))
+    if are_words or in_order:
+        return letters[0] == letters[1]
+    return sorted(letters[0]) == sorted(letters[1])
 
 
-def _without_labels(a: str, b: str) -> tuple[str, str]:
-    """Both answers without what introduces them: about 5, total cost: 5, 5 in total.
+def _label_and_rest(text: str) -> tuple[str, str]:
+    """An answer without what introduces it: about 5, total cost: 5, 5 in total.
 
-    Rule: words before a colon are a label if the other answer has the same ones or none.
+    Rule: words before a colon are a label, which the other answer need not have.
     """
-    labels, rests = [], []
-    for text in (a, b):
-        text = _FILLER.sub("", text)
-        label = _LABEL.match(text)
-        labels.append(_plain(label[0]) if label else "")
-        rests.append(text[label.end() :] if label else text)
-    return ("", "") if all(labels) and labels[0] != labels[1] else (rests[0], rests[1])
+    label, rest = _LABELLED.fullmatch(_FILLER.sub("", text).strip()).groups()
+    return _plain(label), rest
 
 
 # --------------------------------------------------------------------------------------------- code
