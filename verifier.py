@@ -143,8 +143,8 @@ def _require_strings(**arguments) -> None:
 
 # ------------------------------------------------------------------------------ finding the answer
 
-_MARKER = re.compile(
-    r"""(?P<box>\\f?box(?:ed)?(?:\s*(?:\{|\Z)|\s?(?P<digits>\d+)))
+_MARKER = re.compile(r"""(?ix)
+    (?P<box>\\f?box(?:ed)?(?:\s*(?:\{|\Z)|\s?(?P<digits>\d+)))
     |(?P<hash>\#{4,})
     |(?P<phrase>\b(?<!</)answers?\b(?:
         (?:[^\n.:=\\]|\\(?!f?box)){0,60}?\s(?:is|are|was|equals|(?:would|should|will|must)\s+be)\b
@@ -152,51 +152,37 @@ _MARKER = re.compile(
             (?:(?<=\n)-\ )?         # the answer, in dollars, is therefore (a list of one)
         |>\s*                       # <answer>
         |[^\n\w:=]{0,4}[:=][*\s]*   # **Answer:**
-        |[*\#\s]{0,4}\n\s*))        # ### Final Answer""",
-    re.IGNORECASE | re.VERBOSE,
-)
-_REMARK_BEFORE = re.compile(  # a common wrong answer is \boxed{13}; 12, not \boxed{13}
-    r"""\b(?:(?:wrong|incorrect|mistaken|common|tempting|naive|other|another|students?'?)
+        |[*\#\s]{0,4}\n\s*))        # ### Final Answer""")
+_REMARK_BEFORE = re.compile(r"""(?ix)  # a common wrong answer is \boxed{13}; 12, not \boxed{13}
+    \b(?:(?:wrong|incorrect|mistaken|common|tempting|naive|other|another|students?'?)
     \ (?:\w+\ )?(?:answer|mistake|error)s?\b[^.,!?\n]{0,60}
     |(?:if|who)\ [^.!?\n]{0,30}\bforg[eo]t\b[^.!?\n]{0,60}
-    |not|instead\ of|rather\ than)[\s$*:(\\]*\Z""",
-    re.IGNORECASE | re.VERBOSE,
-)
-_REMARK_AFTER = re.compile(  # \boxed{13} is a common mistake
-    r"[\s$)}\\]*(?:is|was|would be) (?:an? |the )?(?:\w+ )?(?:wrong|incorrect|not|mistake|error)\b"
-)
-_CONCLUSION = re.compile(  # the words before "answer" in a clause that states the final one
-    r"""[\s*_\#>"'($\\-]*(?:(?:so|thus|hence|therefore|then|and|now|wait|actually|finally|that|this
-    |which|it|we|means?|gives?|get|have|find|see|conclude|shows?|follows|is|in|the|our|my|its|final
-    |correct|right|required|desired|numerical|exact|simplified|revised|corrected|new|true|actual
-    |overall|short|text|boxed|conclusion|<think>|</think>|<)[\s*_]*)*""",
-    re.IGNORECASE | re.VERBOSE,
-)
-_EMPTY = re.compile(  # a box, or what is after a phrase, without an answer in it; #### Step 2
-    r"""(?:\\text\{)?
+    |not|instead\ of|rather\ than)[\s$*:(\\]*\Z""")
+_REMARK_AFTER = re.compile(r"""(?x)  # \boxed{13} is a common mistake
+    [\s$)}\\]*(?:is|was|would\ be)\ (?:\w+\ ){0,2}(?:wrong|incorrect|not|mistake|error)\b""")
+_CONCLUSION = re.compile(r"""(?ix)  # the words before "answer" where it is the final one
+    [\s*_\#>"'($\\-]*(?:(?:so|thus|hence|therefore|then|and|now|wait|actually|finally|that|this|which
+    |it|we|means?|gives?|get|have|find|see|conclude|shows?|follows|is|in|the|our|my|its|final|correct
+    |right|required|desired|numerical|exact|simplified|revised|corrected|new|true|actual|overall
+    |short|text|boxed|conclusion|<think>|</think>|<)[\s*_]*)*""")
+_EMPTY = re.compile(r"""(?isx)  # no answer in a box, or after a phrase; #### Step 2
+    (?:\\text\{)?
         (?:\s|\.|…|\\[lc]?dots|\\[,;\ ]|_|\?|your|the|final|answer|number|letter|here)*\}?
-    |(?:step|verif\w+|check\w*|solution|conclusion|explanation|note|analysis|case|part|summary)\b.*""",
-    re.IGNORECASE | re.VERBOSE | re.DOTALL,
-)
-_REASON = re.compile(  # what may follow the answer in its sentence
-    r"""[,;]?\s*\(?\b(?:because|since|which|where|when|so|as|if|but|hence|thus|therefore|after|from
-    |given|not|by|using|see|and\ (?:we|this|that|it|so|not))\b""",
-    re.IGNORECASE | re.VERBOSE,
-)
-_FORMULA = re.compile(  # in its delimiters, alone or before a unit, and no item of a list
-    r"""(?:\$\$?|\\[(\[])((?:[^$\\]|\\[^)\]])+)(?:\$\$?|\\[)\]])
+    |(?:step|verif\w+|check\w*|solution|conclusion|explanation|note|analysis|case|part|summary)\b.*""")
+_REASON = re.compile(r"""(?ix)  # what may follow the answer in its sentence
+    [,;]?\s*\(?\b(?:because|since|which|where|when|so|as|if|but|hence|thus|therefore|after|from
+    |given|not|by|using|see|and\ (?:we|this|that|it|so|not))\b""")
+_FORMULA = re.compile(r"""(?x)  # in its delimiters, alone or before a unit, and no item of a list
+    (?:\$\$?|\\[(\[])((?:[^$\\]|\\[^)\]])+)(?:\$\$?|\\[)\]])
     (?!(?:[ ,;]|and\b|or\b)*(?:\$|\\\(|-?\d))
-    (?:\s*(\\?%|°|[a-zA-Z]+)(?=\s*\*{0,2}(?:[.,;!]|\n|$)))?""",
-    re.VERBOSE,
-)
+    (?:\s*(\\?%|°|[a-zA-Z]+)(?=\s*\*{0,2}(?:[.,;!]|\n|$)))?""")
 _BOLD = re.compile(r"[A-Z][a-z]* [^\n*.]{3,100}\*\*([^*\n]{1,60})\*\*")  # It takes **5 hours**.
-_BRACES = re.compile(r"\\.|[{}]", re.DOTALL)
 
 
 def _boxed(text: str, start: int) -> str | None:
     """The content of the box that opens before `start`; None when it never closes."""
     depth = 1
-    for match in _BRACES.finditer(text, start):  # an escaped brace is a set's, not a group's
+    for match in re.compile(r"(?s)\\.|[{}]").finditer(text, start):  # (an escaped one is a set's)
         depth += {"{": 1, "}": -1}.get(match[0], 0)
         if depth == 0:
             return text[start : match.start()]
@@ -333,26 +319,21 @@ _INDEX = r"(?:_(?:\w|\{\w{1,9}\})'*|'+)"
 _NAME = rf"(?:{_LETTER}{_INDEX}|P\s?\([^(),]*[=<>≤≥|∪][^(),]*\))"  # x_1, x', P(X = 2)
 _CALL = rf"""(?:[fgFG]{_INDEX}?(?:\^(?:\{{-?\w+\}}|\w))?(?=\s*\()  # f(x + 1), f^{{-1}}(2), P(x)
     |(?![ei]\s*\(){_LETTER}{_INDEX}?(?=\s*\(\s*(?:[\d.]+|{_LETTER}{_INDEX}?)\s*\)))"""
-_TOKEN = re.compile(  # a number may have groups of three digits: 1,234 or 1 234
-    rf"""\s*(?:(?P<and>[,;]|(?i:‹?\s*(?:and|or)(?![A-Za-z])\s*›?))
+_TOKEN = re.compile(rf"""(?x)  # a number may have groups of three digits: 1,234 or 1 234
+    \s*(?:(?P<and>[,;]|(?i:‹?\s*(?:and|or)(?![A-Za-z])\s*›?))
     |‹(?P<word>[^‹›]*)›
     |(?P<number>(?:(?<![\d.,^_])\d{{1,3}}(?:(?:,\d{{3}})+(?!,?\d)|(?:[ ]\d{{3}})+(?![\d/,]|[ ]\d))
         |\d+)(?:\.\d+)?(?:[eE][+-]?\d{{1,3}}(?![\w^]))?|\.\d+)
     |(?P<function>(?i:{"|".join(_FUNCTIONS)})(?![A-Za-z]))
     |(?P<name>{_NAME}|[π∞])|(?P<call>{_CALL})|(?P<letters>(?:(?!{_CALL}){_LETTER})+)
-    |(?P<command>\\[A-Za-z]+)|(?P<close>[}}⦄)\]⟧])|(?P<sign>\S))""",
-    re.VERBOSE,
-)
-_SIDE_NAME = re.compile(  # of an equation: x, m + n, a/b, sin A, f(2), (x, y); not 2x, x + 1, x^2
-    rf"(?!-)(?:(?!log|ln|exp)(?:{_NAME}|{_LETTER})(?:\(-?\d[\d./]*\))?|\\frac|[-+*/(),|{{}}⟦⟧⏎&])+"
-)
-_NUMBER_WORD = re.compile(  # what changes the number before it, and is no unit of it
-    r"""hal(?:f|fs|ves?)|thirds?|quarters?|(?:four|fif|six|seven|eigh|nin|ten|eleven|twelf|\w+teen
+    |(?P<command>\\[A-Za-z]+)|(?P<close>[}}⦄)\]⟧])|(?P<sign>\S))""")
+_SIDE_NAME = re.compile(rf"""(?x)  # x, m + n, a/b, sin A, f(2), (x, y); not 2x, x + 1, x^2
+    (?!-)(?:(?!log|ln|exp)(?:{_NAME}|{_LETTER})(?:\(-?\d[\d./]*\))?|\\frac|[-+*/(),|{{}}⟦⟧⏎&])+""")
+_NUMBER_WORD = re.compile(r"""(?x)  # what changes the number before it, and is no unit of it
+    hal(?:f|fs|ves?)|thirds?|quarters?|(?:four|fif|six|seven|eigh|nin|ten|eleven|twelf|\w+teen
     |\w+tie|hundred|thousand|\w+illion)ths?|tens|dozens?|hundreds?|thousands?|[mbtr]+illions?|score
     |\w+(?:teen|ty)|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|twice|thrice
-    |squared|cubed|doubled|tripled|halved|factorial|plus|minus|negative|point|remainder""",
-    re.VERBOSE,
-)
+    |squared|cubed|doubled|tripled|halved|factorial|plus|minus|negative|point|remainder""")
 _SCALES = {"hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9}
 _SCALES |= {"trillion": 10**12, "half": Fraction(1, 2), "halves": Fraction(1, 2), "dozen": 12}
 _FACTORS = "name", "call", "function", "command"  # what multiplies a number without a sign
@@ -454,8 +435,6 @@ class _Reader:
     """
 
     def __init__(self, text: str):
-        if len(text) > _MAX_LENGTH:
-            raise _Unreadable("too long")
         self.tokens, self.at, self.depth = _tokens(text), 0, 0
 
     @property
@@ -478,9 +457,9 @@ class _Reader:
 
     def items(self, end: str = "end") -> list[_Node]:
         """Statements between commas, semicolons, `and`, `or`, up to the end or a bracket."""
-        items = [self.statement()]
-        while self.kind == "and":
-            while self.kind == "and":
+        items = []
+        while not items or self.kind == "and":
+            while items and self.kind == "and":
                 self.next()
             items.append(self.statement())
         return items if self.kind == end else self.fail()
@@ -513,7 +492,7 @@ class _Reader:
             return _Node("text", [" ".join(words)])
         currency = self.accept("¤£€")
         node = self.sum()
-        if node.kind != "value":
+        if node.kind not in ("value", "±"):
             while sign := self.accept("∪∖"):
                 parts, other = node.items if node.kind == "∪" else [node], self.sum()
                 node = _without_points(node, other) if sign == "∖" else _Node("∪", [*parts, other])
@@ -525,12 +504,14 @@ class _Reader:
             unit += " " * (self.kind == "word") + self.next()
             if unit[-1] in {"number": "^{", "name": "/*°"}.get(self.kind, ""):
                 unit += self.next()
-        unit = _unit(re.sub(r"[{}]", "", unit), node.is_constant)
-        return node._replace(unit=_UNITS.get(currency) or unit)
+        parts = node.items if node.kind == "±" else [node]
+        unit = _unit(re.sub(r"[{}]", "", unit), all(part.is_constant for part in parts))
+        unit = _UNITS.get(currency) or unit
+        return _for_each_sign(lambda part: part._replace(unit=unit), [node])
 
     def sum(self) -> _Node:
         node = self.product()
-        while self.sees("+-"):
+        while self.sees("+-±"):
             node = _apply(_add, node, self.product())  # which begins with its sign
         return node
 
@@ -542,16 +523,17 @@ class _Reader:
         return node
 
     def power(self) -> _Node:
-        minus = False
-        while self.sees("+-"):
-            minus ^= self.next() == "-"
+        signs = ""
+        while self.sees("+-±"):
+            signs += self.next()
         node, self.factors = self.atom(), _FACTORS
         if self.accept("^"):  # once: 2^3^4 is not TeX, and may be read in two ways
             node = _apply(_power, node, self.power() if self.sees("-") else self.atom())
             self.factors = (*_FACTORS, "number")  # 2^6 3^5
         while self.accept("!"):
             node = _apply(_factorial, node)
-        return _apply(neg, node) if minus else node
+        node = _apply(neg, node) if signs.count("-") % 2 else node
+        return _Node("±", [node, _apply(neg, node)]) if "±" in signs else node
 
     def atom(self) -> _Node:
         self.depth += 1  # every recursion passes here
@@ -616,23 +598,27 @@ class _Reader:
         kind = left + (self.accept({"{": "}", "⦃": "⦄"}.get(left, ")]")) or self.fail())
         if len(items) == 1 and kind in ("()", "[]", "{}"):
             return self.fail() if items[0].kind == "relation" else items[0]
-        return _Node("" if kind == "{}" else kind, items)
+        kind = "" if kind == "{}" else kind
+        return _for_each_sign(lambda *items: _Node(kind, items), items)
 
 
 def _read(text: str) -> _Node:
-    """The parsed answer. Each ± stands for both signs of its own."""
-    first, *pieces = text.split("±")
-    if not pieces:
-        items = _Reader(text).items()
-        return items[0] if len(items) == 1 else _Node("", items)
-    if len(pieces) > 4:
+    """The parsed answer; one with ± in it is a set."""
+    if len(text) > _MAX_LENGTH:
+        raise _Unreadable("too long")
+    nodes, items = _Reader(text).items(), []
+    for node in nodes:
+        items += node.items if node.kind == "±" else [node]
+    return nodes[0] if len(nodes) == 1 else _Node("±" if len(items) > len(nodes) else "", items)
+
+
+def _for_each_sign(function, nodes: list[_Node]) -> _Node:
+    """The function of some nodes. Each ± among them stands for both signs of its own."""
+    choices = [node.items if node.kind == "±" else [node] for node in nodes]
+    if math.prod(map(len, choices)) > 16:
         raise _Unreadable("too many ±")
-    values = []
-    for signs in itertools.product("+-", repeat=len(pieces)):
-        node = _read(first + "".join(sign + piece for sign, piece in zip(signs, pieces)))
-        for x in _Comparison(exact=False).meanings(node) or [node]:
-            values += x.items if x.kind in ("", "⦃⦄") else [x]
-    return _Node("⦃⦄", values)
+    results = [function(*choice) for choice in itertools.product(*choices)]
+    return results[0] if len(results) == 1 else _Node("±", results)
 
 
 # --------------------------------------------------------------------------------------- the values
@@ -659,6 +645,8 @@ def _apply(function, *arguments: _Node) -> _Node:
 
     Raises ArithmeticError or ValueError where it has no value: ZeroDivisionError, OverflowError.
     """
+    if "±" in [argument.kind for argument in arguments]:
+        return _for_each_sign(functools.partial(_apply, function), arguments)
     if any(argument.kind != "value" for argument in arguments):
         raise _Unreadable("arithmetic on something other than a number")
     points, numbers = [*zip(*(argument.items for argument in arguments))], []
@@ -773,7 +761,7 @@ class _Comparison:
         Rule: lists, sets and unions have no order, unless only one of the two names its values; a
         list may be the tuple of the same order.
         """
-        kinds, x, y = {a.kind, b.kind}, a.items, b.items
+        kinds, x, y = {kind.replace("±", "⦃⦄") for kind in (a.kind, b.kind)}, a.items, b.items
         if kinds == {"text"}:
             return _plain(x[0]) == _plain(y[0])
         in_any_order = kinds <= {"", "⦃⦄"} or kinds == {"∪"}
@@ -920,21 +908,16 @@ def _without_points(node: _Node, points: _Node) -> _Node:
     return _Node("∪", [_Node(kind, pair) for kind, *pair in zip(kinds, ends, ends[1:])])
 
 
-_CHOICE = re.compile(  # and its text, in which no other choice may hide: A. 12, not (A) or (B)
-    r"(?:[Oo]ption |[Cc]hoice )?\(?\s*([A-J])(?:\s*[).:]+(?!\s*(?:or|and|not|[/,])(?!\w))"
-    r"(?!.*\([A-J]\)|\s*[A-J](?:[).:,]|$))\s*(.*))?"
-)
-_FILLER = re.compile(
-    r"""‹?\b(?:(?:the\ )?(?:final\ )?answer\ is|approximately|about|roughly|around|exactly|only|just
+_CHOICE = re.compile(r"""(?x)  # and its text, with no other choice in it: A. 12, not (A) or (B)
+    (?:[Oo]ption\ |[Cc]hoice\ )?\(?\s*([A-J])(?:\s*[).:]+(?!\s*(?:or|and|not|[/,])(?!\w))
+    (?!.*\([A-J]\)|\s*[A-J](?:[).:,]|$))\s*(.*))?""")
+_FILLER = re.compile(r"""(?ix)  # words around an answer
+    ‹?\b(?:(?:the\ )?(?:final\ )?answer\ is|approximately|about|roughly|around|exactly|only|just
     |a\ total\ of|is|equals|equal\ to|either|both)\b›?\s*
     |(?<=[^\s,])(?:[ ,]*‹?(?:altogether|in\ total|in\ all|overall|combined|total)
-    |,\ ?‹?(?:respectively|exactly|precisely|only|each|so\ far|now|of\ course))›?\s*\Z""",
-    re.IGNORECASE | re.VERBOSE,
-)
-_LABELLED = re.compile(  # total cost: 5; A(1, 2)
-    r"""((?=[^:\d]*[A-Za-z]{3})[A-Za-z‹][^=:<>≤≥≠≈∈\d]{0,60}:(?!\s*$)|[A-Z]\ ?(?=\([^()]*,)|)(.*)""",
-    re.VERBOSE | re.DOTALL,
-)
+    |,\ ?‹?(?:respectively|exactly|precisely|only|each|so\ far|now|of\ course))›?\s*\Z""")
+_LABELLED = re.compile(r"""(?sx)  # total cost: 5; A(1, 2)
+    ((?=[^:\d]*[A-Za-z]{3})[A-Za-z‹][^=:<>≤≥≠≈∈\d]{0,60}:(?!\s*$)|[A-Z]\ ?(?=\([^()]*,)|)(.*)""")
 
 
 def _same_choice(a: str, b: str) -> bool | None:
@@ -974,8 +957,6 @@ def _label_and_rest(text: str) -> tuple[str, str]:
 # process is a launcher: it shuts itself off from the system, forks the one that runs the solution,
 # and kills whatever the solution started when that ends.
 
-_MAX_FILE, _MAX_PROCESSES = 16 << 20, 64  # bytes (of the output too), processes of a user
-
 
 def verify_code(response: str, tests: list, *, timeout: float = 5.0, memory: int = 1024) -> bool:
     """Whether the last fenced Python block of `response` passes every test.
@@ -985,8 +966,7 @@ def verify_code(response: str, tests: list, *, timeout: float = 5.0, memory: int
     strings, run in their order after the solution in one process.
     timeout: seconds of wall time and of CPU time for a process. memory: MiB of address space for a
     process. False without tests, and for a block that never closes. Raises what check_tests raises,
-    TypeError for a response that is no string, NotImplementedError elsewhere than on Linux, nothing
-    because of what the response holds.
+    TypeError for a response that is no string, NotImplementedError elsewhere than on Linux.
 
     The verdict is made in this process. Of `assert f(2) == 4` the child gets `f(2)` and sends back
     its value as a text; the 4 never leaves this process. So an early exit, printing "passed",
@@ -1013,25 +993,23 @@ def verify_code(response: str, tests: list, *, timeout: float = 5.0, memory: int
     if isinstance(tests[0], dict):
         return all(_lines(_run(job, test["input"])) == _lines(test["output"]) for test in tests)
     token = secrets.token_hex(16)  # what the solution guesses and prints is no reply
-    steps, wanted = [], []  # what the child gets; the two sides, None for those that it evaluates
-    for statement in _statements("\n".join(tests)):
+    steps, literals = [], []  # what the child gets; the literal sides, which it does not get
+    for statement in ast.parse("\n".join(tests)).body:
         test = statement.test if isinstance(statement, ast.Assert) else None
         if isinstance(test, ast.Compare) and [*map(type, test.ops)] == [ast.Eq]:
             sides = [test.left, test.comparators[0]]
-            wanted.append([*map(_literal, sides)])
-            steps.append([ast.unparse(side) for side, text in zip(sides, wanted[-1]) if not text])
+            texts = [*map(_literal, sides)]
+            steps.append([not text and ast.unparse(side) for side, text in zip(sides, texts)])
+            literals += [text and f"{token} {text}" for text in texts]
         else:
-            wanted.append(["done", None])
             steps.append(ast.unparse(statement))
-    replies = (_run(job | {"steps": [token, steps]}) or "").split("\n")[:-1]
-    if len(replies) != sum(texts.count(None) for texts in wanted):
+            literals += [None, None]
+    out = _run(job | {"steps": steps, "token": token})
+    replies = [] if out is None else out.split("\n")[:-1]
+    if out is None or len(replies) != len(literals):
         return False
-    unread = iter(replies)
-    for texts in wanted:
-        left, right = [f"{token} {text}" if text else next(unread) for text in texts]
-        if left != right or not left.startswith(token):
-            return False
-    return True
+    sides = [literal or reply for literal, reply in zip(literals, replies)]
+    return sides[::2] == sides[1::2] and all(reply.startswith(token) for reply in replies)
 
 
 def check_tests(tests: list) -> None:
@@ -1051,15 +1029,10 @@ def check_tests(tests: list) -> None:
         values = [test.get("input"), test.get("output")] if isinstance(test, dict) else [test]
         if not isinstance(test, kind) or not all(isinstance(value, str) for value in values):
             raise TypeError(f"{form}; this is neither: {test!r:.80}")
-        if kind is str:
-            _statements(test)
-
-
-def _statements(source: str) -> list[ast.stmt]:
-    try:
-        return ast.parse(source).body
-    except (SyntaxError, ValueError, MemoryError, RecursionError) as error:
-        raise ValueError(f"a test that is no Python ({error}): {source!r:.80}") from error
+        try:
+            ast.parse(test if kind is str else "")
+        except (SyntaxError, ValueError, MemoryError, RecursionError) as error:
+            raise ValueError(f"a test that is no Python ({error}): {test!r:.80}") from error
 
 
 def _literal(side: ast.expr) -> str | None:
@@ -1074,10 +1047,9 @@ def _lines(text: str | None) -> list[str] | None:
     return None if text is None else [line.rstrip() for line in text.rstrip().split("\n")]
 
 
-_FENCE = re.compile(
-    r"(?P<indent>[ \t]*(?:(?:[-*+]|\d+[.)])[ \t]+)?)(?P<fence>`{3,}|~{3,})"
-    r"[ \t]*\{?\.?(?P<language>\w*)[^`]*"
-)
+_FENCE = re.compile(r"""(?x)
+    (?P<indent>[ \t]*(?:(?:[-*+]|\d+[.)])[ \t]+)?)(?P<fence>`{3,}|~{3,})
+    [ \t]*\{?\.?(?P<language>\w*)[^`]*""")
 
 
 def _code_block(response: str) -> str | None:
@@ -1091,8 +1063,8 @@ def _code_block(response: str) -> str | None:
     for line in response.replace("\r\n", "\n").split("\n"):
         if opening is None:
             if opening := _FENCE.fullmatch(line):
-                depth, lines, language = len(opening["indent"]), [], opening["language"].lower()
-                language = "python" if language in ("python3", "py", "py3") else language
+                depth, lines = len(opening["indent"]), []
+                language = re.sub("^py(thon)?3?$", "python", opening["language"].lower())
                 blocks[language] = None  # until it closes
             continue
         closing = re.fullmatch(r"([ \t]*)(`{3,}|~{3,})[ \t]*(?:<[|/].*)?", line)
@@ -1139,28 +1111,24 @@ def _run(job: dict, given: str = "") -> str | None:
 @functools.cache
 def _child_source() -> str:
     """The program of the child: the functions below. It works in a notebook's cell as well."""
-    functions = (_launch, _kill_descendants, _isolate, _restrict, _solve, _spelled)
+    imports = """import ast, builtins, contextlib, ctypes, glob, json, math, os, signal, sys, types
+from decimal import Decimal
+from fractions import Fraction"""
+    functions = _launch, _kill_descendants, _isolate, _restrict, _solve, _spelled
     try:
-        sources = [inspect.getsource(function) for function in functions]
+        return "\n".join([imports, *map(inspect.getsource, functions), "_launch()\n"])
     except (OSError, TypeError) as error:
         raise TypeError(
             "verify_code must read its own source for the child process: import verifier.py as a "
             "file, or paste it into a notebook's cell, but do not exec its text"
         ) from error
-    imports = "ast builtins contextlib ctypes glob json math os signal sys types".replace(" ", ", ")
-    imports = f"import {imports}\nfrom decimal import Decimal\nfrom fractions import Fraction\n"
-    limits = f"_MAX_FILE, _MAX_PROCESSES = {_MAX_FILE}, {_MAX_PROCESSES}\n"
-    return imports + limits + "\n".join(sources) + "\n_launch()\n"
 
 
 def _launch() -> None:
-    """The launcher: reads its job from standard input, and leaves the rest to the solution.
-
-    The job is ten digits for its length, and JSON.
-    """
+    """Read the job from standard input (ten digits for its length, and JSON), and run it."""
     text, size = b"", int(os.read(0, 10))
     while len(text) < size:
-        text += os.read(0, size - len(text))
+        text += os.read(0, size - len(text))  # (the rest is the solution's)
     job, libc = json.loads(text), ctypes.CDLL(None)
     isolated = _isolate(libc, job["folder"].encode())
     # PR_SET_CHILD_SUBREAPER: what the solution's children leave behind becomes a child of this one
@@ -1178,24 +1146,20 @@ def _launch() -> None:
 
 
 def _kill_descendants() -> None:
-    """Stop them first: a stopped process forks no more, but counts towards the limit on processes.
-
-    So a fork bomb comes to its end.
-    """
-    stopped = set()
-    while True:
+    """Kill them all, even a fork bomb: stopped first, they fork no more and use up the limit."""
+    stopped, running = set(), {0}
+    while running:
         found = [os.getpid()]
         for parent in found:  # which grows meanwhile
             for file in glob.glob(f"/proc/{parent}/task/*/children"):
                 with contextlib.suppress(OSError), open(file) as children:  # (it may have ended)
                     found += map(int, children.read().split())
         running = {*found[1:]} - stopped
-        if not running:
-            break
         for pid in running:
-            os.kill(pid, signal.SIGSTOP)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGSTOP)
         stopped |= running
-    for pid in stopped:
+    for pid in found[1:]:
         os.kill(pid, signal.SIGKILL)
     with contextlib.suppress(ChildProcessError):
         while True:
@@ -1209,9 +1173,8 @@ def _isolate(libc, folder: bytes) -> bool:
     """
     uid, gid = os.getuid(), os.getgid()
     spaces = 0x40000000 | 0x20000000 | 0x20000 | 0x8000000  # CLONE_NEWNET, NEWPID, NEWNS, NEWIPC
-    new_user = 0x10000000  # CLONE_NEWUSER: how those who are not root get the others
     if uid != 0 or libc.unshare(spaces) != 0:
-        if libc.unshare(spaces | new_user) != 0:
+        if libc.unshare(spaces | 0x10000000) != 0:  # CLONE_NEWUSER: how other users get the rest
             return False
         maps = {"setgroups": "deny", "uid_map": f"{uid} {uid} 1", "gid_map": f"{gid} {gid} 1"}
         for name, text in maps.items():
@@ -1221,8 +1184,7 @@ def _isolate(libc, folder: bytes) -> bool:
     if libc.mount(None, b"/", None, private | 1 << 14, None) == 0:  # seen in here only (MS_REC)
         attributes = (ctypes.c_uint64 * 4)(readonly, 0, 0, 0)
         libc.syscall(442, -100, b"/", 0x8000, attributes, 32)  # mount_setattr(AT_RECURSIVE)
-        options = b"size=%d,mode=777" % _MAX_FILE
-        libc.mount(b"tmpfs", folder, b"tmpfs", 6, options)  # MS_NOSUID | MS_NODEV
+        libc.mount(b"tmpfs", folder, b"tmpfs", 6, b"size=16m,mode=777")  # MS_NOSUID | MS_NODEV
         libc.mount(b"tmpfs", b"/proc", b"tmpfs", 6 | readonly, None)  # others' /proc/<pid>/environ
     return True
 
@@ -1247,20 +1209,17 @@ def _restrict(libc, job: dict) -> None:
     libc.capset(header, sets(capabilities, capabilities))
     libc.prctl(1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG: not without the launcher
     os.chdir(job["folder"])
-    limits = {"CPU": math.ceil(job["timeout"]), "AS": job["memory"], "NPROC": _MAX_PROCESSES}
-    limits |= {"FSIZE": _MAX_FILE, "CORE": 0, "NOFILE": 64}
-    for name, limit in limits.items():
+    limits = {"CPU": math.ceil(job["timeout"]), "AS": job["memory"], "FSIZE": 16 << 20, "CORE": 0}
+    for name, limit in (limits | {"NOFILE": 64, "NPROC": 64}).items():
         resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (limit, limit))
 
 
 def _solve(job: dict) -> None:
     """Run the solution: as a program, or loaded and then asked for the values of the tests."""
     sys.set_int_max_str_digits(0)
-    name = "solution" if "steps" in job else "__main__"
-    module = types.ModuleType(name)
-    sys.modules["__main__"] = sys.modules[name] = module  # dataclasses and pickle look it up
-    namespace = vars(module)
-    code = compile(job.pop("code"), "solution.py", "exec")
+    module = types.ModuleType("solution" if "steps" in job else "__main__")
+    sys.modules["__main__"] = sys.modules[module.__name__] = module  # dataclasses look it up
+    namespace, code = vars(module), compile(job["code"], "solution.py", "exec")
     if "steps" not in job:
         exec(code, namespace)
         return
@@ -1270,20 +1229,19 @@ def _solve(job: dict) -> None:
     originals = dict(vars(builtins))
     exec(code, namespace)
     vars(builtins).update(originals)
-    token, steps = job["steps"]
-    for step in steps:
+    for step in job["steps"]:
         if isinstance(step, str):
             exec(step, namespace)
-            texts = ["done"]
+            texts = ["done", "done"]
         else:
-            values = [eval(side, namespace) for side in step]
+            values = [side and eval(side, namespace) for side in step]
             try:
-                texts = [*map(_spelled, values)]
+                texts = [side and _spelled(value) for side, value in zip(step, values)]
             except (TypeError, ValueError):  # objects that are no plain data
-                same = type(values[0]) is type(values[-1]) and bool(values[0] == values[-1])
-                texts = ["an object", "an object" if same else "another object"][: len(values)]
-        for text in texts:
-            os.write(replies, f"{token} {text}\n".encode())
+                left, right = values
+                same = all(step) and type(left) is type(right) and bool(left == right)
+                texts = ["an object", "an object" if same else "another object"]
+        os.write(replies, "".join(f"{job['token']} {text}\n" for text in texts).encode())
     os._exit(0)
 
 
