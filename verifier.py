@@ -22,14 +22,12 @@ Claimed equal (accuracy by category: tests/bench_verifier.py):
   percentages  50% = 0.5 = 1/2; and 50% = 50, since gold answers to "what percent" lack the sign
   powers       2^{10} = 1024; scientific notation 1.5 \times 10^3 = 1.5e3; 5!, \binom{5}{2}
   irrationals  roots, pi, e, i, logarithms and trigonometric functions to 11 digits
-  units        dropped when one side has none, equal when both have one (cm = centimeters, $ =
-               dollars); degrees and currencies as well
+  units        dropped when one side has none, else equal (cm = centimeters, $ = dollars, degrees)
   assignments  x = 5, f(2) = 5, m + n = 5, Area = 5 for 5; not 2x = 10 for 10
   tuples       in order; intervals with their brackets; vectors and matrices entry by entry
   sets, lists  in any order, unless names are dropped: 1, 2 for x = 1, y = 2; {1, 2} is not (1, 2)
   expressions  polynomial and rational ones: 2(x+1) = 2x+2. The case of a letter counts.
-  relations    equations up to a constant factor, inequalities up to a positive one;
-               x > 3 = (3, \infty)
+  relations    equations up to a factor, inequalities up to a positive one; x > 3 = (3, \infty)
   choices      (B) = B = \text{B} = B. 12; ACD = A, C, D; words by letters, in any case
 Not claimed: conversion of units, number words, decimal commas, multiples of matrices, determinants,
 set-builder notation, \mp, \choose (but \binom), sets after a minus (but \setminus) or with \pm in
@@ -69,7 +67,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import types
 from decimal import Decimal
 from fractions import Fraction
 from operator import mul, neg, truediv
@@ -267,9 +264,9 @@ _VARIABLE = "[A-IKMO-UX-Za-fi-kn-rt-z]"  # a letter that is no unit: not g h l m
 _TEXT = r"\\(?:text(?:bf|it|rm|sf|tt|up|normal)?|operatorname|mathrm|mathbf|mathsf|mbox|hbox)"
 _SEPARATOR = r"(?:\\[a-z]+)?\{\s*,?\s*(?:\\[!,])?\s*\}(?:\\[!,:; ])?|,\\!|\\!,?|\\[,;: ]"
 _SIGNS = {"<=": "≤", ">=": "≥", "!=": "≠", "==": "=", "begin": "⟦", "end": "⟧"}
-_REWRITES = [  # in this order; the comments run as a test
-    # 1{,}234 -> 1234
-    (rf"(?<=\d)\s?(?:{_SEPARATOR})\s*(?=\d{{3}}(?!\d))", ""),
+_REWRITES = [  # the comments, and that the order does not matter where they say so, are tested
+    # TeX as it was written, in any order
+    (rf"(?<=\d)\s?(?:{_SEPARATOR})\s*(?=\d{{3}}(?!\d))", ""),  # 1{,}234 -> 1234
     # 0.1\overline{6} -> (0.10+6/90)
     (
         r"(\d{0,50})\.(\d{0,50})\\(?:overline|bar)\{(\d{1,50})\}",
@@ -280,27 +277,31 @@ _REWRITES = [  # in this order; the comments run as a test
     (r"\\mathbb ?\{?R\}?", r"(-\\infty,\\infty)"),  # \mathbb{R} -> (-\infty,\infty)
     (r"\\(?:text)?color\{[^{}]*\}|\\overline ?(?=\{[A-Z]{2}\})", ""),  # \overline{AB} -> {AB}
     (r"\{([^{}]*)\\over(?![a-z])([^{}]*)\}", r"{\\frac{\1}{\2}}"),  # {1\over2} -> {\frac{1}{2}}
+    # words, in this order
     # a letter is a variable unless it is a unit: 3\mathrm{e}+2 -> 3 e+2
     (rf"{_TEXT}\s*(?:\{{\s*({_VARIABLE})\s*\}}|({_VARIABLE})(?![A-Za-z]))", r" \1\2"),
     (_TEXT + r"\s*\{\s*([A-Za-z][A-Za-z ./'-]*)\}", r" ‹\1› "),  # 5\text{ cm} -> 5 ‹cm›
     (_TEXT + r"\s*\{([^{}]*)\}", r" \1 "),  # \text{1st} -> 1st
-    # \frac{ ‹km› }{ ‹h› } -> ‹km/h›
-    (r"\\[dt]?frac ?\{ ‹([^‹›]*)› \}\{ ‹([^‹›]*)› \}", r"‹\1/\2›"),
+    # in any order
+    (r"\\[dt]?frac ?\{ ‹([^›]*)› \}\{ ‹([^›]*)› \}", r"‹\1/\2›"),  # \frac{ ‹m› }{ ‹s› } -> ‹m/s›
     # \begin{pmatrix}1 -> ⟦1; 1\end{pmatrix} -> 1⟧
     (r"\\(begin|end)\{(?:[pbB]?matrix|array)\}(?:\{[clr|]*\})?", lambda m: _SIGNS[m[1]]),
+    # in this order
     # the other commands: 2\cdot\pi -> 2 *  π
     (r"\\([A-Za-z]+|(?s:.))", lambda m: _COMMANDS.get(m[1], m[0] + " ")),
+    # signs and digits, in any order
     (r"\\(frac|binom)\s*(\d)\s*(\d)", r"\\\1{\2}{\3}"),  # \frac 12 -> \frac{1}{2}
     (r"(?<=[\w)}])\*\*(?=[\w({])", "^"),  # x**2 -> x^2
     (r"[<>!=]=", lambda m: _SIGNS[m[0]]),  # x <= 2 -> x ≤ 2
     (r"\A([^$]*)\$(?=\s?[\d.])([^$]*)\Z", r"\1¤\2"),  # $5 -> ¤5
-    (r"\*\*|__|\$", " "),  # **5** -> 5
-    (r"-\s*([¤£€])", r"\1-"),  # -¤5 -> ¤-5
     (r"\^\s*(?:\{\s*[°o]\s*\}|°)", "°"),  # 30^{°} -> 30°
     # 3 1/2 -> (3+1/2)
     (r"(?<![\w.,^])(\d+) *(\\frac *(?:\{ *\d+ *\} *){2}|(?<= )\d+ ?/ ?\d+(?![\d.]))", r"(\1+\2)"),
     # after a number and a space, a last letter is a unit: 5 m/s -> 5 ‹m›/s
     (r"\A([-+]?[\d.,]+) ([ghlmsL])(?=(?:[\^/]\w+)*\Z)", r"\1 ‹\2›"),
+    # in any order
+    (r"\*\*|__|\$", " "),  # **5** -> 5
+    (r"-\s*([¤£€])", r"\1-"),  # -¤5 -> ¤-5
 ]
 
 
@@ -340,10 +341,6 @@ _FACTORS = "name", "call", "function", "command"  # what multiplies a number wit
 _LINKS = "/ * - a an to by as at on for with than from".split()  # in a unit of several words
 
 
-class _Unreadable(ValueError):
-    """Not mathematics that this file reads, or too deep: the answer is then compared as text."""
-
-
 class _Node(NamedTuple):
     """What an answer, or a part of it, was read as."""
 
@@ -355,7 +352,7 @@ class _Node(NamedTuple):
 
     @property
     def is_constant(self) -> bool:
-        return self.kind == "value" and len(set(self.items)) == 1
+        return self.kind == "±" or self.kind == "value" and len(set(self.items)) == 1
 
     @property
     def is_name(self) -> bool:
@@ -421,7 +418,7 @@ def _unit(text: str, constant: bool) -> str:
         name, _, power = word.strip(".").partition("^")
         is_word = constant and all(map(_is_wordlike, name.split("-")))
         if _NUMBER_WORD.fullmatch(name) or not (name in _UNITS or name in _LINKS or is_word):
-            raise _Unreadable("no unit")
+            raise ValueError("no unit")
         prefix = {"": "", "2": "sq ", "3": "cubic "}.get(power, power)
         words.append(prefix + _UNITS.get(name, name.removesuffix("s")))
     return " ".join(words).replace("mi / h", "mph")
@@ -453,7 +450,7 @@ class _Reader:
         return self.next() if self.sees(signs) else ""
 
     def fail(self):
-        raise _Unreadable(f"unexpected {self.tokens[self.at][1]!r}")
+        raise ValueError(f"unexpected {self.tokens[self.at][1]!r}")
 
     def items(self, end: str = "end") -> list[_Node]:
         """Statements between commas, semicolons, `and`, `or`, up to the end or a bracket."""
@@ -504,8 +501,7 @@ class _Reader:
             unit += " " * (self.kind == "word") + self.next()
             if unit[-1] in {"number": "^{", "name": "/*°"}.get(self.kind, ""):
                 unit += self.next()
-        parts = node.items if node.kind == "±" else [node]
-        unit = _unit(re.sub(r"[{}]", "", unit), all(part.is_constant for part in parts))
+        unit = _unit(re.sub(r"[{}]", "", unit), node.is_constant)
         unit = _UNITS.get(currency) or unit
         return _for_each_sign(lambda part: part._replace(unit=unit), [node])
 
@@ -538,7 +534,7 @@ class _Reader:
     def atom(self) -> _Node:
         self.depth += 1  # every recursion passes here
         if self.depth > _MAX_DEPTH:
-            raise _Unreadable("too deep")
+            raise ValueError("too deep")
         kind, token = self.kind, self.next()
         if kind == "number":
             node = _number(token) if not self.sees("_") else self.fail()  # in another base
@@ -605,7 +601,7 @@ class _Reader:
 def _read(text: str) -> _Node:
     """The parsed answer; one with ± in it is a set."""
     if len(text) > _MAX_LENGTH:
-        raise _Unreadable("too long")
+        raise ValueError("too long")
     nodes, items = _Reader(text).items(), []
     for node in nodes:
         items += node.items if node.kind == "±" else [node]
@@ -616,7 +612,7 @@ def _for_each_sign(function, nodes: list[_Node]) -> _Node:
     """The function of some nodes. Each ± among them stands for both signs of its own."""
     choices = [node.items if node.kind == "±" else [node] for node in nodes]
     if math.prod(map(len, choices)) > 16:
-        raise _Unreadable("too many ±")
+        raise ValueError("too many ±")
     results = [function(*choice) for choice in itertools.product(*choices)]
     return results[0] if len(results) == 1 else _Node("±", results)
 
@@ -648,7 +644,7 @@ def _apply(function, *arguments: _Node) -> _Node:
     if "±" in [argument.kind for argument in arguments]:
         return _for_each_sign(functools.partial(_apply, function), arguments)
     if any(argument.kind != "value" for argument in arguments):
-        raise _Unreadable("arithmetic on something other than a number")
+        raise ValueError("arithmetic on something other than a number")
     points, numbers = [*zip(*(argument.items for argument in arguments))], []
     for point in points[:1] if points[0] == points[1] == points[2] else points:
         x = function(*point)
@@ -657,7 +653,7 @@ def _apply(function, *arguments: _Node) -> _Node:
         else:  # (a float that became zero by underflow would equal others)
             extreme = not cmath.isfinite(x) or abs(x) < 1e-250 and all(point)
         if extreme:
-            raise _Unreadable("too large or too small")
+            raise ValueError("too large or too small")
         numbers.append(x)
     return _Node("value", tuple(numbers) * (3 // len(numbers)))
 
@@ -676,7 +672,7 @@ def _power(x: Fraction | complex, y: Fraction | complex) -> Fraction | complex:
     n, degree = y.as_integer_ratio()
     size = max(abs(x.numerator), x.denominator) - 1  # 0 and 1 may have any power
     if size.bit_length() * abs(n) > 2 * _MAX_BITS * degree:
-        raise _Unreadable("too large")
+        raise ValueError("too large")
     if degree == 2 and x > 0:
         root = Fraction(math.isqrt(x.numerator), math.isqrt(x.denominator))
         if root * root == x:
@@ -696,13 +692,13 @@ def _call(name: str, x, *base) -> Fraction | complex:
 
 def _factorial(n: Fraction | complex) -> Fraction:
     if n not in range(301):
-        raise _Unreadable("no small whole number")
+        raise ValueError("no small whole number")
     return Fraction(math.factorial(int(n)))
 
 
 def _binomial(n: Fraction | complex, k: Fraction | complex) -> Fraction | complex:
     if k not in range(101):
-        raise _Unreadable("no small whole number")
+        raise ValueError("no small whole number")
     return math.prod(((n - i) / Fraction(i + 1) for i in range(int(k.real))), start=Fraction(1))
 
 
@@ -713,14 +709,11 @@ def _same_text(a: str, b: str) -> bool:
     """Whether two cleaned answers are the same text, or equal mathematics."""
     if not a or not b or _plain(a) == _plain(b):
         return bool(a and b)
+    has_long_decimal = [re.search(r"\.0*[1-9]\d{6}", text) is not None for text in (a, b)]
     try:
-        exact = bool(_LONG_DECIMAL.search(a)) != bool(_LONG_DECIMAL.search(b))
-        return _Comparison(exact).same(_read(a), _read(b))
-    except (ValueError, ArithmeticError):  # unreadable, or no value
+        return _Comparison(exact=sum(has_long_decimal) == 1).same(_read(a), _read(b))
+    except (ValueError, ArithmeticError):  # not mathematics that this file reads, or without value
         return False
-
-
-_LONG_DECIMAL = re.compile(r"\.0*[1-9]\d{6}")  # which is no irrational number
 
 
 def _plain(text: str) -> str:
@@ -743,7 +736,7 @@ class _Comparison:
     def same(self, a: _Node, b: _Node) -> bool:
         self.left -= 10 if a.kind == "relation" else 1
         if self.left < 0:
-            raise _Unreadable("too much to compare")
+            raise ValueError("too much to compare")
         if a.kind == b.kind == "relation":
             return self.same_relation(a, b)
         if a.kind == b.kind == "value":
@@ -794,7 +787,7 @@ class _Comparison:
         return not self.exact and abs(x - y) <= 1e-11 * max(abs(x), abs(y))
 
     def same_relation(self, a: _Node, b: _Node) -> bool:
-        """Equations up to a factor, inequalities up to a positive one; others side by side.
+        """Equations up to a factor c, inequalities up to a positive one; others side by side.
 
         Rule: two that name the same thing (also y and f(x)) are equal if the values are; without
         a variable in both differences, as in 1 + 1 = 2, every factor would do, and none is tried.
@@ -807,14 +800,11 @@ class _Comparison:
             return False
         x, y = _differences(a), _differences(b)
         if x and y:
-            return all(map(self.proportional, x, y, a.signs))
+            ratios = [_apply(truediv, left, right).items for left, right in zip(x, y)]
+            is_positive = all(c[0].real > 0 for c, sign in zip(ratios, a.signs) if sign not in "=≠")
+            return is_positive and all(self.close(c[0], x) for c in ratios for x in c)
         turned = b.items[::-1] if a.signs in ("=", "≠") else b.items
         return all(map(self.same, a.items, b.items)) or all(map(self.same, a.items, turned))
-
-    def proportional(self, a: _Node, b: _Node, sign: str) -> bool:
-        """Whether a = c b for one number c, greater than zero for an inequality."""
-        first, *others = _apply(truediv, a, b).items
-        return all(self.close(first, x) for x in others) and (sign in "=≠" or first.real > 0)
 
     def said(self, chain: _Node) -> list[_Node]:
         """What a chain of = and ≈ says: the side before the first ≈ (or the last), the last one.
@@ -901,7 +891,7 @@ def _without_points(node: _Node, points: _Node) -> _Node:
     items = points.items if points.kind == "⦃⦄" else [points]
     is_interval = node.kind in ("()", "(]", "[)", "[]") and len(node.items) == 2
     if not is_interval or any(point.kind != "value" for point in items):
-        raise _Unreadable("no interval without points")
+        raise ValueError("no interval without points")
     inner = sorted(items, key=lambda point: point.items[0].real)
     ends, kinds = [node.items[0], *inner, node.items[1]], node.kind[0] + ")(" * len(inner)
     kinds = re.findall("..", kinds + node.kind[1])
@@ -1111,7 +1101,7 @@ def _run(job: dict, given: str = "") -> str | None:
 @functools.cache
 def _child_source() -> str:
     """The program of the child: the functions below. It works in a notebook's cell as well."""
-    imports = """import ast, builtins, contextlib, ctypes, glob, json, math, os, signal, sys, types
+    imports = """import ast, builtins, contextlib, ctypes, glob, json, math, os, signal, sys
 from decimal import Decimal
 from fractions import Fraction"""
     functions = _launch, _kill_descendants, _isolate, _restrict, _solve, _spelled
@@ -1217,7 +1207,7 @@ def _restrict(libc, job: dict) -> None:
 def _solve(job: dict) -> None:
     """Run the solution: as a program, or loaded and then asked for the values of the tests."""
     sys.set_int_max_str_digits(0)
-    module = types.ModuleType("solution" if "steps" in job else "__main__")
+    module = type(sys)("solution" if "steps" in job else "__main__")
     sys.modules["__main__"] = sys.modules[module.__name__] = module  # dataclasses look it up
     namespace, code = vars(module), compile(job["code"], "solution.py", "exec")
     if "steps" not in job:

@@ -77,6 +77,24 @@ def test_rewrites_do_what_their_comments_say(examples, rewrite):
         assert re.sub(*rewrite, before).strip() == after
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_the_order_of_the_rewrites(seed, monkeypatch):
+    """Where a comment says "in any order", the order changes no verdict: such rules do not meet."""
+    table = SOURCE[SOURCE.index("_REWRITES = [") : SOURCE.index("def _clean")]
+    rules, shuffled = iter(verifier._REWRITES), []
+    for heading, text in re.findall(
+        r"\n    # ([^\n>]*order)\n(.*?)(?=\n    # [^\n>]*order\n|\Z)", table, re.DOTALL
+    ):
+        group = [next(rules) for _ in re.findall(" -> .*", text)]
+        if "any" in heading:
+            random.Random(seed).shuffle(group)
+        shuffled += group
+    assert sorted(map(str, shuffled)) == sorted(map(str, verifier._REWRITES)) != shuffled
+    monkeypatch.setattr(verifier, "_REWRITES", shuffled)
+    for case in CASES:
+        assert verify(case["response"], case["gold"]) is case["correct"], case
+
+
 def test_the_worked_example_of_the_docstring():
     """The steps that the top of the file shows are those that the code takes."""
     response, gold = r"So it is \boxed{\frac{1}{2}\text{ cm}}.", "0.5"
