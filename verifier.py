@@ -260,7 +260,8 @@ _UNICODE |= {"ℝ": r"\mathbb{R}", "∅": r"\emptyset ", **dict.fromkeys('“”
 _UNICODE = str.maketrans(_UNICODE)
 
 
-_VARIABLE = "[A-IKMO-UX-Za-fi-kn-rt-z]"  # a letter that is no unit: not g h l m s J L N V W
+_UNIT_LETTER = "[ghlmsJLNVW]"
+_VARIABLE = f"(?!{_UNIT_LETTER})[A-Za-z]"
 _TEXT = r"\\(?:text(?:bf|it|rm|sf|tt|up|normal)?|operatorname|mathrm|mathbf|mathsf|mbox|hbox)"
 _SEPARATOR = r"(?:\\[a-z]+)?\{\s*,?\s*(?:\\[!,])?\s*\}(?:\\[!,:; ])?|,\\!|\\!,?|\\[,;: ]"
 _SIGNS = {"<=": "≤", ">=": "≥", "!=": "≠", "==": "=", "begin": "⟦", "end": "⟧"}
@@ -298,7 +299,7 @@ _REWRITES = [  # the comments, and that the order does not matter where they say
     # 3 1/2 -> (3+1/2)
     (r"(?<![\w.,^])(\d+) *(\\frac *(?:\{ *\d+ *\} *){2}|(?<= )\d+ ?/ ?\d+(?![\d.]))", r"(\1+\2)"),
     # after a number and a space, a last letter is a unit: 5 m/s -> 5 ‹m›/s
-    (r"\A([-+]?[\d.,]+) ([ghlmsL])(?=(?:[\^/]\w+)*\Z)", r"\1 ‹\2›"),
+    (rf"\A([ $]*[-+]?[\d.,]+) ({_UNIT_LETTER})(?=(?:[\^/]\w+)*[ $]*\Z)", r"\1 ‹\2›"),
     # in any order
     (r"\*\*|__|\$", " "),  # **5** -> 5
     (r"-\s*([¤£€])", r"\1-"),  # -¤5 -> ¤-5
@@ -321,13 +322,13 @@ _NAME = rf"(?:{_LETTER}{_INDEX}|P\s?\([^(),]*[=<>≤≥|∪][^(),]*\))"  # x_1, 
 _CALL = rf"""(?:[fgFG]{_INDEX}?(?:\^(?:\{{-?\w+\}}|\w))?(?=\s*\()  # f(x + 1), f^{{-1}}(2), P(x)
     |(?![ei]\s*\(){_LETTER}{_INDEX}?(?=\s*\(\s*(?:[\d.]+|{_LETTER}{_INDEX}?)\s*\)))"""
 _TOKEN = re.compile(rf"""(?x)  # a number may have groups of three digits: 1,234 or 1 234
-    \s*(?:(?P<and>[,;]|(?i:‹?\s*(?:and|or)(?![A-Za-z])\s*›?))
+    \s*(?:(?P<and>[,;&]|(?i:‹?\s*(?:and|or)(?![A-Za-z])\s*›?))
     |‹(?P<word>[^‹›]*)›
     |(?P<number>(?:(?<![\d.,^_])\d{{1,3}}(?:(?:,\d{{3}})+(?!,?\d)|(?:[ ]\d{{3}})+(?![\d/,]|[ ]\d))
         |\d+)(?:\.\d+)?(?:[eE][+-]?\d{{1,3}}(?![\w^]))?|\.\d+)
     |(?P<function>(?i:{"|".join(_FUNCTIONS)})(?![A-Za-z]))
     |(?P<name>{_NAME}|[π∞])|(?P<call>{_CALL})|(?P<letters>(?:(?!{_CALL}){_LETTER})+)
-    |(?P<command>\\[A-Za-z]+)|(?P<close>[}}⦄)\]⟧])|(?P<sign>\S))""")
+    |(?P<command>\\[A-Za-z]+)|(?P<close>[}}⦄)\]⟧⏎])|(?P<sign>\S))""")
 _SIDE_NAME = re.compile(rf"""(?x)  # x, m + n, a/b, sin A, f(2), (x, y); not 2x, x + 1, x^2
     (?!-)(?:(?!log|ln|exp)(?:{_NAME}|{_LETTER})(?:\(-?\d[\d./]*\))?|\\frac|[-+*/(),|{{}}⟦⟧⏎&])+""")
 _NUMBER_WORD = re.compile(r"""(?x)  # what changes the number before it, and is no unit of it
@@ -527,7 +528,7 @@ class _Reader:
             node = _apply(_power, node, self.power() if self.sees("-") else self.atom())
             self.factors = (*_FACTORS, "number")  # 2^6 3^5
         while self.accept("!"):
-            node = _apply(_factorial, node)
+            node = _apply(lambda n: Fraction(math.factorial(_small(n))), node)
         node = _apply(neg, node) if signs.count("-") % 2 else node
         return _Node("±", [node, _apply(neg, node)]) if "±" in signs else node
 
@@ -581,13 +582,11 @@ class _Reader:
         return _apply(_power, result, power)
 
     def matrix(self) -> _Node:
-        rows = [[]]
+        rows = []
         while not self.accept("⟧"):
-            if self.accept("⏎"):
-                rows.append([])
-            elif not self.accept("&"):
-                rows[-1].append(self.quantity())
-        return _Node("[]", [_Node("[]", row) for row in rows if row])
+            rows.append(_Node("[]", self.items("close")))
+            self.accept("⏎") or self.sees("⟧") or self.fail()
+        return _Node("[]", rows)
 
     def bracket(self, left: str) -> _Node:
         items = [] if self.kind == "close" else self.items("close")
@@ -690,16 +689,15 @@ def _call(name: str, x, *base) -> Fraction | complex:
     return Fraction(0) if abs(result) < 1e-15 * abs(x) and name != "exp" else result
 
 
-def _factorial(n: Fraction | complex) -> Fraction:
+def _small(n: Fraction | complex) -> int:
     if n not in range(301):
         raise ValueError("no small whole number")
-    return Fraction(math.factorial(int(n)))
+    return int(n.real)
 
 
 def _binomial(n: Fraction | complex, k: Fraction | complex) -> Fraction | complex:
-    if k not in range(101):
-        raise ValueError("no small whole number")
-    return math.prod(((n - i) / Fraction(i + 1) for i in range(int(k.real))), start=Fraction(1))
+    factors = [(n - i) / Fraction(i + 1) for i in range(_small(k))]
+    return math.prod(factors, start=Fraction(1))
 
 
 # -------------------------------------------------------------------------------- comparing answers
@@ -1075,15 +1073,9 @@ def _run(job: dict, given: str = "") -> str | None:
     ):
         os.chmod(folder, 0o777)
         header = json.dumps(job | {"folder": folder}).encode()
-        child = subprocess.Popen(
-            [sys.executable, "-I", "-c", _child_source()],
-            stdin=subprocess.PIPE,
-            stdout=out,
-            stderr=subprocess.DEVNULL,
-            cwd=folder,
-            env={},
-            start_new_session=True,
-        )
+        command = [sys.executable, "-I", "-c", _child_source()]
+        pipes = {"stdin": subprocess.PIPE, "stdout": out, "stderr": subprocess.DEVNULL}
+        child = subprocess.Popen(command, **pipes, cwd=folder, env={}, start_new_session=True)
         with child, contextlib.suppress(subprocess.TimeoutExpired):
             try:  # the launcher stops it after `timeout`
                 data = b"%10d" % len(header) + header + given.encode(errors="replace")
@@ -1108,10 +1100,8 @@ from fractions import Fraction"""
     try:
         return "\n".join([imports, *map(inspect.getsource, functions), "_launch()\n"])
     except (OSError, TypeError) as error:
-        raise TypeError(
-            "verify_code must read its own source for the child process: import verifier.py as a "
-            "file, or paste it into a notebook's cell, but do not exec its text"
-        ) from error
+        where = "import verifier.py, or paste it into a notebook's cell, but do not exec its text"
+        raise TypeError(f"verify_code must read its own source for the child: {where}") from error
 
 
 def _launch() -> None:
