@@ -91,8 +91,7 @@ def verify(response: str, gold: str) -> bool:
 def is_equivalent(answer: str, gold: str) -> bool:
     """Whether two bare answers are equal, by the categories at the top of this file.
 
-    Answers of more than 4,000 characters are equal only when identical. Raises TypeError when one
-    of them is no string.
+    Those of more than 4,000 characters only when identical. Raises TypeError for what is no string.
     """
     _require_strings(answer=answer, gold=gold)
     if max(len(answer), len(gold)) > 4000:
@@ -106,9 +105,9 @@ def is_equivalent(answer: str, gold: str) -> bool:
 
 
 def extract_answer(response: str) -> str | None:
-    """The final answer of a response, as it was written; None when it states none.
+    """The final answer of a response as it was written, by the rule at the top of this file.
 
-    The rule is at the top of this file. Raises TypeError when the response is no string.
+    None when it states none. Raises TypeError when the response is no string.
     """
     _require_strings(response=response)
     fallback = None  # a phrase that counts only when no better answer is before it
@@ -187,10 +186,8 @@ def _boxed(text: str, start: int) -> str | None:
 
 
 def _stated(text: str) -> str:
-    """The answer at the beginning of a text.
-
-    Rule: a formula in delimiters; or what is bold, in a sentence; or the words up to the end of the
-    sentence or to a reason (because, which, so).
+    """The answer at the beginning of a text: a formula in delimiters; or what is bold, in a
+    sentence; or the words up to the end of the sentence or to a reason (because, which, so).
     """
     if bold := _BOLD.match(text):
         return bold[1]
@@ -202,11 +199,10 @@ def _stated(text: str) -> str:
 
 
 def _is_final(before: str, phrase: str, content: str) -> bool:
-    """Whether a phrase states the final answer, whatever is boxed before it.
-
-    Rule: only words of conclusion are before "answer" in its clause (so the final answer is), no
-    word of doubt is in its sentence, and its content is mathematics, a name, or yes or no. A name
-    has at most three words, the first of which is no ordinary word in lower case (positive, even).
+    """Whether a phrase states the final answer, whatever is boxed before it: if only words of
+    conclusion are before "answer" in its clause (so the final answer is), no word of doubt is in
+    its sentence, and its content is mathematics, or at most three words, the first no ordinary one
+    (positive, even).
     """
     sentence = re.split(r"[.!?]\s|\n", before)[-1]
     clause = re.split(r"[.,;:—]", sentence)[-1]
@@ -365,8 +361,8 @@ def _tokens(text: str) -> list[tuple[str, str]]:
     """Pairs of a kind (a group of _TOKEN, end) and a text.
 
     Rule: a comma before three digits joins them; between brackets only before a 0, as in {1,000}.
-    f, g, F, G before a bracket are functions, every other letter is one before a bracket with a
-    single number or letter: P(x), a(3), not n(n+1).
+    f, g, F, G before a bracket are functions, another letter before one with a single number or
+    letter.
     """
     tokens, opened = [("and", "")], 0  # what begins a statement
     for match in _TOKEN.finditer(text):
@@ -385,10 +381,11 @@ def _tokens(text: str) -> list[tuple[str, str]]:
 
 
 def _letters(run: str, kind: str, before: str, spaced: bool) -> list[tuple[str, str]]:
-    """A run of letters, after a token of this kind: a word, or a product of variables.
+    """A run of letters after a token of this kind: a product of variables (dx is one), unless it is
+    a word.
 
     Rule: it is a word after a word; after a number if it is a known unit; after a number and a
-    space, or where a statement begins, if it looks like a word (see _is_wordlike). dx is one name.
+    space, or where a statement begins, if it looks like a word (see _is_wordlike).
     """
     low, follows = run.lower(), kind in ("number", "close")
     if len(run) == 1 or run in ("dx", "dy", "dz", "dt", "du", "dv", "dr", "ds"):
@@ -402,7 +399,7 @@ def _letters(run: str, kind: str, before: str, spaced: bool) -> list[tuple[str, 
 
 
 def _is_wordlike(run: str) -> bool:
-    """Rule: three letters or more, with a vowel, not in alphabetical order as factors are (abc)."""
+    """Three letters or more, with a vowel, not in alphabetical order as factors are (abc)."""
     low = run.lower()
     in_order = list(low) == sorted(set(low)) and not low.endswith("s")  # (but chips, films)
     return len(low) > 2 and re.search("[aeiou]", low) is not None and not in_order
@@ -411,7 +408,7 @@ def _is_wordlike(run: str) -> bool:
 def _unit(text: str, constant: bool) -> str:
     """One spelling for a unit: centimeters -> cm, m^2 -> sq m, dollars -> $.
 
-    Rule: after a number every word that looks like one is a unit, except number words; after an
+    Rule: after a number every word is one that looks like one, except number words; after an
     expression with variables only a known unit is.
     """
     words = []
@@ -426,10 +423,9 @@ def _unit(text: str, constant: bool) -> str:
 
 
 class _Reader:
-    """Recursive descent over the tokens of one answer, from lists down to single numbers.
-
-    items -> statement -> quantity -> sum -> product -> power -> atom: each method reads one of
-    these and leaves `at` on the token after it.
+    """Recursive descent over the tokens of one answer, from lists down to single numbers: items ->
+    statement -> quantity -> sum -> product -> power -> atom, which leave `at` on the token after
+    it.
     """
 
     def __init__(self, text: str):
@@ -636,10 +632,7 @@ def _symbol(name: str) -> _Node:
 
 
 def _apply(function, *arguments: _Node) -> _Node:
-    """The function at the three points.
-
-    Raises ArithmeticError or ValueError where it has no value: ZeroDivisionError, OverflowError.
-    """
+    """The function at the three points. Raises ArithmeticError or ValueError where it has no value."""
     if "±" in [argument.kind for argument in arguments]:
         return _for_each_sign(functools.partial(_apply, function), arguments)
     if any(argument.kind != "value" for argument in arguments):
@@ -723,7 +716,7 @@ def _plain(text: str) -> str:
 
 
 class _Comparison:
-    """Compares parsed answers, with a bound on the work: lists in lists multiply it.
+    """Compares parsed answers, with a bound on the work, which lists in lists multiply.
 
     exact: one of the two has a long decimal, and floats equal nothing.
     """
@@ -747,10 +740,8 @@ class _Comparison:
         return False
 
     def same_group(self, a: _Node, b: _Node) -> bool:
-        """Whether two lists, sets, tuples, intervals, unions, matrices or words are the same.
-
-        Rule: lists, sets and unions have no order, unless only one of the two names its values; a
-        list may be the tuple of the same order.
+        """Lists, sets and unions have no order, unless only one of the two names its values;
+        tuples, intervals and matrices have one; a list may be the tuple of the same order.
         """
         kinds, x, y = {kind.replace("±", "⦃⦄") for kind in (a.kind, b.kind)}, a.items, b.items
         if kinds == {"text"}:
@@ -766,9 +757,8 @@ class _Comparison:
         return alike and len(x) == len(y) and all(map(self.same, x, y))
 
     def same_value(self, a: _Node, b: _Node) -> bool:
-        """Equal numbers, and no different units.
-
-        Rule: a percentage is a hundredth, and from 1% on also the bare number: 50% is 0.5 and 50.
+        """Equal numbers, and no different units; a percentage is a hundredth, and from 1% on also
+        the bare number, since gold answers to "what percent" lack the sign: 50% is 0.5 and 50.
         """
         if a.unit and b.unit and a.unit != b.unit:
             return False
@@ -805,11 +795,12 @@ class _Comparison:
         return all(map(self.same, a.items, b.items)) or all(map(self.same, a.items, turned))
 
     def said(self, chain: _Node) -> list[_Node]:
-        """What a chain of = and ≈ says: the side before the first ≈ (or the last), the last one.
+        """What a chain of = and ≈ says: the side before the first ≈ (or the last), and the last
+        one.
 
-        Rule: every exact side before is a name or equal to it; after a name it may also have
-        variables, as in A = pi r^2 = 9 pi. So 2x = 10 does not say 10. What is after ≈ must be it
-        rounded (2/3 ≈ 0.67), unless only a name is before (x ≈ 0.67).
+        Rule: every exact side before is a name or equal to it (2x = 10 does not say 10), or after a
+        name has variables (A = pi r^2 = 9 pi). What is after ≈ is it rounded, unless only a name is
+        before.
         """
         n = (chain.signs + "≈").index("≈") + 1
         sides, rounded = chain.items[:n], chain.items[n:]
@@ -824,9 +815,8 @@ class _Comparison:
         return [sides[-1], *rounded[-1:]] if all(_rounds(sides[-1], x) for x in rounded) else []
 
     def meanings(self, node: _Node) -> list[_Node]:
-        """What an answer may mean beside itself, when the other one is no relation.
-
-        {5} and x = 5 mean 5; x > 3 means (3, oo), x < 1 or x > 2 a union, x ≠ 0 all but 0.
+        """What an answer may mean beside itself, when the other one is no relation: {5} and x = 5
+        mean 5; x > 3 means (3, oo), x < 1 or x > 2 a union, x ≠ 0 all but 0.
         """
         if node.kind == "⦃⦄" and len(node.items) == 1:
             return node.items
@@ -932,9 +922,8 @@ def _same_choice(a: str, b: str) -> bool | None:
 
 
 def _label_and_rest(text: str) -> tuple[str, str]:
-    """An answer without what introduces it: about 5, total cost: 5, 5 in total.
-
-    Rule: words before a colon are a label, which the other answer need not have.
+    """An answer without what introduces it: about 5, total cost: 5, 5 in total. Words before a
+    colon are a label, which the other answer need not have.
     """
     label, rest = _LABELLED.fullmatch(_FILLER.sub("", text).strip()).groups()
     return _plain(label), rest
@@ -959,14 +948,13 @@ def verify_code(response: str, tests: list, *, timeout: float = 5.0, memory: int
     The verdict is made in this process. Of `assert f(2) == 4` the child gets `f(2)` and sends back
     its value as a text; the 4 never leaves this process. So an early exit, printing "passed",
     objects that equal everything, patched built-ins and AssertionErrors fail. An assert of another
-    form, such as `assert isclose(f(2), 4)`, is evaluated in the child: objects with operators of
-    their own, a patched math module, or code that inspects frames can forge those.
+    form, such as `assert isclose(f(2), 4)`, is evaluated in the child, where code can forge it.
 
-    The child has an empty environment, no inherited descriptors, an empty folder, and limits on
-    time, memory, processes and output. Where the kernel allows namespaces it also has no network,
-    sees no other process, and can write to that folder only; started by root it runs as nobody.
-    Elsewhere (many containers) network and the user's own files and processes are NOT protected.
-    Files that the user can read can be read everywhere. Run hostile code in a virtual machine.
+    The child has an empty environment and folder, no inherited descriptors, and limits on time,
+    memory, processes and output. Where the kernel allows namespaces it has no network, sees no
+    other process, and writes to that folder only; started by root it runs as nobody. Elsewhere
+    (many containers) network and the user's own files and processes are NOT protected. Files that
+    the user can read can be read everywhere. Run hostile code in a virtual machine.
     """
     if sys.platform != "linux":
         raise NotImplementedError("verify_code needs Linux")
@@ -1003,9 +991,8 @@ def verify_code(response: str, tests: list, *, timeout: float = 5.0, memory: int
 def check_tests(tests: list) -> None:
     """Raise for tests that verify_code cannot use, without running anything.
 
-    TypeError for another form than verify_code documents, ValueError for no test at all and for a
-    statement that is no Python. Call it for every row of a data set before the first sample is
-    drawn: a malformed test would give the reward 0 for ever.
+    TypeError for another form than verify_code documents, ValueError for no test and for one that
+    is no Python. Call it for every row before the first sample: the reward would be 0 for ever.
     """
     form = 'tests must be a list of {"input": str, "output": str}, or of statements as strings'
     if not isinstance(tests, (list, tuple)):
@@ -1043,9 +1030,9 @@ _FENCE = re.compile(r"""(?x)
 def _code_block(response: str) -> str | None:
     """The last fenced block marked as Python, or without a language where none is marked.
 
-    None when there is none, or when it never closes. As in CommonMark a fence closes with as many
-    marks as it has or more, indented by three blanks more at most (a docstring's are deeper). The
-    indentation of a fence in a list item is taken from its lines.
+    None without one, or when it never closes. As in CommonMark a fence closes with as many marks or
+    more, indented by three blanks more at most (a docstring's are deeper); a list item's
+    indentation is dropped.
     """
     blocks, opening = {}, None  # the last block of each language
     for line in response.replace("\r\n", "\n").split("\n"):
@@ -1147,9 +1134,8 @@ def _kill_descendants() -> None:
 
 
 def _isolate(libc, folder: bytes) -> bool:
-    """New namespaces: no network, no other processes, nothing writable but `folder`.
-
-    Returns whether the kernel allowed it.
+    """New namespaces: no network, no other processes, nothing writable but `folder`; False where
+    the kernel does not allow it.
     """
     uid, gid = os.getuid(), os.getgid()
     spaces = 0x40000000 | 0x20000000 | 0x20000 | 0x8000000  # CLONE_NEWNET, NEWPID, NEWNS, NEWIPC
@@ -1226,10 +1212,8 @@ def _solve(job: dict) -> None:
 
 
 def _spelled(value) -> str:
-    """Plain data as one line; equal values of any types have equal texts: 2, 2.0, Fraction(2).
-
-    So a Counter is a dict, d.keys() a set, a NumPy array a list. Raises TypeError or ValueError
-    for what equals no built-in value.
+    """Plain data as one line; equal values have equal texts: 2, 2.0 and Fraction(2); a Counter and
+    a dict; d.keys() and a set; a NumPy array and a list. Raises TypeError or ValueError for others.
     """
     if value is None or value is ... or isinstance(value, str):
         return "..." if value is ... else json.dumps(value)
