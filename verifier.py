@@ -314,7 +314,7 @@ def _clean(text: str) -> str:
 
 _LETTER = "[A-Za-zΑ-Ωα-ορ-ω]"  # without pi
 _INDEX = r"(?:_(?:\w|\{\w{1,9}\})'*|'+)"
-_NAME = rf"(?:{_LETTER}{_INDEX}|P\s?\([^(),]*[=<>≤≥|∪][^(),]*\))"  # x_1, x', P(X = 2)
+_NAME = rf"(?:{_LETTER}{_INDEX}|P\s?\([^(),]*(?:[=<>≤≥|∪‹]|\\cap)[^(),]*\))"  # x_1, x', P(X = 2)
 _CALL = rf"""(?:[fgFG]{_INDEX}?(?:\^(?:\{{-?\w+\}}|\w))?(?=\s*\()  # f(x + 1), f^{{-1}}(2), P(x)
     |(?![ei]\s*\(){_LETTER}{_INDEX}?(?=\s*\(\s*(?:[\d.]+|{_LETTER}{_INDEX}?)\s*\)))"""
 _TOKEN = re.compile(rf"""(?x)  # a number may have groups of three digits: 1,234 or 1 234
@@ -508,9 +508,9 @@ class _Reader:
             node = _apply(_add, node, self.product())  # which begins with its sign
         return node
 
-    def product(self) -> _Node:
+    def product(self, signs: str = "*/(√{⟦[", kinds: tuple = _FACTORS) -> _Node:
         node = self.power()
-        while self.sees("*/(√{⟦[") or self.kind in self.factors:
+        while self.sees(signs) or self.kind in (*kinds, self.also):
             operation = truediv if self.accept("*/") == "/" else mul
             node = _apply(operation, node, self.power())
         return node
@@ -519,10 +519,10 @@ class _Reader:
         signs = ""
         while self.sees("+-±"):
             signs += self.next()
-        node, self.factors = self.atom(), _FACTORS
+        node, self.also = self.atom(), ""
         if self.accept("^"):  # once: 2^3^4 is not TeX, and may be read in two ways
             node = _apply(_power, node, self.power() if self.sees("-") else self.atom())
-            self.factors = (*_FACTORS, "number")  # 2^6 3^5
+            self.also = "number"  # which may be the next factor: 2^6 3^5
         while self.accept("!"):
             node = _apply(lambda n: Fraction(math.factorial(_small(n))), node)
         node = _apply(neg, node) if signs.count("-") % 2 else node
@@ -562,12 +562,9 @@ class _Reader:
         while self.sees("^_"):
             sign = self.next()
             scripts[sign] = self.power() if self.sees("-") else self.atom()
-        if self.sees("("):
-            argument = self.atom()
-        else:
-            argument = self.power()
-            while self.kind in ("name", "call", "command") or self.sees("√{"):
-                argument = _apply(mul, argument, self.power())
+        argument = (
+            self.atom() if self.sees("(") else self.product("√{", ("name", "call", "command"))
+        )
         if argument.unit == "°" or self.accept("°"):
             argument = _apply(truediv, _apply(mul, argument, _symbol("π")), _number(180))
         power = scripts.get("^", _number(1))
@@ -632,7 +629,7 @@ def _symbol(name: str) -> _Node:
 
 
 def _apply(function, *arguments: _Node) -> _Node:
-    """The function at the three points. Raises ArithmeticError or ValueError where it has no value."""
+    """The function at the three points; an ArithmeticError or ValueError where it has no value."""
     if "±" in [argument.kind for argument in arguments]:
         return _for_each_sign(functools.partial(_apply, function), arguments)
     if any(argument.kind != "value" for argument in arguments):
