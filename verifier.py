@@ -358,7 +358,7 @@ class _Node(NamedTuple):
 
 
 def _tokens(text: str) -> list[tuple[str, str]]:
-    """Pairs of a kind (a group of _TOKEN, end) and a text.
+    """Pairs of a kind (a group of _TOKEN) and a text.
 
     Rule: a comma before three digits joins them; between brackets only before a 0, as in {1,000}.
     f, g, F, G before a bracket are functions, another letter before one with a single number or
@@ -377,7 +377,7 @@ def _tokens(text: str) -> list[tuple[str, str]]:
             tokens.pop()
         else:
             tokens.append((kind, token))
-    return tokens[1:] + [("end", "")]
+    return tokens[1:]
 
 
 def _letters(run: str, kind: str, before: str, spaced: bool) -> list[tuple[str, str]]:
@@ -424,30 +424,30 @@ def _unit(text: str, constant: bool) -> str:
 
 class _Reader:
     """Recursive descent over the tokens of one answer, from lists down to single numbers: items ->
-    statement -> quantity -> sum -> product -> power -> atom, which leave `at` on the token after
-    it.
+    statement -> quantity -> sum -> product -> power -> atom, each from `token` on.
     """
 
-    def __init__(self, text: str):
-        self.tokens, self.at, self.depth = _tokens(text), 0, 0
+    kind = token = read = ""  # of the token that comes next; the texts of those before
+    depth = 0
 
-    @property
-    def kind(self) -> str:
-        return self.tokens[self.at][0]
+    def __init__(self, text: str):
+        self.tokens = iter(_tokens(text))
+        self.next()
 
     def next(self) -> str:
-        token = self.tokens[self.at][1]
-        self.at = min(self.at + 1, len(self.tokens) - 1)
+        token = self.token
+        self.read += token
+        self.kind, self.token = next(self.tokens, ("end", ""))
         return token
 
     def sees(self, signs: str) -> bool:
-        return self.kind in ("sign", "close") and self.tokens[self.at][1] in signs
+        return self.kind in ("sign", "close") and self.token in signs
 
     def accept(self, signs: str) -> str:
         return self.next() if self.sees(signs) else ""
 
     def fail(self):
-        raise ValueError(f"unexpected {self.tokens[self.at][1]!r}")
+        raise ValueError(f"unexpected {self.token!r}")
 
     def items(self, end: str = "end") -> list[_Node]:
         """Statements between commas, semicolons, `and`, `or`, up to the end or a bracket."""
@@ -463,9 +463,8 @@ class _Reader:
         sides, signs = [], ""
         while not sides or self.sees("=<>≤≥≠≈∈"):
             signs += self.next() if sides else ""
-            start, node = self.at, self.quantity()
-            text = "".join(token for _, token in self.tokens[start : self.at])
-            sides.append(node._replace(text=text))
+            start, node = len(self.read), self.quantity()
+            sides.append(node._replace(text=self.read[start:]))
         if not signs:
             return sides[0]
         if signs == "∈" and sides[0].is_name:
@@ -491,7 +490,7 @@ class _Reader:
                 parts, other = node.items if node.kind == "∪" else [node], self.sum()
                 node = _without_points(node, other) if sign == "∖" else _Node("∪", [*parts, other])
             return node
-        while self.kind == "word" and self.tokens[self.at][1].lower() in _SCALES:
+        while self.kind == "word" and self.token.lower() in _SCALES:
             node = _apply(mul, node, _number(_SCALES[self.next().lower()]))
         unit = ""  # words, signs like %, and powers and quotients of them: cm^2, m/s, °C
         while self.kind == "word" or self.sees("%°¤£€¢") or unit and self.sees("^/*{}-"):
