@@ -30,9 +30,9 @@ Claimed equal (accuracy by category: tests/bench_verifier.py):
   relations    equations up to a factor, inequalities up to a positive one; x > 3 = (3, \infty)
   choices      (B) = B = \text{B} = B. 12; ACD = A, C, D; words by letters, in any case
 Not claimed: conversion of units, number words, decimal commas, multiples of matrices, determinants,
-set-builder notation, \mp, \choose (but \binom), sets after a minus (but \setminus) or with \pm in
-their braces, x \ne 1, x \ne 2 for a union of intervals, answers longer than 600 characters, numbers
-beyond 10^2400; ratios (3:4), times and numbers in other bases count as written.
+set-builder notation, \mp, \choose (but \binom), sets after a minus (but \setminus, without \pm), x
+\ne 1, x \ne 2 for a union of intervals, answers longer than 600 characters, numbers beyond 10^2400;
+ratios (3:4), times and numbers in other bases count as written.
 
 One answer through all steps: verify(r"So it is \boxed{\frac{1}{2}\text{ cm}}.", "0.5")
   extract_answer  \frac{1}{2}\text{ cm}
@@ -156,7 +156,7 @@ _REMARK_BEFORE = re.compile(r"""(?ix)  # a common wrong answer is \boxed{13}; 12
     |not|instead\ of|rather\ than)[\s$*:(\\]*\Z""")
 _REMARK_AFTER = re.compile(r"""(?x)  # \boxed{13} is a common mistake
     [\s$)}\\]*(?:is|was|would\ be)\ (?:\w+\ ){0,2}(?:wrong|incorrect|not|mistake|error)\b""")
-_CONCLUSION = re.compile(r"""(?ix)  # the words before "answer" where it is the final one
+_CONCLUSION = re.compile(r"""(?ix)  # before "answer"; for lack of a word an earlier box counts
     [\s*_\#>"'($\\-]*(?:(?:so|thus|hence|therefore|then|and|now|wait|actually|finally|that|this|which
     |it|we|means?|gives?|get|have|find|see|conclude|shows?|follows|is|in|the|our|my|its|final|correct
     |right|required|desired|numerical|exact|simplified|revised|corrected|new|true|actual|overall
@@ -327,7 +327,7 @@ _TOKEN = re.compile(rf"""(?x)  # a number may have groups of three digits: 1,234
     |(?P<command>\\[A-Za-z]+)|(?P<close>[}}⦄)\]⟧⏎])|(?P<sign>\S))""")
 _SIDE_NAME = re.compile(rf"""(?x)  # x, m + n, a/b, sin A, f(2), (x, y); not 2x, x + 1, x^2
     (?!-)(?:(?!log|ln|exp)(?:{_NAME}|{_LETTER})(?:\(-?\d[\d./]*\))?|\\frac|[-+*/(),|{{}}⟦⟧⏎&])+""")
-_NUMBER_WORD = re.compile(r"""(?x)  # what changes the number before it, and is no unit of it
+_NUMBER_WORD = re.compile(r"""(?x)  # no unit, for it changes the number before it: 3 halves
     hal(?:f|fs|ves?)|thirds?|quarters?|(?:four|fif|six|seven|eigh|nin|ten|eleven|twelf|\w+teen
     |\w+tie|hundred|thousand|\w+illion)ths?|tens|dozens?|hundreds?|thousands?|[mbtr]+illions?|score
     |\w+(?:teen|ty)|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|twice|thrice
@@ -585,6 +585,8 @@ class _Reader:
         kind = left + (self.accept({"{": "}", "⦃": "⦄"}.get(left, ")]")) or self.fail())
         if len(items) == 1 and kind in ("()", "[]", "{}"):
             return self.fail() if items[0].kind == "relation" else items[0]
+        if kind == "⦃⦄" and len(items) > 1:  # {±1, ±2} has four elements
+            items = sum((x.items if x.kind == "±" else [x] for x in items), [])
         kind = "" if kind == "{}" else kind
         return _for_each_sign(lambda *items: _Node(kind, items), items)
 
@@ -817,7 +819,7 @@ class _Comparison:
         """What an answer may mean beside itself, when the other one is no relation: {5} and x = 5
         mean 5; x > 3 means (3, oo), x < 1 or x > 2 a union, x ≠ 0 all but 0.
         """
-        if node.kind == "⦃⦄" and len(node.items) == 1:
+        if node.kind == "⦃⦄" and len(node.items) == 1 and node.items[0].kind != "⦃⦄":
             return node.items
         relations = node.items if node.kind == "" else [node]
         if any(item.kind != "relation" for item in relations):
