@@ -9,6 +9,7 @@ What a user can mend ends in `fail`: one line on stderr and exit code 2.
 
 import argparse
 import csv
+import functools
 import hashlib
 import importlib
 import inspect
@@ -16,17 +17,22 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import sys
 import time
+from argparse import Namespace
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import NoReturn
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import transformers
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -35,7 +41,7 @@ from tqdm import tqdm
 import verifier
 from lora import adapter_config, adapter_state, add_lora, load_adapter, merged_state_dict
 from losses import CHUNK, OutputLayer
-from rollout import Rollout, cache_bytes_per_token, check_supported, generate
+from rollout import Rollout, cache_bytes_per_token, check_supported, generate, stream_seeds
 
 try:
     import fcntl  # the lock of a run's folder; Windows has none, and runs there go unlocked
@@ -66,28 +72,24 @@ PROMPT_DEFAULTS = {
 PLACES = {"model", "dataset", "eval_dataset", "traces", "output", "device", "resume"}
 FREE = {"micro_tokens", "gradient_checkpointing", "save_every", "eval_every"} | PLACES
 NOTED = {"slots", "lr", "cache_bytes", "collect_bytes"}
-# Chat templates may ask for today's date. The library takes no function of ours for it, but macros
-# in a template come before its own functions. The newline is dropped, as after every block.
-FIXED_DATE = (
-    "{% macro strftime_now(style) %}{% set text = namespace(now=style) %}"
-    "{% for code, value in date_parts.items() %}"
-    "{% set text.now = text.now.replace(code, value) %}{% endfor %}{{ text.now }}{% endmacro %}\n"
-)
-DATE_CODES = ("%a", "%A", "%b", "%B", "%d", "%-d", "%e", "%j", "%m", "%-m", "%y", "%Y", "%F", "%D")
 ADAPTER = "adapter/adapter_model.safetensors"  # in a model's folder, what PEFT and vLLM read
 DATA_FILES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 MAX_SLOTS = 64  # more sequences at once hardly decode faster
+VERDICTS = ("wrong", "right")  # of r
 SHOW_EVERY = 10  # optimizer steps between two responses shown in the log
 
 
-def fail(message: str, code: int = 2) -> NoReturn:
+def fail(message: str, code: int = 2, at_once: bool = False) -> NoReturn:
     """End the program with one line on stderr. Code 2: the user's to mend; 1: the run broke."""
+    if rank_and_ranks()[0] and not at_once:  # rank 0 mostly says the same; torchrun ends this one
+        time.sleep(5)
     print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
     raise SystemExit(code)
 
 
 def warn(message: str) -> None:
-    print(f"warning: {message}", file=sys.stderr, flush=True)
+    if rank_and_ranks()[0] == 0:
+        print(f"warning: {message}", file=sys.stderr, flush=True)
 
 
 def last_cause(error: BaseException) -> str:
@@ -99,9 +101,20 @@ def last_cause(error: BaseException) -> str:
     return " ".join(lines[:2]) if lines[0].rstrip().endswith(":") else lines[0]
 
 
+@contextmanager
+def explained(message: str, *errors: type[Exception], code: int = 2):
+    """Let these exceptions (all, where none is named) end in `fail(message: cause)`."""
+    errors = errors or (Exception,)
+    try:
+        yield
+    except errors as error:
+        fail(f"{message}: {last_cause(error)}", code)
+
+
 def progress(items: Iterable, label: str, **settings) -> tqdm:
     """A bar on a terminal, once it takes more than two seconds; nothing in a log file."""
-    return tqdm(items, desc=label, delay=2, leave=False, disable=None, **settings)
+    hidden = True if rank_and_ranks()[0] else None  # None: where there is no terminal
+    return tqdm(items, desc=label, delay=2, leave=False, disable=hidden, **settings)
 
 
 def entry(main: Callable) -> None:
@@ -110,9 +123,13 @@ def entry(main: Callable) -> None:
         transformers.utils.logging.disable_progress_bar()
     for stream in (sys.stdout, sys.stderr):  # a log on Windows takes only some characters
         stream.reconfigure(errors="backslashreplace")
+    if rank_and_ranks()[0]:
+        sys.stdout = open(os.devnull, "w")
     Run.begun = False
     try:
         main()
+        if dist.is_initialized():
+            dist.destroy_process_group()
     except FloatingPointError as error:
         fail(f"{error}; the last checkpoint is kept: --resume with a lower --lr goes on from it", 1)
     except torch.OutOfMemoryError:
@@ -126,17 +143,16 @@ def entry(main: Callable) -> None:
 # ------------------------------------------------------------------------------------------ flags
 
 
-def number(kind: type, low: float, high: float = math.inf, above: bool = False) -> Callable:
+def number(kind: type, low: float, high: float = sys.float_info.max, above: bool = False):
     """An argparse type: a finite number from `low` (or `above` it) to `high`."""
+    limits = f"{'above' if above else 'at least'} {low}"
+    limits += f" and at most {high}" if high < sys.float_info.max else ""
 
     def parse(text: str):
         value = kind(text)
-        in_range = (low < value if above else low <= value) and value <= high
-        if not in_range or value == math.inf:
-            least = f"{'above' if above else 'at least'} {low}"
-            most = "" if high == math.inf else f" and at most {high}"
-            raise argparse.ArgumentTypeError(f"must be {least}{most}, not {text}")
-        return value
+        if (low < value if above else low <= value) and value <= high:
+            return value
+        raise argparse.ArgumentTypeError(f"must be {limits}, not {text}")
 
     parse.__name__ = kind.__name__  # argparse names it in "invalid int value"
     return parse
@@ -144,9 +160,9 @@ def number(kind: type, low: float, high: float = math.inf, above: bool = False) 
 
 def json_object(text: str) -> dict:
     value = json.loads(text)
-    if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError("must be a JSON object")
-    return value
+    if isinstance(value, dict):
+        return value
+    raise argparse.ArgumentTypeError("must be a JSON object")
 
 
 count, natural = number(int, 1), number(int, 0)
@@ -203,11 +219,8 @@ FLAGS = [
 
 def make_parser(description: str, own: list[tuple], **defaults) -> argparse.ArgumentParser:
     """A parser of FLAGS and a script's own flags. defaults: those that differ from FLAGS'."""
-    parser = argparse.ArgumentParser(
-        description=description,
-        usage="%(prog)s --model MODEL --dataset DATASET [flags]",
-        allow_abbrev=False,
-    )
+    usage = "%(prog)s --model MODEL --dataset DATASET [flags]"
+    parser = argparse.ArgumentParser(description=description, usage=usage, allow_abbrev=False)
     parser.error = fail
     problems = defaults.pop("problems", "all")
     for name, kind, default, text in FLAGS + own:
@@ -224,15 +237,15 @@ def make_parser(description: str, own: list[tuple], **defaults) -> argparse.Argu
     return parser
 
 
-def check_flags(args: argparse.Namespace) -> None:
+def check_flags(args: Namespace) -> None:
     """Fail early: flags that contradict each other, or an --output that is in use."""
     if args.prompt_template and "{problem}" not in args.prompt_template:
         fail("--prompt-template has no {problem} in it")
+    if args.prompt_template and args.template_kwargs:
+        fail("--prompt-template replaces the chat template: it has no --template-kwargs")
     arguments = inspect.signature(transformers.PreTrainedTokenizerBase.apply_chat_template)
     if taken := set(args.template_kwargs or ()) & set(arguments.parameters):
         fail(f"--template-kwargs are the template's own switches, not {', '.join(sorted(taken))}")
-    if args.prompt_template and args.template_kwargs:
-        fail("--prompt-template replaces the chat template: it has no --template-kwargs")
     for name in ("temperature", "eval_temperature"):
         if 0 < getattr(args, name) < 1e-5:
             fail(f"--{name.replace('_', '-')} is nearly 0: give 0, which takes the likeliest token")
@@ -242,14 +255,14 @@ def check_flags(args: argparse.Namespace) -> None:
         fail("--lora-alpha belongs to --lora")
     if args.eval_only:
         return
-    begun = (args.output / "settings.json").exists()
-    if args.resume and not begun:
-        fail(f"{args.output} holds no run to resume")
     if args.output.exists() and not args.output.is_dir():
         fail(f"{args.output} is a file: name another --output")
-    # a run that was killed before it had settings leaves only these
-    ours = {".lock", "settings.json.tmp"}
-    if not args.resume and args.output.exists() and {p.name for p in args.output.iterdir()} - ours:
+    there = {path.name for path in args.output.iterdir()} if args.output.exists() else set()
+    begun = "settings.json" in there
+    if args.resume and not begun:
+        fail(f"{args.output} holds no run to resume")
+    # a run that was killed before it had settings leaves only these two
+    if not args.resume and there - {".lock", "settings.json.tmp"}:
         how = "go on with its run with --resume" if begun else "empty it"
         fail(f"{args.output} already holds something: name another --output, or {how}")
     if args.lora and not args.lora_alpha:
@@ -258,6 +271,92 @@ def check_flags(args: argparse.Namespace) -> None:
         args.lr = 10 * LR if args.lora else LR
         if args.lora:
             print(f"learning rate {args.lr}: for --lora ten times that of full fine-tuning")
+
+
+# ------------------------------------------------------------------------------ several processes
+
+# torchrun starts a script once per GPU, and all its processes do the same, with two exceptions:
+# each samples, verifies and scores only its share, and only rank 0 writes. They meet where shares
+# are put together (`shared_out`, `meet`), and hold the same weights and metrics afterwards.
+
+
+def join_processes(args: argparse.Namespace) -> None:
+    """Find the other processes of `torchrun --nproc-per-node N script.py ...`, if there are any."""
+    if rank_and_ranks()[1] == 1:
+        return
+    if args.device == "cuda":
+        args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(args.device)
+    # Python objects travel over the CPU; a process may have to wait long for the slowest one
+    backend = "cpu:gloo,cuda:nccl" if args.device.startswith("cuda") else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(hours=6))
+
+
+def rank_and_ranks() -> tuple[int, int]:
+    """This process's number and how many there are, as torchrun says."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def on_rank_0(function: Callable) -> Callable:
+    """The other processes do nothing when they call it."""
+
+    @functools.wraps(function)
+    def called(*args, **kwargs):
+        return None if rank_and_ranks()[0] else function(*args, **kwargs)
+
+    return called
+
+
+@contextmanager
+def meeting():
+    """Ends the program where another process has ended, instead of waiting for it."""
+    try:
+        yield
+    except RuntimeError as error:
+        fail(f"another process of this run has ended ({last_cause(error):.60})", 1, at_once=True)
+
+
+def gathered(part: list) -> list[list]:
+    """The parts of all processes, by rank, on each of them."""
+    parts = [part] * rank_and_ranks()[1]
+    if len(parts) > 1:
+        with meeting():
+            dist.all_gather_object(parts, part)
+    return parts
+
+
+def shared_out(work: Callable[[list], list], items: list) -> list:
+    """work(items), of which each process does every n-th; the whole result on each of them."""
+    rank, ranks = rank_and_ranks()
+    results = [None] * len(items)
+    for i, part in enumerate(gathered(work(items[rank::ranks]))):
+        results[i::ranks] = part
+    return results
+
+
+def my_share(items: list, lengths: list[int]) -> list:
+    """This process's part of what is scored: every n-th by length, so that all have equal work."""
+    rank, ranks = rank_and_ranks()
+    by_length = sorted(range(len(items)), key=lambda i: lengths[i])
+    return [items[i] for i in sorted(by_length[rank::ranks])]
+
+
+def meet(model: torch.nn.Module, parts: list[dict]) -> dict[str, torch.Tensor]:
+    """After the backward passes of a step: add up the gradients of all processes.
+
+    parts: values per token of this process's micro-batches, by name. Returns those of all. Not by
+    DistributedDataParallel: it waits for its own forward, and our losses go round that, so that
+    nothing would be added up.
+    """
+    if rank_and_ranks()[1] > 1:
+        mine = [{name: x.cpu() for name, x in part.items()} for part in parts]
+        parts = [part for theirs in gathered(mine) for part in theirs]
+        for weight in (p for p in model.parameters() if p.requires_grad and parts):
+            if weight.grad is None:  # this process had no token
+                weight.grad = torch.zeros_like(weight, dtype=weight.grad_dtype)
+            with meeting():
+                dist.all_reduce(weight.grad)
+    return {name: torch.cat([part[name] for part in parts]) for name in (parts[:1] or [{}])[0]}
 
 
 # ------------------------------------------------------------------------------------------ model
@@ -283,70 +382,70 @@ class LM:
         """P_r as its own token ids, with a blank line before and after it."""
         return self.tokenizer(f"\n\n{phrase}\n\n", add_special_tokens=False)["input_ids"]
 
-    def phrases(self, args: argparse.Namespace) -> list[list[int]]:
+    def phrases(self, args: Namespace) -> list[list[int]]:
         """The ids of P_0 and P_1: index them with the verdict r."""
         return [self.phrase_ids(args.phrase_wrong), self.phrase_ids(args.phrase_right)]
 
 
-def choose_dtype(args: argparse.Namespace) -> torch.dtype:
+def choose_dtype(args: Namespace) -> torch.dtype:
     """bfloat16 where the GPU computes in it (T4 and V100 do not), fp32 elsewhere."""
     if args.dtype != "auto":
         return getattr(torch, args.dtype)
-    on_gpu = args.device.startswith("cuda")
-    native = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
-    if on_gpu and not native:
-        warn("this GPU has no bfloat16: the weights are float32, which takes twice the memory")
-    return torch.bfloat16 if native else torch.float32
+    if not args.device.startswith("cuda"):
+        return torch.float32
+    if torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.bfloat16
+    warn("this GPU has no bfloat16: the weights are float32, which takes twice the memory")
+    return torch.float32
 
 
-def load_lm(args: argparse.Namespace) -> LM:
+def load_lm(args: Namespace) -> LM:
     """The model in --dtype on --device. Fails where it cannot be loaded, sampled from, told when
     to stop, or saved again."""
-    if args.device.startswith("mps") and not torch.backends.mps.is_available():
+    mps, name = args.device.startswith("mps"), args.model
+    if mps and not torch.backends.mps.is_available():
         fail("--device mps: torch finds no GPU of Apple's here")
-    try:
+    here = "" if Path(name).is_dir() else " (of the hub: no such folder is here)"
+    wrong = (OSError, ValueError, RuntimeError, KeyError, ImportError, AssertionError)
+    with explained(f"cannot use the model {name}{here} on {args.device}", *wrong):
         torch.empty(0, device=args.device)
         # cuDNN's attention plans anew for every shape, and ours change at every step
         torch.backends.cuda.enable_cudnn_sdp(False)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(args.model)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
         # scaled_dot_product_attention of Apple's GPUs is silently wrong for strided keys and for
         # masks that several heads share (pytorch#181133, #184180, #195910)
-        attention = "eager" if args.device.startswith("mps") else None
         model = transformers.AutoModelForCausalLM.from_pretrained(
-            args.model, dtype=choose_dtype(args), attn_implementation=attention
+            name, dtype=choose_dtype(args), attn_implementation="eager" if mps else None
         ).to(args.device)
         check_supported(model)
         OutputLayer(model)
-    except (OSError, ValueError, RuntimeError, KeyError, ImportError, AssertionError) as error:
-        here = "" if Path(args.model).is_dir() else " (of the hub: no such folder is here)"
-        fail(f"cannot use the model {args.model}{here} on {args.device}: {last_cause(error)}")
     if not args.prompt_template and not tokenizer.chat_template:
-        fail(
-            f"{args.model} has no chat template: give --prompt-template, in bash for example "
-            "$'Question: {problem}\\nAnswer: '"
-        )
+        example = r"$'Question: {problem}\nAnswer: '"
+        fail(f"{name} has no chat template: give --prompt-template, in bash for example {example}")
     stops = [tokenizer.convert_tokens_to_ids(token) for token in args.stop_tokens]
     for token, i in zip(args.stop_tokens, stops):
         if i is None or i == tokenizer.unk_token_id:
-            fail(f"{token!r} of --stop-tokens is no token of {args.model}")
-    eos = model.generation_config.eos_token_id
-    configured = eos if isinstance(eos, list) else [eos]
-    eos_ids = {i for i in (tokenizer.eos_token_id, *configured, *stops) if i is not None}
+            fail(f"{token!r} of --stop-tokens is no token of {name}")
+    config = model.generation_config
+    ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    eos_ids = {tokenizer.eos_token_id, *ends, *stops} - {None}
+    if min(eos_ids, default=math.inf) >= len(tokenizer):
+        fail(f"{name} has no EOS token, so responses could not end: give --stop-tokens")
     if stops:
-        model.generation_config.eos_token_id = sorted(eos_ids)  # for whoever loads the output
-    if not eos_ids:
-        fail(f"{args.model} has no EOS token, so responses could not end: give --stop-tokens")
+        config.eos_token_id = sorted(eos_ids)  # for whoever loads the output
+    try:
+        config.validate(strict=True)
+    except ValueError as error:  # transformers loads it, and would refuse to save it in the end
+        warn(f"the generation config cannot be saved, only its EOS is kept: {last_cause(error)}")
+        kept = {"eos_token_id": config.eos_token_id, "bos_token_id": config.bos_token_id}
+        model.generation_config = transformers.GenerationConfig(**kept)
     context = getattr(model.config, "max_position_embeddings", None)
     if context is None:
-        fail(f"{args.model} does not say how long its context is (max_position_embeddings)")
-    keep_savable(model)
+        fail(f"{name} does not say how long its context is (max_position_embeddings)")
     rows = model.get_output_embeddings().weight.shape[0]
     if rows < len(tokenizer):
-        fail(f"{args.model} has {rows} embeddings for the {len(tokenizer)} tokens of its tokenizer")
-    vocab_size = len(tokenizer)
-    if min(eos_ids) >= vocab_size:
-        fail(f"no EOS id of {args.model} is its tokenizer's: responses could not end")
-    return LM(model, tokenizer, eos_ids, vocab_size, context)
+        fail(f"{name} has {rows} embeddings for the {len(tokenizer)} tokens of its tokenizer")
+    return LM(model, tokenizer, eos_ids, len(tokenizer), context)
 
 
 def check_is_there(name: str, what: str) -> None:
@@ -357,27 +456,13 @@ def check_is_there(name: str, what: str) -> None:
         fail(f"{name!r} is no {what} folder")
     if (path / "settings.json").exists() and not (path / "config.json").exists():
         fail(f"{name} holds an unfinished run, or only traces: use its best/, or --traces")
-    if "/" not in name or path.is_dir():
-        return
-    like_a_folder = name.startswith((".", "/", "~")) or name.count("/") != 1
-    if like_a_folder or path.parent.is_dir():  # runs/typo beside runs/srt
+    like_a_folder = name.startswith((".", "/", "~")) or name.count("/") > 1
+    # runs/typo beside runs/srt
+    if not path.is_dir() and (like_a_folder or "/" in name and path.parent.is_dir()):
         fail(f"no such {what} folder: {name}")
 
 
-def keep_savable(model: torch.nn.Module) -> None:
-    """Replace a generation config that transformers loads but refuses to save (top_k without
-    do_sample, pad_token_id -1): found now instead of after the last step."""
-    config = model.generation_config
-    try:
-        config.validate(strict=True)
-    except ValueError as error:
-        warn(f"the generation config cannot be saved, only its EOS is kept: {last_cause(error)}")
-        model.generation_config = transformers.GenerationConfig(
-            eos_token_id=config.eos_token_id, bos_token_id=config.bos_token_id
-        )
-
-
-def inherit_prompt(args: argparse.Namespace) -> dict:
+def inherit_prompt(args: Namespace) -> dict:
     """Fill the prompt's flags that were not given from the srt.json beside the model.
 
     Returns srt.json's content: "prompt" (the flags, and the date that chat templates show),
@@ -386,26 +471,21 @@ def inherit_prompt(args: argparse.Namespace) -> dict:
     a flag contradicts it, unless --force is given.
     """
     check_is_there(args.model, "model")
+    quiet = ("_raise_exceptions_for_missing_entries", "_raise_exceptions_for_connection_errors")
     try:
-        path = transformers.utils.cached_file(
-            args.model,
-            "srt.json",
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False,
-        )
+        path = transformers.utils.cached_file(args.model, "srt.json", **dict.fromkeys(quiet, False))
     except OSError:  # no such model: load_lm says so
         path = None
     saved = json.loads(Path(path).read_text()) if path else {}
     prompt = saved.get("prompt", {})
     for name, default in PROMPT_DEFAULTS.items():
-        given = getattr(args, name)
+        given, before = getattr(args, name), prompt.get(name, default)
         if given is None:
-            setattr(args, name, prompt.get(name, default))
-        elif prompt and given != prompt.get(name, default) and not args.force:
-            fail(
-                f"--{name.replace('_', '-')} is {given!r}, but {args.model} was trained with "
-                f"{prompt.get(name, default)!r}: drop the flag, or add --force"
-            )
+            setattr(args, name, before)
+        elif prompt and given != before and not args.force:
+            was = f"{args.model} was trained with {before!r}"
+            flag = name.replace("_", "-")
+            fail(f"--{flag} is {given!r}, but {was}: drop the flag, or add --force")
     # a template that shows today's date would ask otherwise tomorrow: the first stage's date stays
     args.date = prompt.get("date", time.strftime("%Y-%m-%d"))
     beside = args.traces.with_name("srt.json") if getattr(args, "traces", None) else None
@@ -437,7 +517,7 @@ def key_of(text: str) -> str:
     return hashlib.sha256(" ".join(text.split()).encode()).hexdigest()[:16]
 
 
-def render(lm: LM, problem: str, args: argparse.Namespace) -> list[int]:
+def render(lm: LM, problem: str, args: Namespace) -> list[int]:
     """prompt_ids of a problem: only the user's side, up to where the assistant begins to write.
 
     What the assistant writes is appended as ids and never rendered: some templates would insert an
@@ -451,19 +531,19 @@ def render(lm: LM, problem: str, args: argparse.Namespace) -> list[int]:
         bos = lm.tokenizer.bos_token_id
         wanted = bos is not None and bos in lm.tokenizer("")["input_ids"]
         return [bos] + ids if wanted and ids[:1] != [bos] else ids
+    template = lm.tokenizer.get_chat_template()
+    # templates that show today's date show that of the first stage
     day = time.strptime(args.date, "%Y-%m-%d")
-    try:
-        template = lm.tokenizer.get_chat_template()
+    pattern = r"""strftime_now\(\s*(['"])(.*?)\1\s*\)"""
+    template = re.sub(pattern, lambda match: repr(time.strftime(match[2], day)), template)
+    with explained("the chat template does not take this prompt"):  # it may raise what it likes
         return lm.tokenizer.apply_chat_template(
             [{"role": "user", "content": text}],
-            chat_template=FIXED_DATE + template if "strftime_now" in template else template,
+            chat_template=template,
             add_generation_prompt=True,
             return_dict=True,
-            date_parts={code: time.strftime(code, day) for code in DATE_CODES},
             **args.template_kwargs,
         )["input_ids"]
-    except Exception as error:  # a template may raise what it likes
-        fail(f"the chat template does not take this prompt: {last_cause(error)}")
 
 
 def load_rows(name: str, default_split: str):
@@ -486,21 +566,17 @@ def load_rows(name: str, default_split: str):
             source["keep_default_na"] = False
             with open(path, newline="", errors="replace") as file:
                 widths = [len(row) for row in csv.reader(file)]
-            for line, width in enumerate(widths, 1):
-                if width > widths[0]:  # pandas would take the first field for the row's name
-                    fail(f"row {line} of {name} has {width} fields, the header {widths[0]}")
+            if max(widths) > widths[0]:  # pandas would take the first field for the row's name
+                row = widths.index(max(widths)) + 1
+                fail(f"row {row} of {name} has {max(widths)} fields, the header {widths[0]}")
     else:
         rest, _, split = name.partition("@")
         rest, _, config = rest.partition(":") if not Path(rest).exists() else (rest, "", "")
         check_is_there(rest, "data set")
         source = {"path": rest, "name": config or None, "split": split or default_split}
-    try:
+    with explained(f"cannot load the data set {name}"):  # each builder has its own exceptions
         rows = datasets.load_dataset(**source)
-    except Exception as error:  # each builder has its own exceptions
-        fail(f"cannot load the data set {name}: {last_cause(error)}")
-    if not len(rows):
-        fail(f"the data set {name} is empty")
-    return rows
+    return rows if len(rows) else fail(f"the data set {name} is empty")
 
 
 def is_empty(answer: object) -> bool:
@@ -525,11 +601,9 @@ def checked_answer(answer: object, verifier_name: str) -> object:
     return answer
 
 
-def load_problems(
-    args: argparse.Namespace, name: str, default_split: str = "train"
-) -> tuple[list[tuple[str, object]], dict]:
-    """(text, answer) of the distinct problems of a data set, and counts of what was left out."""
-    rows = load_rows(name, default_split)
+def load_problems(args: Namespace, name: str, split: str = "train") -> tuple[dict, dict]:
+    """The distinct problems of a data set, {key: (text, answer)}, and counts of its rows."""
+    rows = load_rows(name, split)
 
     def column(given: str | None, usual: tuple[str, ...], flag: str):
         for candidate in [given] if given else usual:
@@ -544,61 +618,51 @@ def load_problems(
     for i, (text, answer) in enumerate(zip(texts, answers), 1):
         if not isinstance(text, str) or not text.strip() or is_empty(answer):
             counts["incomplete"] += 1
-        elif key_of(text) in problems:
+        elif (key := key_of(text)) in problems:
             counts["duplicates"] += 1
         else:
-            try:
-                problems[key_of(text)] = text, checked_answer(answer, args.verifier)
-            except (TypeError, ValueError, SyntaxError) as error:
-                fail(f"row {i} of {name}, for --verifier {args.verifier}: {last_cause(error)}")
+            row = f"row {i} of {name}, for --verifier {args.verifier}"
+            with explained(row, TypeError, ValueError, SyntaxError):
+                problems[key] = text, checked_answer(answer, args.verifier)
     if not problems:
         fail(f"all {len(rows)} rows of {name} are incomplete: no problem, or no answer")
-    return list(problems.values()), counts
+    return problems, counts
 
 
-def split_problems(
-    lm: LM, args: argparse.Namespace, saved: dict, half: bool
-) -> tuple[list[Problem], list[Problem], dict]:
-    """(training problems, held-out problems, counts).
+def split_problems(lm: LM, args: Namespace, saved: dict, half: bool) -> tuple[list, list, dict]:
+    """(problems to train on, held-out problems, counts).
 
     Held out are the first --eval-problems by a hash of the text, before anything is dropped: the
     same ones in every run, whatever its seed and lengths. None of them is ever trained on, and one
     that the model has been trained on is not evaluated. half: train on half of the rest, at most
     10,000, where --problems does not say how many (the paper's split).
     """
-    rest, counts = load_problems(args, args.dataset)
-    candidates = rest
+    rows, counts = load_problems(args, args.dataset)
+    candidates = rows
     if args.eval_dataset:
         candidates, more = load_problems(args, args.eval_dataset, "test")
         counts.update({f"eval_{name}": n for name, n in more.items() if n})
+    kept_apart = sorted(candidates)[: args.eval_problems]
+    trained = set(saved["trained"])
+    unseen = [key for key in kept_apart if key not in trained]
+    if seen := len(kept_apart) - len(unseen):
+        counts["eval_trained_on"] = seen
+        left = f"{seen} of {len(kept_apart)} held-out problems are left out"
+        warn(f"{left}: {args.model} was trained on them")
+    used = {*kept_apart, *saved["problems"]}
 
-    def by_key(rows):
-        return sorted(rows, key=lambda row: key_of(row[0]))
-
-    def fitting(rows, name):
+    def fitting(rows: dict, keys: list[str], name: str) -> list[Problem]:
         """Never cut: a problem without its beginning is another problem."""
         problems = []
-        for text, answer in progress(rows, "tokenizing"):
-            problem = Problem(text, answer, render(lm, text, args))
+        for key in progress(keys, "tokenizing"):
+            problem = Problem(*rows[key], render(lm, rows[key][0], args))
             if len(problem.prompt_ids) + args.max_new_tokens <= lm.context:
                 problems.append(problem)
-        counts[name] = len(rows) - len(problems)
+        counts[name] = len(keys) - len(problems)
         return problems
 
-    candidates = by_key(candidates)[: args.eval_problems]
-    kept_apart = {key_of(text) for text, _ in candidates}
-    trained = set(saved["trained"])
-    unseen = [row for row in candidates if key_of(row[0]) not in trained]
-    if len(unseen) < len(candidates):
-        seen = len(candidates) - len(unseen)
-        counts["eval_trained_on"] = seen
-        warn(
-            f"{seen} of {len(candidates)} held-out problems are left out: {args.model} was "
-            "trained on them"
-        )
-    held_out = fitting(unseen, "eval_too_long")
-    used = kept_apart | set(saved["problems"])
-    problems = fitting([row for row in by_key(rest) if key_of(row[0]) not in used], "too_long")
+    held_out = fitting(candidates, unseen, "eval_too_long")
+    problems = fitting(rows, [key for key in sorted(rows) if key not in used], "too_long")
     random.Random(seed_of(args.seed, "problems")).shuffle(problems)
     if args.problems:
         problems = problems[: args.problems]
@@ -617,38 +681,49 @@ def split_problems(
 
 def load_verifier(name: str) -> Callable[[list[str], list], list[int]]:
     """verify_all(responses, answers) -> r in {0, 1} for each."""
-    if name == "math":
-        verify = verifier.verify
-    elif name == "code":
-        if sys.platform != "linux":
-            fail("--verifier code needs Linux, whose kernel contains what it runs")
-        verify = verifier.verify_code
-    else:
-        try:
+    verify = {"math": verifier.verify, "code": verifier.verify_code}.get(name)
+    if name == "code" and sys.platform != "linux":
+        fail("--verifier code needs Linux, whose kernel contains what it runs")
+    if not verify:
+        unknown = f"--verifier {name} is neither math nor code nor a module:function to be imported"
+        with explained(unknown, ValueError, ImportError, AttributeError):
             sys.path.insert(0, os.getcwd())
             module, function = name.split(":")
             verify = getattr(importlib.import_module(module), function)
-        except (ValueError, ImportError, AttributeError) as error:
-            fail(
-                f"--verifier {name} is neither math nor code nor a module:function that can be "
-                f"imported: {last_cause(error)}"
-            )
 
-    def verdict_of(response: str, answer: object) -> int:
-        found = verify(response, answer)
+    def verdict_of(pair: tuple[str, object]) -> int:
+        found = verify(*pair)
         if found not in (0, 1):  # True and False are 1 and 0
             fail(f"--verifier {name} returned {found!r}: True or False is wanted")
         return int(found)
 
-    def verify_all(responses: list[str], answers: list) -> list[int]:
+    def verdicts_of(pairs: list[tuple]) -> list[int]:
         if name != "code":
-            return [verdict_of(y, a) for y, a in zip(responses, answers)]
+            return [verdict_of(pair) for pair in pairs]
         # code runs in other processes: as many at once as there are cores
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            verdicts = pool.map(verdict_of, responses, answers)
-            return list(progress(verdicts, "verifying", total=len(responses)))
+        with ThreadPoolExecutor(max(1, os.cpu_count() // rank_and_ranks()[1])) as pool:
+            return list(progress(pool.map(verdict_of, pairs), "verifying", total=len(pairs)))
 
-    return verify_all
+    return lambda responses, answers: shared_out(verdicts_of, list(zip(responses, answers)))
+
+
+@dataclass
+class Task:
+    """What a run works on."""
+
+    args: Namespace
+    lm: LM
+    verify_all: Callable
+    problems: list[Problem]  # to train on
+    held_out: list[Problem]  # never trained on
+    counts: dict  # of problems
+    saved: dict  # what the model's srt.json will say, see `inherit_prompt`
+
+    def trained_on(self, keys: list[str], stage_1: bool = False) -> None:
+        """Let srt.json remember these problems. stage_1: stage 2 leaves them out."""
+        self.saved["trained"] = sorted({*self.saved["trained"], *keys})
+        if stage_1:
+            self.saved["problems"] = sorted({*self.saved["problems"], *keys})
 
 
 # ----------------------------------------------------------------------------- sampling, evaluation
@@ -662,7 +737,7 @@ def seed_of(*parts) -> int:
 
 def sample_all(
     lm: LM,
-    args: argparse.Namespace,
+    args: Namespace,
     prompts: list[list[int]],
     purpose: tuple,
     temperature: float,
@@ -674,28 +749,81 @@ def sample_all(
     if cache_bytes:  # else the sampler's own choice: on a GPU what is free, where nothing trains
         longest = max(map(len, prompts), default=0) + args.max_new_tokens
         slots = fit_slots(args, cache_bytes_per_token(lm.model) * longest, cache_bytes)
-    generator = torch.Generator(lm.model.device).manual_seed(seed_of(args.seed, *purpose))
-    with progress(None, f"sampling {purpose[0]}", total=len(prompts), unit="response") as bar:
-        return generate(
-            lm.model,
-            prompts,
-            max_new_tokens=args.max_new_tokens,
-            eos_token_ids=lm.eos_ids,
-            temperature=temperature,
-            top_p=top_p,
-            slots=slots,
-            generator=generator,
-            vocab_size=lm.vocab_size,
-            progress=bar.update,
-            cuda_graph=args.cuda_graphs == "on" and lm.model.device.type == "cuda",
-        )
+    seeds = stream_seeds(seed_of(args.seed, *purpose), len(prompts))
+
+    def sample(share: list[tuple]) -> list[Rollout]:
+        with progress(None, f"sampling {purpose[0]}", total=len(share), unit="response") as bar:
+            return generate(
+                lm.model,
+                [prompt for prompt, _ in share],
+                max_new_tokens=args.max_new_tokens,
+                eos_token_ids=lm.eos_ids,
+                temperature=temperature,
+                top_p=top_p,
+                slots=slots,
+                seed=[seed for _, seed in share],
+                vocab_size=lm.vocab_size,
+                progress=bar.update,
+                cuda_graph=args.cuda_graphs == "on" and lm.model.device.type == "cuda",
+            )
+
+    return shared_out(sample, list(zip(prompts, seeds)))
 
 
-def evaluate(
-    lm: LM, args: argparse.Namespace, verify_all: Callable, problems: list[Problem], step: int
-) -> dict:
-    """Generate-then-revise on held-out problems: k attempts each, and one revision of every
-    attempt, which is told only right or wrong.
+@dataclass
+class Attempt:
+    """A response to a problem, or a revision of one, with its verdict."""
+
+    problem: Problem
+    response: Rollout  # y
+    text: str  # of y, as the verifier read it
+    reward: int  # r
+
+    def shown(self) -> str:
+        """As text for the log."""
+        gold = f"{VERDICTS[self.reward]}; gold {self.problem.answer!r}"
+        return f"  problem: {self.problem.text!r}\n  response [{gold}]: {self.text!r}"
+
+
+def sample_and_verify(
+    task: Task,
+    problems: list[Problem],
+    purpose: tuple,
+    contexts: list[list[int]] | None = None,
+    **settings,
+) -> list[Attempt]:
+    """One response for each problem (list it n times for n), and its verdict.
+
+    contexts: what each response continues, if not the problem's prompt. settings: of `sample_all`,
+    where they are not those of training samples.
+    """
+    args, lm = task.args, task.lm
+    prompts = [p.prompt_ids for p in problems] if contexts is None else contexts
+    settings = {"temperature": args.temperature, "top_p": args.top_p, **settings}
+    responses = sample_all(lm, args, prompts, purpose, **settings)
+    texts = [lm.text(y.ids) for y in responses]
+    rewards = task.verify_all(texts, [p.answer for p in problems])
+    return [Attempt(*fields) for fields in zip(problems, responses, texts, rewards)]
+
+
+def revise(
+    task: Task, attempts: list[Attempt], n: int, purpose: tuple, **settings
+) -> list[tuple[Attempt, Attempt]]:
+    """(attempt, revision): n revisions of each, told only right or wrong. Attempts whose revision
+    might not fit the context are left out."""
+    phrases, revised, contexts = task.lm.phrases(task.args), [], []
+    for attempt in attempts:
+        context = attempt.problem.prompt_ids + attempt.response.without_eos
+        context += phrases[attempt.reward]
+        if len(context) + task.args.max_new_tokens <= task.lm.context:
+            revised += [attempt] * n
+            contexts += [context] * n
+    problems = [attempt.problem for attempt in revised]
+    return list(zip(revised, sample_and_verify(task, problems, purpose, contexts, **settings)))
+
+
+def evaluate(task: Task, step: int) -> dict:
+    """Generate-then-revise on held-out problems: k attempts each, and one revision of each attempt.
 
     All shares lie in [0, 1], lengths are tokens with EOS. accuracy is avg@k and accuracy_se its
     standard error over problems; pass_at_k counts a problem that any attempt solves.
@@ -704,22 +832,15 @@ def evaluate(
     wrong and of the right attempts. Attempts whose revision does not fit the context are not
     revised: revision_too_long counts them, and the figures of revisions leave them out.
     """
-    k, phrases = args.eval_samples, lm.phrases(args)
+    problems, k = task.held_out, task.args.eval_samples
+    settings = {"temperature": task.args.eval_temperature, "top_p": 1.0}
     asked = [p for p in problems for _ in range(k)]
-    answers = [p.answer for p in asked]
-    temperature = args.eval_temperature
-    attempts = sample_all(lm, args, [p.prompt_ids for p in asked], ("eval", step), temperature)
-    rewards = np.array(verify_all([lm.text(y.ids) for y in attempts], answers))
-
-    contexts = []
-    for problem, attempt, r in zip(asked, attempts, rewards):
-        contexts.append(problem.prompt_ids + attempt.without_eos + phrases[r])
-    fits = [i for i, ids in enumerate(contexts) if len(ids) + args.max_new_tokens <= lm.context]
-    again = [contexts[i] for i in fits]
-    revisions = sample_all(lm, args, again, ("eval revisions", step), temperature)
-    texts = [lm.text(y.ids) for y in revisions]
-    revised = np.array(verify_all(texts, [answers[i] for i in fits]))
-    by_problem, first = rewards.reshape(len(problems), k), rewards[fits]
+    attempts = sample_and_verify(task, asked, ("eval", step), **settings)
+    pairs = revise(task, attempts, 1, ("eval revisions", step), **settings)
+    rewards = np.array([attempt.reward for attempt in attempts])
+    first = np.array([attempt.reward for attempt, _ in pairs])
+    revised = np.array([revision.reward for _, revision in pairs])
+    by_problem = rewards.reshape(len(problems), k)
 
     def mean(values):
         return float(np.mean(values)) if len(values) else None
@@ -730,43 +851,32 @@ def evaluate(
         "accuracy": mean(rewards),
         "accuracy_se": None,
         "pass_at_k": mean(by_problem.max(1)),
-        "finished": mean([y.finished for y in attempts]),
-        "length": mean([len(y.ids) for y in attempts]),
+        "finished": mean([attempt.response.finished for attempt in attempts]),
+        "length": mean([len(attempt.response.ids) for attempt in attempts]),
         "revised_accuracy": mean(revised),
         "correction_rate": None,
         "wrong_to_right": mean(revised[first == 0]),
         "right_to_wrong": mean(1 - revised[first == 1]),
-        "revised_finished": mean([y.finished for y in revisions]),
-        "revised_length": mean([len(y.ids) for y in revisions]),
-        "revision_too_long": len(asked) - len(fits),
-        "sample": shown(lm, asked[0], attempts[0], rewards[0]),
+        "revised_finished": mean([revision.response.finished for _, revision in pairs]),
+        "revised_length": mean([len(revision.response.ids) for _, revision in pairs]),
+        "revision_too_long": len(attempts) - len(pairs),
+        "sample": attempts[0].shown(),
     }
     if len(problems) > 1:
         figures["accuracy_se"] = float(by_problem.mean(1).std(ddof=1) / math.sqrt(len(problems)))
     if len(first) and first.mean() < 1:
         figures["correction_rate"] = (mean(revised) - mean(first)) / (1 - mean(first))
-    if fits[:1] == [0]:
-        figures["sample"] += f"\n  revised [{verdict(revised[0])}]: {texts[0]!r}"
+    if pairs and pairs[0][0] is attempts[0]:
+        revision = pairs[0][1]
+        figures["sample"] += f"\n  revised [{VERDICTS[revision.reward]}]: {revision.text!r}"
     return figures
-
-
-def verdict(reward: int) -> str:
-    return "right" if reward else "wrong"
-
-
-def shown(lm: LM, problem: Problem, response: Rollout, reward: int) -> str:
-    """A problem, a response and its verdict, as text for the log."""
-    return (
-        f"  problem: {problem.text!r}\n"
-        f"  response [{verdict(reward)}; gold {problem.answer!r}]: {lm.text(response.ids)!r}"
-    )
 
 
 # ----------------------------------------------------------------------------------------- memory
 
 
 def estimate_memory(
-    lm: LM, args: argparse.Namespace, longest_prompt: int, teacher: str | None = None
+    lm: LM, args: Namespace, longest_prompt: int, teacher: str | None = None
 ) -> dict[str, int]:
     """Where a run's memory goes at most, in bytes by part (README, "Memory").
 
@@ -776,26 +886,25 @@ def estimate_memory(
     parameter, of that weight only; the largest comes last, when the other gradients are gone, so
     that this never adds to the peak.
     """
-    config, size = lm.model.config, lm.model.dtype.itemsize
+    config, size, cached = lm.model.config, lm.model.dtype.itemsize, cache_bytes_per_token(lm.model)
     parameters = sum(p.numel() for p in lm.model.parameters())
     # with LoRA only the adapters are trained, in fp32, and the base teacher takes nothing
     adapters = sum(factor.numel() for factor in adapter_state(lm.model).values())
     trained, in_fp32 = adapters or parameters, size == 4 or adapters > 0
     copies = {"base": 0 if adapters else size, "ema": 4 if in_fp32 else 6}
-    generate_length = longest_prompt + args.max_new_tokens  # x + y
-    phrase = len(lm.phrase_ids(args.phrase_wrong))
-    revise_length = min(generate_length + phrase + args.max_new_tokens, lm.context)
+    response = longest_prompt + args.max_new_tokens  # x + y
+    revision = response + len(lm.phrase_ids(args.phrase_wrong)) + args.max_new_tokens
+    revision = min(revision, lm.context)
     # tokens of one forward and backward pass; in stage 2 the student reads only x + y
-    length = generate_length if teacher else revise_length
+    length = response if teacher else revision
     tokens = min(args.batch_size * length, max(args.micro_tokens, length))
-    layers, width = config.num_hidden_layers, config.hidden_size
-    heads = config.num_attention_heads
-    head_size = getattr(config, "head_dim", None) or width // heads
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    layers, width, heads = config.num_hidden_layers, config.hidden_size, config.num_attention_heads
+    queries = heads * (getattr(config, "head_dim", None) or width // heads)
+    keys = cached // (2 * layers * size)
     inner = getattr(config, "moe_intermediate_size", None)
     inner = inner or getattr(config, "intermediate_size", None) or 4 * width
     inner *= getattr(config, "num_experts_per_tok", None) or 1
-    layer = (8 * width + 5 * (heads + kv_heads) * head_size + 4 * inner) * size
+    layer = (8 * width + 5 * (queries + keys) + 4 * inner) * size
     per_token = layers * width * size + layer if args.gradient_checkpointing else layers * layer
     per_token += (3 * inner + 2 * width) * size  # the gradients inside the layer that is at work
     chunk, chunks = CHUNK.get(lm.model.device.type, CHUNK["cuda"])
@@ -806,11 +915,11 @@ def estimate_memory(
         "teacher": trained * copies.get(teacher, 0),
         "activations": tokens * per_token,
         "logits": (12 * 4 + 2 * chunks * size) * chunk,
-        "slot": cache_bytes_per_token(lm.model) * revise_length,
+        "slot": cached * revision,
     }
 
 
-def fit_memory(lm: LM, args: argparse.Namespace, problems: list[Problem]) -> None:
+def fit_memory(lm: LM, args: Namespace, problems: list[Problem]) -> None:
     """Say what the run needs and what to lower, and share out a GPU's memory.
 
     A cache gets `cache_bytes`: what weights, optimizer and teacher leave free, less a tenth. Stage
@@ -821,26 +930,23 @@ def fit_memory(lm: LM, args: argparse.Namespace, problems: list[Problem]) -> Non
     parts = estimate_memory(lm, args, longest, getattr(args, "teacher", None))
     standing = parts["weights"] + parts["optimizer"] + parts["teacher"]
     training = standing + parts["gradients"] + parts["activations"] + parts["logits"]
-    args.cache_bytes = args.collect_bytes = None
-    device = math.inf
+    args.cache_bytes, args.collect_bytes, card = None, None, math.inf
     if lm.model.device.type == "cuda":
-        device = torch.cuda.mem_get_info(lm.model.device)[1]
-        args.cache_bytes = int(0.9 * device) - standing
-        args.collect_bytes = int(0.9 * device) - parts["weights"]
+        card = torch.cuda.mem_get_info(lm.model.device)[1]
+        args.cache_bytes = int(0.9 * card) - standing
+        args.collect_bytes = int(0.9 * card) - parts["weights"]
     slots = fit_slots(args, parts["slot"], args.cache_bytes)
     sampling = standing + slots * parts["slot"]
+    needed = f"training {training / 1e9:.3g}, sampling {sampling / 1e9:.3g} at {slots} slots"
     figures = ", ".join(f"{name} {n / 1e9:.3g}" for name, n in parts.items())
-    print(
-        f"memory at most, GB: training {training / 1e9:.3g}, sampling {sampling / 1e9:.3g} at "
-        f"{slots} slots of full length; {figures}"
-    )
-    if training > device:
+    print(f"memory at most, GB: {needed} of full length; {figures}")
+    if training > card:
         warn("training may not fit: lower --micro-tokens, or add --gradient-checkpointing")
-    if sampling > device:
+    if sampling > card:
         warn("sampling may not fit: lower --slots or --max-new-tokens")
 
 
-def fit_slots(args: argparse.Namespace, slot: int, cache_bytes: int | None) -> int:
+def fit_slots(args: Namespace, slot: int, cache_bytes: int | None) -> int:
     """How many sequences are decoded at once: --slots, or as many as fit, `slot` bytes each. Not
     the sampler's choice by free memory: this one is the same after --resume."""
     if args.slots or cache_bytes is None:
@@ -874,20 +980,16 @@ class Optimizer:
         self.weights = [p for p in model.parameters() if p.requires_grad]
         self.clip = clip
         self.narrow = []  # (bf16 weight, lower half, master): its storage is empty between steps
-        decayed, others = [], []
+        groups = [{"params": [], "weight_decay": weight_decay}, {"params": [], "weight_decay": 0.0}]
         for weight in self.weights:
             master = weight
             if weight.dtype == torch.bfloat16:
                 weight.grad_dtype = torch.float32
                 master = torch.nn.Parameter(torch.empty(0, device=weight.device))
                 self.narrow.append((weight, torch.zeros_like(weight, dtype=torch.int16), master))
-            (decayed if weight.dim() > 1 else others).append(master)
+            groups[weight.dim() < 2]["params"].append(master)
         # the embedding is the largest: its temporary copies come when other gradients are gone
         self.narrow.sort(key=lambda entry: entry[0].numel())
-        groups = [
-            {"params": decayed, "weight_decay": weight_decay},
-            {"params": others, "weight_decay": 0.0},
-        ]
         # fused: no temporary copy of all weights
         self.adamw = torch.optim.AdamW(groups, lr=0.0, betas=tuple(betas), fused=True)
 
@@ -944,7 +1046,7 @@ def join(weight: torch.Tensor, low: torch.Tensor) -> torch.Tensor:
     return ((weight.view(torch.int16).int() << 16) + low).view(torch.float32)
 
 
-def learning_rate(args: argparse.Namespace, step: int, total: int) -> float:
+def learning_rate(args: Namespace, step: int, total: int) -> float:
     """For optimizer step `step` of 1 ... total: linear warm-up, then cosine to 0 or constant."""
     warmup = math.ceil(args.warmup if args.warmup >= 1 else args.warmup * total)
     if step <= warmup:
@@ -974,64 +1076,37 @@ def compiled(loss: Callable) -> Callable:
 # ------------------------------------------------------------------------------------------ a run
 
 
-@dataclass
-class Task:
-    """What a run works on."""
-
-    lm: LM
-    verify_all: Callable
-    problems: list[Problem]  # to train on
-    held_out: list[Problem]  # never trained on
-    saved: dict  # what the model's srt.json will say, see `inherit_prompt`
-    counts: dict  # of problems
-
-    def trained_on(self, keys: list[str], stage_1: bool = False) -> None:
-        """Let srt.json remember these problems. stage_1: stage 2 leaves them out."""
-        self.saved["trained"] = sorted({*self.saved["trained"], *keys})
-        if stage_1:
-            self.saved["problems"] = sorted({*self.saved["problems"], *keys})
-
-
-def setup(args: argparse.Namespace, half: bool = False) -> Task:
+def setup(args: Namespace, half: bool = False) -> Task:
     """Load model, verifier and problems; with --eval-only, evaluate and end the program.
 
     All that can be known to fail later fails here, before the first sample. half: see
     `split_problems`.
     """
+    join_processes(args)
     saved = inherit_prompt(args)
     verify_all = load_verifier(args.verifier)
     lm = load_lm(args)
-    problems, held_out, counts = split_problems(lm, args, saved, half)
-    for problem in (problems + held_out)[:1]:  # a verifier that raises does so before any sample
+    task = Task(args, lm, verify_all, *split_problems(lm, args, saved, half), saved)
+    for problem in (task.problems + task.held_out)[:1]:  # one that raises does so before any sample
         try:
             verify_all([""], [problem.answer])
         except Exception as error:
             fail(f"--verifier {args.verifier} raised {type(error).__name__}: {last_cause(error)}")
     if args.eval_only:
-        figures = evaluate(lm, args, verify_all, held_out, 0)
-        print(figures.pop("sample"), file=sys.stderr)
+        figures = evaluate(task, 0)
+        on_rank_0(print)(figures.pop("sample"), file=sys.stderr)
         print(json.dumps(figures, indent=1))
         raise SystemExit(0)
     saved["prompt"] = {name: getattr(args, name) for name in (*PROMPT_DEFAULTS, "date")}
-    print(f"problems: {json.dumps(counts)}")
+    print(f"problems: {json.dumps(task.counts)}")
     if args.lora:  # stage 2 begins with other factors than stage 1, which leaves srt.json behind
         seed = seed_of(args.seed, "lora", len(saved["trained"]))
-        try:
+        with explained(f"--lora cannot be used with {args.model}", ValueError):
             add_lora(lm.model, args.lora, args.lora_alpha, seed)
-        except ValueError as error:
-            fail(f"--lora cannot be used with {args.model}: {error}")
-    fit_memory(lm, args, problems)
-    return Task(lm, verify_all, problems, held_out, saved, counts)
-
-
-def sample_and_verify(
-    task: Task, args: argparse.Namespace, problems: list[Problem], purpose: tuple
-) -> tuple[list[Rollout], list[int]]:
-    """One training response for each problem (list it n times for n), and their verdicts."""
-    prompts = [p.prompt_ids for p in problems]
-    responses = sample_all(task.lm, args, prompts, purpose, args.temperature, args.top_p)
-    texts = [task.lm.text(y.ids) for y in responses]
-    return responses, task.verify_all(texts, [p.answer for p in problems])
+    if args.gradient_checkpointing:
+        checkpoint_layers(lm.model)
+    fit_memory(lm, args, task.problems)
+    return task
 
 
 def read_settings(folder: Path) -> dict:
@@ -1042,18 +1117,32 @@ def read_settings(folder: Path) -> dict:
         fail(f"{folder / 'settings.json'} is damaged")
 
 
-def fingerprint(task: Task, traces: list | None = None) -> dict[str, str]:
+def fingerprint(task: Task, traces: list | None) -> dict[str, str]:
     """What --resume compares instead of names and places: hashes of some weights, of the problems,
     and of the traces that the run was given."""
-    weights = hashlib.sha256()
-    for p in task.lm.model.parameters():
-        weights.update(p.detach().flatten()[:64].float().cpu().numpy().tobytes())
-    texts = repr([(p.key, p.answer) for p in task.problems + task.held_out])
-    return {
-        "model": weights.hexdigest()[:16],
-        "problems": hashlib.sha256(texts.encode()).hexdigest()[:16],
-        "traces": hashlib.sha256(repr(traces).encode()).hexdigest()[:16],
-    }
+    weights = [p.detach().flatten()[:64].float().cpu().numpy() for p in task.lm.model.parameters()]
+    problems = [(p.key, p.answer) for p in task.problems + task.held_out]
+    parts = {"model": np.concatenate(weights).tobytes(), "problems": repr(problems).encode()}
+    parts["traces"] = repr(traces).encode()
+    return {name: hashlib.sha256(part).hexdigest()[:16] for name, part in parts.items()}
+
+
+@on_rank_0
+def locked(folder: Path):
+    """A file that is open while this process works in the folder, so that no second one does."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / ".lock", "w")
+    except OSError as error:
+        fail(f"cannot write to {folder}: {error.strerror}")
+    try:
+        if fcntl:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        fail(f"another process is at work in {folder}")
+    except OSError:
+        warn(f"{folder} cannot be locked: start no second process there")
+    return file
 
 
 class Run:
@@ -1061,29 +1150,20 @@ class Run:
     model of the best evaluation, where that is not the last), and in the end the model itself.
 
     A run that was killed at any moment goes on from its last checkpoint and ends as if nothing had
-    happened: files appear whole or not at all, and what the log has of later steps is dropped.
+    happened: files and folders appear and vanish whole (`write`, `save`, `remove`), and what the
+    log has of later steps is dropped.
     """
 
     begun = False  # whether a run of this process can be resumed
 
-    def __init__(self, args: argparse.Namespace, task: Task, traces: list | None = None):
-        self.args, self.task, self.folder = args, task, args.output
+    def __init__(self, task: Task, traces: list | None = None):
+        self.task, self.args, self.folder = task, task.args, task.args.output
         self.lines: list[dict] = []  # of metrics.jsonl
         self.told: set[str] = set()  # warnings are given once
         self.parts: dict = {}  # what has a state_dict besides the model
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self.lock = open(self.folder / ".lock", "w")
-        except OSError as error:
-            fail(f"cannot write to {self.folder}: {error.strerror}")
-        try:
-            if fcntl:
-                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            fail(f"another process is at work in {self.folder}")
-        except OSError:
-            warn(f"{self.folder} cannot be locked: start no second process there")
-        flags = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
+        gathered([])  # all processes have looked at the folder before one writes
+        self.lock = locked(self.folder)
+        flags = {k: str(v) if isinstance(v, Path) else v for k, v in vars(task.args).items()}
         settings = {
             "flags": flags,
             "fingerprint": fingerprint(task, traces),
@@ -1094,11 +1174,10 @@ class Run:
             "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
             "started": time.strftime("%Y-%m-%d %H:%M:%S"),
         }
-        notes = self.check_resume(settings) if args.resume else []
+        notes = self.check_resume(settings) if task.args.resume else []
         if (self.folder / "config.json").exists():  # complete: its settings and its log stay
-            self.metrics = open(self.folder / "metrics.jsonl", "a")
             return
-        self.write("settings.json", settings)
+        self.write("settings.json", json.dumps(settings, indent=1))
         Run.begun = True
         self.rewind()
         for note in notes:
@@ -1113,8 +1192,7 @@ class Run:
             for name, old in before["flags"].items()
             if settings["flags"].get(name, old) != old and name not in FREE
         }
-        fixed = [text for name, text in changed.items() if name not in NOTED]
-        if fixed:
+        if fixed := [text for name, text in changed.items() if name not in NOTED]:
             fail(f"--resume needs the flags that the run began with: {', '.join(fixed)}")
         for what, value in settings["fingerprint"].items():
             if before["fingerprint"][what] != value:
@@ -1129,14 +1207,6 @@ class Run:
         self.clean_up()
         print(f"{self.folder} is complete")
         return True
-
-    def write(self, name: str, content) -> None:
-        """Write a small JSON file atomically."""
-        self.write_text(name, json.dumps(content, indent=1))
-
-    def write_text(self, name: str, text: str) -> None:
-        (self.folder / f"{name}.tmp").write_text(text)
-        os.replace(self.folder / f"{name}.tmp", self.folder / name)
 
     # the log
 
@@ -1155,15 +1225,18 @@ class Run:
             if collected if line["kind"] == "collect" else line["step"] <= last:
                 self.lines.append(line)
         if best["step"] > last:  # the model of an evaluation that is forgotten
-            shutil.rmtree(self.folder / "best", ignore_errors=True)
-        self.write_text("metrics.jsonl", "".join(json.dumps(line) + "\n" for line in self.lines))
-        self.metrics = open(path, "a")
+            self.remove("best")
+        self.write(path.name, "".join(json.dumps(line) + "\n" for line in self.lines))
+
+    @on_rank_0
+    def append(self, text: str) -> None:
+        with open(self.folder / "metrics.jsonl", "a") as file:
+            file.write(text)
 
     def log(self, kind: str, step: int, values: dict) -> None:
         """One line for machines, one for people; warnings where the run goes wrong."""
         self.lines.append({"kind": kind, "step": step, **values})
-        self.metrics.write(json.dumps(self.lines[-1]) + "\n")
-        self.metrics.flush()
+        self.append(json.dumps(self.lines[-1]) + "\n")
         plain = {k: v for k, v in values.items() if k != "sample" and not isinstance(v, dict)}
         figures = [f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in plain.items()]
         print(f"{kind} {step}  " + "  ".join(figures))
@@ -1182,50 +1255,64 @@ class Run:
             return
         if not self.task.held_out or any(line["step"] == step for line in done):
             return
-        task = self.task
-        figures = evaluate(task.lm, self.args, task.verify_all, task.held_out, step)
+        figures = evaluate(self.task, step)
         self.log("eval", step, figures)
         best = max((line["accuracy"] for line in done if line["step"]), default=-1.0)
         if step and figures["accuracy"] > best:
             if last:
-                shutil.rmtree(self.folder / "best", ignore_errors=True)
+                self.remove("best")
             else:
                 self.save("best")
 
-    # checkpoints and the output
+    # files and folders
 
-    def save(self, name: str, state: dict | None = None) -> None:
-        """The model as an ordinary transformers folder, with the training state if there is one,
-        written elsewhere and then renamed. Adapters are merged, and saved in a folder of their own
-        besides: transformers would take a model beside an adapter_config.json for their base. A
-        checkpoint has only the adapters."""
-        try:
-            self.save_files(name, state)
-        except (OSError, RuntimeError, SafetensorError) as error:
-            fail(f"cannot write to {self.folder}, make room and --resume: {last_cause(error)}", 1)
-
-    def save_files(self, name: str, state: dict | None) -> None:
-        temporary, model = self.folder / "saving", self.task.lm.model
-        shutil.rmtree(temporary, ignore_errors=True)
-        if self.args.lora:
-            (temporary / "adapter").mkdir(parents=True)
-            config = json.dumps(adapter_config(model, self.args.model), indent=1)
-            (temporary / "adapter" / "adapter_config.json").write_text(config)
-            save_file(adapter_state(model), temporary / ADAPTER)
-        if not self.args.lora or state is None:
-            model.save_pretrained(temporary, state_dict=merged_state_dict(model))
-        self.task.lm.tokenizer.save_pretrained(temporary)
-        (temporary / "srt.json").write_text(json.dumps(self.task.saved))
-        if state is not None:
-            torch.save(state, temporary / "training_state.pt")
-        shutil.rmtree(self.folder / name, ignore_errors=True)
+    @on_rank_0
+    def write(self, name: str, text: str) -> None:
+        """A small file, whole or not at all."""
+        temporary = self.folder / f"{name}.tmp"
+        temporary.write_text(text)
         os.replace(temporary, self.folder / name)
 
-    def checkpoints(self) -> dict[int, Path]:
-        """Our checkpoints by step; a user's own checkpoint-3-mine is none."""
-        found = {p.name.removeprefix("checkpoint-"): p for p in self.folder.glob("checkpoint-*")}
-        whole = {step: p for step, p in found.items() if (p / "training_state.pt").exists()}
-        return {int(step): path for step, path in whole.items() if step.isdecimal()}
+    @on_rank_0
+    def remove(self, name: str) -> None:
+        """A folder, if it is there: renamed first, so that a kill leaves no half of it."""
+        doomed = self.folder / "removing"
+        shutil.rmtree(doomed, ignore_errors=True)
+        if (self.folder / name).is_dir():
+            os.replace(self.folder / name, doomed)
+            shutil.rmtree(doomed)
+
+    @on_rank_0
+    def save(self, name: str, state: dict | None = None) -> None:
+        """The model as an ordinary transformers folder, with the training state if there is one:
+        written elsewhere and then renamed.
+
+        Adapters are merged, and also saved in a folder of their own: transformers would take a
+        model beside an adapter_config.json for their base. A checkpoint has only the adapters.
+        """
+        temporary, model = self.folder / "saving", self.task.lm.model
+        full = f"cannot write to {self.folder}, make room and --resume"
+        with explained(full, OSError, RuntimeError, SafetensorError, code=1):
+            shutil.rmtree(temporary, ignore_errors=True)
+            if self.args.lora:
+                (temporary / "adapter").mkdir(parents=True)
+                config = json.dumps(adapter_config(model, self.args.model), indent=1)
+                (temporary / "adapter" / "adapter_config.json").write_text(config)
+                save_file(adapter_state(model), temporary / ADAPTER)
+            if not self.args.lora or state is None:
+                model.save_pretrained(temporary, state_dict=merged_state_dict(model))
+            self.task.lm.tokenizer.save_pretrained(temporary)
+            (temporary / "srt.json").write_text(json.dumps(self.task.saved))
+            if state is not None:
+                torch.save(state, temporary / "training_state.pt")
+            self.remove(name)
+            os.replace(temporary, self.folder / name)
+
+    def checkpoints(self) -> list[int]:
+        """Their steps, in order. A user's own checkpoint-3-mine is none."""
+        states = self.folder.glob("checkpoint-*/training_state.pt")
+        steps = [path.parent.name.removeprefix("checkpoint-") for path in states]
+        return sorted(int(step) for step in steps if step.isdecimal())
 
     def last_checkpoint(self) -> int:
         return max(self.checkpoints(), default=0)
@@ -1233,12 +1320,11 @@ class Run:
     def restore(self, **parts) -> int:
         """Put the last checkpoint back into the model and `parts` (optimizer, teacher), whose
         states later checkpoints will hold. Returns the number of steps done, 0 without one."""
-        self.parts = parts
-        step = self.last_checkpoint()
+        self.parts, model, step = parts, self.task.lm.model, self.last_checkpoint()
         if not step:
             return 0
-        path, model = self.checkpoints()[step], self.task.lm.model
-        try:
+        path = self.folder / f"checkpoint-{step}"
+        with explained(f"{path} is damaged"):  # each format has its own exceptions
             if self.args.lora:
                 load_adapter(model, load_file(path / ADAPTER))
             else:
@@ -1248,12 +1334,26 @@ class Run:
             state = torch.load(path / "training_state.pt", map_location="cpu")
             for name, part in parts.items():
                 part.load_state_dict(state[name])
-        except Exception as error:  # each format has its own
-            fail(f"{path} is damaged: {last_cause(error)}")
         return step
 
-    def end_step(self, step: int, total: int, passes: int = 1) -> None:
-        """Evaluate, and write a checkpoint, where one is due after `passes` more steps."""
+    # the steps
+
+    def begin_step(self, step: int) -> None:
+        """Start the clock, and seed dropout."""
+        torch.manual_seed(seed_of(self.args.seed, "dropout", step))
+        self.started = time.time()
+
+    def end_step(self, step: int, total: int, metrics: dict, tokens: int = 0) -> None:
+        """Log step `step` of `total`; evaluate, and write a checkpoint, where one is due: not
+        between the --passes on one batch. tokens: what tokens_per_s counts."""
+        metrics["seconds"] = time.time() - self.started
+        if tokens:
+            metrics["tokens_per_s"] = tokens / metrics["seconds"]
+        self.log("train", step, metrics)
+        self.started = time.time()
+        passes = getattr(self.args, "passes", 1)
+        if step % passes:
+            return
 
         def due(every: int) -> bool:
             return step // every > (step - passes) // every
@@ -1263,36 +1363,28 @@ class Run:
         if due(self.args.save_every) and step < total:
             states = {name: part.state_dict() for name, part in self.parts.items()}
             self.save(f"checkpoint-{step}", states)
-            for old, path in self.checkpoints().items():
+            for old in self.checkpoints():
                 if old != step:
-                    self.remove(path)
+                    self.remove(f"checkpoint-{old}")
 
+    @on_rank_0
     def finish(self) -> None:
-        """The final model into the folder itself, config.json last: where that is, the run is
-        complete."""
+        """The final model into the folder itself, config.json last: with it the run is complete."""
         self.save("final")
         final = self.folder / "final"
         for path in sorted(final.iterdir(), key=lambda p: p.name == "config.json"):
-            target = self.folder / path.name
-            if target.is_dir():
-                shutil.rmtree(target)
-            os.replace(path, target)
+            self.remove(path.name)
+            os.replace(path, self.folder / path.name)
         self.clean_up()
         print(f"saved {self.folder}")
 
-    def remove(self, checkpoint: Path) -> None:
-        """Renamed first, so that a kill leaves no half of a checkpoint."""
-        shutil.rmtree(self.folder / "removing", ignore_errors=True)
-        os.replace(checkpoint, self.folder / "removing")
-        shutil.rmtree(self.folder / "removing")
-
+    @on_rank_0
     def clean_up(self) -> None:
-        for path in self.checkpoints().values():
-            self.remove(path)
+        for step in self.checkpoints():
+            self.remove(f"checkpoint-{step}")
         for name in ("final", "saving", "removing"):
             shutil.rmtree(self.folder / name, ignore_errors=True)
         self.lock.close()  # before its file goes: Windows removes no open file
-        self.metrics.close()
         (self.folder / ".lock").unlink(missing_ok=True)
 
 
@@ -1314,18 +1406,13 @@ def signs_of_collapse(lines: list[dict]) -> dict[str, str]:
                 f"{last['accuracy']:.3f} at step {last['step']}, more than three standard errors"
             )
     steps = [e for e in lines if e["kind"] == "train" and e.get("entropy") is not None]
-    if len(steps) < 2 * window:
-        return signs
-
-    def mean(part: list[dict], name: str) -> float:
-        return sum(e[name] for e in part) / window
-
     for name, wrong, what in (
         ("cut_off", lambda old, new: new > old + 0.2, "the share of responses cut off"),
         ("length", lambda old, new: new > 2 * old or new < old / 4, "the length of responses"),
         ("entropy", lambda old, new: new < old / 5 or new > 3 * old, "the student's entropy"),
     ):
-        old, new = mean(steps[:window], name), mean(steps[-window:], name)
-        if wrong(old, new):
+        values = [e[name] for e in steps]
+        old, new = sum(values[:window]) / window, sum(values[-window:]) / window
+        if len(steps) >= 2 * window and wrong(old, new):
             signs[name] = f"{what} went from {old:.3g} to {new:.3g} ({window} steps' means)"
     return signs

@@ -84,7 +84,7 @@ def generate(
     temperature: float = 1.0,
     top_p: float = 1.0,
     slots: int | None = None,
-    generator: torch.Generator | None = None,
+    seed: int | list[int] | None = None,
     vocab_size: int | None = None,
     progress: Callable | None = None,
     check_every: int | None = None,
@@ -104,8 +104,10 @@ def generate(
     slots: the most sequences decoded at once. The cache holds slots x (prompt + max_new_tokens)
         tokens; its size is logged (INFO) before it is allocated. None: `fit_slots`, which on CUDA
         depends on the memory that is free.
-    generator: the random state, on the model's device. The same state samples the same responses
-        only with the same prompts AND the same `slots`: one stream of numbers serves all rows.
+    seed: of the random numbers; None takes one from torch's own generator. Every response has a
+        stream of its own, so that neither slots nor the other prompts change what it samples, apart
+        from rounding errors of a forward over other rows. Response i of generate(..., seed=s) has
+        `stream_seeds(s, len(prompts))[i]`; a list gives each response's own, for a part of a batch.
     vocab_size: ids from this one on are never sampled (output layers may be wider than tokenizers).
     progress: called with 1 whenever a response is complete.
     check_every: steps between two looks at what has ended. None: 1 on the CPU, 8 elsewhere.
@@ -136,8 +138,13 @@ def generate(
         raise ValueError("generate needs a temperature of 0 or >= 1e-5, and 0 < top_p <= 1")
     if not all(prompts):
         raise ValueError("generate got an empty prompt")
-    if len(limits) != len(prompts):
-        raise ValueError("generate needs one limit for each prompt")
+    if seed is None:
+        seed = torch.randint(2**62, ()).item()
+    seeds = plain(seed)
+    seeds = seeds if isinstance(seeds, Iterable) else stream_seeds(seeds, len(prompts))
+    seeds = [signed(n) for n in integers(seeds, "seed must be an integer, or one for each prompt")]
+    if not len(limits) == len(seeds) == len(prompts):
+        raise ValueError("generate needs one limit for each prompt, and one seed")
     if not prompts:
         return []
     longest_prompt = max(map(len, prompts))
@@ -155,14 +162,13 @@ def generate(
         size = bytes_per_token(probe) * (slots * length + ahead * longest_prompt) / 1e9
         memory = f"{slots} slots x {length} + {ahead} x {longest_prompt} tokens, {size:.3g} GB"
         logging.getLogger(__name__).info("keys and values of %s", memory)
-        settings = dict(temperature=temperature, top_p=top_p, vocab_size=vocab_size)
-        sampler = partial(sample, generator=generator, **settings)
+        sampler = partial(sample, temperature=temperature, top_p=top_p, vocab_size=vocab_size)
         allocated = -(-length // 64) * 64 if cuda_graph else length  # see FixedShapes
         every = check_every or (1 if model.device.type == "cpu" else 8)
         try:
             decoder = Decoder(model, probe, slots, allocated, length - 1, eos, sampler)
-            step = FixedShapes(decoder, generator) if cuda_graph else decoder.step
-            return decode_all(decoder, step, prompts, limits, ahead, every, progress)
+            step = FixedShapes(decoder) if cuda_graph else decoder.step
+            return decode_all(decoder, step, prompts, limits, seeds, ahead, every, progress)
         except RuntimeError as error:  # on CPUs and Apple's GPUs it is no torch.OutOfMemoryError
             known = ("allocate memory", "out of memory")
             if isinstance(error, torch.OutOfMemoryError) or any(k in str(error) for k in known):
@@ -238,22 +244,56 @@ def check_supported(model) -> None:
         raise ValueError(f"rollout.py does not support rotary embeddings: {names} ({family})")
 
 
-# --------------------------------------------------------------------------------- the random draw
+# -------------------------------------------------------------------------------- random numbers
+
+# A random number is a pure function of (seed of the response, position): no state has to be saved,
+# captured in a graph, or kept in step between processes. It is SplitMix64 (Steele et al., 2014):
+# a counter that grows by GOLDEN, mixed. int64 wraps around as the unsigned numbers of the paper do.
+GOLDEN = 0x9E3779B97F4A7C15 - 2**64
+LEVELS = 3  # random numbers for one token, see `draw`
+
+
+def signed(n: int) -> int:
+    """The int64 with the same last 64 bits."""
+    return (n + 2**63) % 2**64 - 2**63
+
+
+def mix(x: torch.Tensor) -> torch.Tensor:
+    """SplitMix64's mixing of 64 bits, in int64. The masks make the shifts those of unsigned."""
+    x = (x ^ (x >> 30 & 2**34 - 1)) * signed(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> 27 & 2**37 - 1)) * signed(0x94D049BB133111EB)
+    return x ^ (x >> 31 & 2**33 - 1)
+
+
+def stream_seeds(seed: int, n: int) -> list[int]:
+    """The seeds of n responses that `generate` samples with this seed."""
+    return mix(signed(seed) + GOLDEN * torch.arange(1, n + 1)).tolist()
+
+
+def uniforms(seeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """LEVELS numbers in [0, 1) for each row. seeds, positions: [n], int64. Returns [n, LEVELS]:
+    float64 with 53 random bits, or fp32 with 24 on Apple's GPUs, which have no float64."""
+    counter = LEVELS * positions[:, None] + torch.arange(1, LEVELS + 1, device=seeds.device)
+    bits = mix(seeds[:, None] + GOLDEN * counter)
+    if seeds.device.type == "mps":
+        return (bits >> 40 & 2**24 - 1).float() * 2**-24
+    return (bits >> 11 & 2**53 - 1).double() * 2**-53
 
 
 def sample(
     logits: torch.Tensor,
-    temperature: float,
-    top_p: float,
-    generator: torch.Generator | None = None,
+    u: torch.Tensor,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
     vocab_size: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Draw one token per row.
 
-    logits: [n, V]. Returns ids [n] and their log-probabilities [n], fp32 or wider, under the
-    distribution that was drawn from: softmax(logits / temperature), cut to its nucleus (the fewest
-    most likely tokens that hold at least top_p) and renormalised. Temperature 0 takes the most
-    likely token; its log-probability is the one at temperature 1 (at 0 it would always be 0).
+    logits: [n, V]. u: [n, LEVELS], random numbers in [0, 1), unused at temperature 0. Returns ids
+    [n] and their log-probabilities [n], fp32 or wider, under the distribution that was drawn from:
+    softmax(logits / temperature), cut to its nucleus (the fewest most likely tokens that hold at
+    least top_p) and renormalised. Temperature 0 takes the most likely token; its log-probability is
+    the one at temperature 1 (at 0 it would always be 0).
     In a row with a logit of nan or +inf, the log-probability is nan and the id means nothing."""
     logits = logits[:, :vocab_size].to(torch.promote_types(logits.dtype, torch.float32))
     if temperature not in (0, 1):
@@ -265,40 +305,37 @@ def sample(
         logits = logits.masked_fill(cut, float("-inf"))
     logits = logits - logits.amax(-1, keepdim=True)
     weights = logits.exp()  # [n, V]
-    ids = draw(weights, generator) if temperature else logits.argmax(-1, keepdim=True)  # [n, 1]
+    ids = draw(weights, u) if temperature else logits.argmax(-1, keepdim=True)  # [n, 1]
     return ids[:, 0], logits.gather(-1, ids)[:, 0] - weights.sum(-1).log()
 
 
-def draw(
-    weights: torch.Tensor, generator: torch.Generator | None, dtype: torch.dtype | None = None
-) -> torch.Tensor:
-    """One index per row, with probability proportional to its weight. weights [n, V] -> [n, 1].
+def draw(weights: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+    """One index per row, with probability proportional to its weight. weights [n, V], u [n, LEVELS]
+    -> [n, 1].
 
-    torch.multinomial draws V random numbers per row; this draws one for each level. A large
+    torch.multinomial draws V random numbers per row; this uses one for each level. A large
     vocabulary is cut into blocks of 128 entries (and these into blocks of blocks): we draw a block
-    by its sum, then an entry in it, so that only the sums touch the whole row."""
-    if dtype is None:  # Apple's GPUs have no float64
-        dtype = torch.float32 if weights.device.type == "mps" else torch.float64
+    by its sum, then an entry in it, so that only the sums touch the whole row. Three levels are
+    enough for 1024 * 128 * 128 entries."""
     levels, last = [], weights.shape[1] - 1
     while weights.shape[1] > 1024:
         padded = torch.nn.functional.pad(weights, (0, -weights.shape[1] % 128))
         levels.append(padded.view(len(weights), -1, 128))
         weights = levels[-1].sum(-1)
-    index = invert(weights, generator, dtype)
-    for blocks in reversed(levels):
+    index = invert(weights, u[:, :1])
+    for level, blocks in enumerate(reversed(levels), 1):
         block = blocks.gather(1, index[:, :, None].expand(-1, -1, 128))[:, 0]  # [n, 128]
-        index = 128 * index + invert(block, generator, dtype)
+        index = 128 * index + invert(block, u[:, level : level + 1])
     return index.clamp(max=last)  # only a row with nan reaches into the padding
 
 
-def invert(weights: torch.Tensor, generator: torch.Generator | None, dtype: torch.dtype):
-    """The inverse of the distribution function at a random place: the first index whose cumulative
-    weight exceeds u. weights [n, m] -> [n, 1]."""
-    cumulative = weights.to(dtype).cumsum(-1)
-    u = torch.rand(len(weights), 1, dtype=dtype, device=weights.device, generator=generator)
+def invert(weights: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+    """The inverse of the distribution function at u: the first index whose cumulative weight
+    exceeds u's share of the sum. weights [n, m], u [n, 1] -> [n, 1]."""
+    cumulative = weights.to(u.dtype).cumsum(-1)
     index = torch.searchsorted(cumulative, u * cumulative[:, -1:], right=True)
     index = index.clamp(max=weights.shape[1] - 1)  # where a weight is nan, no sum exceeds u
-    if dtype == torch.float32:
+    if u.dtype == torch.float32:
         # A parallel sum rounds differently at each entry, so in one of some 10^7 draws (10^16 in
         # float64) an entry of weight 0 seems to add something. The likeliest takes its place.
         index = index.where(weights.gather(1, index) > 0, weights.argmax(-1, keepdim=True))
@@ -443,22 +480,24 @@ class Decoder:
         self.tokens = torch.zeros(slots, length, dtype=torch.long, device=device)  # by position
         self.logprobs = torch.zeros(slots, length, dtype=precision, device=device)  # of the tokens
         self.position = torch.zeros(slots, dtype=torch.long, device=device)  # of each next input
+        self.seeds = torch.zeros(slots, dtype=torch.long, device=device)  # of the responses
         self.ended = torch.zeros(slots, dtype=torch.bool, device=device)  # by an EOS, or by nan
         self.eos = torch.tensor(eos, dtype=torch.long, device=device)
 
-    def admit(self, written, rows: list[int], sources: list[int], prompts: list[list[int]]):
+    def admit(self, written, rows: list[int], sources: list[int], prompts, seeds: list[int]):
         """Slots `rows` take `prompts`, whose keys and values are rows `sources` of `written`."""
-        host = [rows, sources, [len(p) - 1 for p in prompts], [p[-1] for p in prompts]]
-        row, source, position, token = torch.tensor(host, device=self.eos.device)
+        host = [rows, sources, [len(p) - 1 for p in prompts], [p[-1] for p in prompts], seeds]
+        row, source, position, token, seed = torch.tensor(host, device=self.eos.device)
         for cached, new in zip(self.cache.layers, written):
             cached.narrow(3, 0, new.shape[3]).index_copy_(0, row, new.index_select(0, source))
         self.tokens[row, position], self.position[row], self.ended[row] = token, position, False
+        self.seeds[row] = seed
 
     def move(self, sources: list[int], targets: list[int], length: int):
         """Slots `targets` take over from slots `sources`, whose sequences are `length` at most."""
         source, target = torch.tensor([sources, targets], device=self.eos.device)
         layers = [cached.narrow(3, 0, length) for cached in self.cache.layers]
-        for x in (*layers, self.tokens, self.logprobs, self.position, self.ended):
+        for x in (*layers, self.tokens, self.logprobs, self.position, self.seeds, self.ended):
             x.index_copy_(0, target, x.index_select(0, source))
 
     def step(self, n: int, length: int):
@@ -469,7 +508,8 @@ class Decoder:
         position = self.position[:n].unsqueeze(1)  # [n, 1], a view: it changes in place below
         self.cache.point(position, length)
         token = self.tokens[:n].gather(1, position)
-        ids, logprobs = self.sampler(forward(self.model, self.cache, token, position, length))
+        u = uniforms(self.seeds[:n], self.position[:n])
+        ids, logprobs = self.sampler(forward(self.model, self.cache, token, position, length), u)
         ids = ids.unsqueeze(1)  # [n, 1]
         # The clamp keeps rows inside the cache that fixed shapes drag along unused.
         position.add_(1).clamp_(max=self.last)
@@ -488,7 +528,7 @@ class Row:
     limit: int  # the length at which the response is cut
 
 
-def decode_all(decoder, step, prompts, limits, ahead: int, check_every: int, progress):
+def decode_all(decoder, step, prompts, limits, seeds, ahead: int, check_every: int, progress):
     """The host's part: which prompt is in which slot, which is next, which response is complete.
 
     step: `decoder.step`, or the same in fixed shapes. ahead: how many prompts are prefilled at
@@ -511,7 +551,8 @@ def decode_all(decoder, step, prompts, limits, ahead: int, check_every: int, pro
                     prefilled.extend((i, source) for i in indices)
             free = [slot for slot in range(slots) if slot not in rows][: len(prefilled)]
             taken, sources = zip(*[prefilled.popleft() for _ in free])
-            decoder.admit(written, free, sources, [prompts[i] for i in taken])
+            asked = [prompts[i] for i in taken]
+            decoder.admit(written, free, sources, asked, [seeds[i] for i in taken])
             for slot, i in zip(free, taken):
                 rows[slot] = Row(i, len(prompts[i]), len(prompts[i]) + limits[i])
         # 2. When no prompt is left, the last rows move into the gaps.
@@ -561,8 +602,8 @@ class FixedShapes:
     attention kernels would pad a mask whose rows are not aligned. On CUDA a shape runs eagerly the
     first time, which warms it up; the second time it is captured, and from then on replayed."""
 
-    def __init__(self, decoder: Decoder, generator: torch.Generator | None):
-        self.decoder, self.generator = decoder, generator
+    def __init__(self, decoder: Decoder):
+        self.decoder = decoder
         self.graphs: dict[tuple[int, int], torch.cuda.CUDAGraph | None] = {}
 
     def __call__(self, n: int, length: int):
@@ -578,8 +619,6 @@ class FixedShapes:
 
     def capture(self, n: int, length: int) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
-        if self.generator is not None:
-            graph.register_generator_state(self.generator)
         # One memory pool for all graphs: they never run at the same time.
         pool = next((g.pool() for g in self.graphs.values() if g is not None), None)
         with torch.cuda.graph(graph, pool=pool):

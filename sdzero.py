@@ -25,7 +25,6 @@ Letters in shapes: N tokens in the loss, V vocabulary size, H hidden size.
 
 import math
 import random
-import time
 from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,7 +38,6 @@ from common import (
     Run,
     Task,
     check_flags,
-    checkpoint_layers,
     compiled,
     count,
     entry,
@@ -47,6 +45,8 @@ from common import (
     fraction,
     learning_rate,
     make_parser,
+    meet,
+    my_share,
     natural,
     positive,
     progress,
@@ -54,7 +54,6 @@ from common import (
     seed_of,
     setup,
     share,
-    shown,
     warn,
 )
 from lora import LoraTeacher
@@ -211,14 +210,15 @@ def distill_step(
     """
     examples = [e for e in examples if len(e.response.ids) > args.skip_first]
     divisor = sum(len(e.response.ids) - args.skip_first for e in examples)
-    lengths = [len(e.teacher_ids) for e in examples]
+    mine = my_share(examples, [len(e.teacher_ids) for e in examples])
+    lengths = [len(e.teacher_ids) for e in mine]
     parts = []
     for group in progress(micro_batches(lengths, args.micro_tokens), "training"):
-        chosen = [examples[i] for i in group]
+        chosen = [mine[i] for i in group]
         parts.append(distill(student, teacher, student_layer, teacher_layer, chosen, args, divisor))
-    if not parts:
+    whole = meet(student, parts)
+    if not whole:
         return {"loss": 0.0, "kl": None, "log_ratio": None, "entropy": None, "loss_tokens": 0}
-    whole = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     loss = whole["loss"].sum().item() / divisor
     if not math.isfinite(loss):
         raise FloatingPointError(f"the loss is {loss}")
@@ -269,21 +269,18 @@ def parse_arguments(argv: list[str] | None = None) -> Namespace:
     return args
 
 
-def check_lengths(task: Task, args: Namespace) -> None:
+def check_lengths(task: Task) -> None:
     """Fail where even the shortest response would leave nothing to train on."""
+    args, context = task.args, task.lm.context
     if args.skip_first >= args.max_new_tokens:
         fail("--skip-first leaves nothing of a response of --max-new-tokens")
-    prompt_ids = min((p.prompt_ids for p in task.problems), key=len)
-    phrase_ids = min(task.lm.phrases(args), key=len)
-    n = args.skip_first + 1  # tokens of the shortest response; the last is its EOS
-    shortest = Example(prompt_ids, Rollout([0] * n, [0.0] * n, True), 0, phrase_ids)
-    if len(shortest.teacher_ids) > task.lm.context:
-        fail(
-            f"no response fits twice: what the teacher reads has at least "
-            f"{len(shortest.teacher_ids)} tokens, the context {task.lm.context}"
-        )
-    longest = max(len(p.prompt_ids) for p in task.problems) + max(map(len, task.lm.phrases(args)))
-    fitting = (task.lm.context - longest) // 2
+    prompts = [len(p.prompt_ids) for p in task.problems]
+    phrases = [len(phrase_ids) for phrase_ids in task.lm.phrases(args)]
+    least = min(prompts) + args.skip_first + min(phrases) + args.skip_first + 1  # its EOS
+    if least > context:
+        read = f"what the teacher reads has at least {least} tokens"
+        fail(f"no response fits twice: {read}, the context {context}")
+    fitting = (context - max(prompts) - max(phrases)) // 2
     if fitting < args.max_new_tokens:
         warn(f"responses of more than {fitting} tokens may not fit twice, and are then dropped")
 
@@ -297,17 +294,15 @@ def main(argv: list[str] | None = None) -> None:
         warn(f"{args.model} does not come from stage 1: without a reviser little is gained")
     if args.top_p < 1 or args.temperature == 0:
         warn("the loss is an expectation over the model's own distribution: --top-p 1 samples it")
-    check_lengths(task, args)
+    check_lengths(task)
     task.trained_on([p.key for p in task.problems])
-    run = Run(args, task)
+    run = Run(task)
     if run.complete:
         return
     make_teacher = LoraTeacher if args.lora else Teacher
     teacher = make_teacher(student, args.teacher, args.teacher_rate, args.teacher_interval)
     optimizer = Optimizer(student, BETAS, WEIGHT_DECAY)
     done = run.restore(optimizer=optimizer, teacher=teacher)
-    if args.gradient_checkpointing:
-        checkpoint_layers(student)
     layers = OutputLayer(student, lm.vocab_size), OutputLayer(teacher.module, lm.vocab_size)
     phrases, batches, order = lm.phrases(args), [], list(task.problems)
     for epoch in range(args.epochs):
@@ -318,41 +313,37 @@ def main(argv: list[str] | None = None) -> None:
     student.train()
 
     for batch_index in range(done // args.passes, len(batches)):
-        started, batch = time.time(), batches[batch_index]
-        first_step = batch_index * args.passes + 1
-        torch.manual_seed(seed_of(args.seed, "dropout", first_step))
+        batch, first_step = batches[batch_index], batch_index * args.passes + 1
+        run.begin_step(first_step)
 
         # the student answers, the verifier gives its bit
-        responses, rewards = sample_and_verify(task, args, batch, ("responses", first_step))
+        attempts = sample_and_verify(task, batch, ("responses", first_step))
 
         # what the teacher reads, x + y + P_r + y, must fit the context whole
         examples = []
-        for problem, y, r in zip(batch, responses, rewards):
-            example = Example(problem.prompt_ids, y, r, phrases[r])
+        for attempt in attempts:
+            x, y, r = attempt.problem.prompt_ids, attempt.response, attempt.reward
+            example = Example(x, y, r, phrases[r])
             kept = y.finished or not args.drop_truncated
             if kept and len(example.teacher_ids) <= lm.context:
                 examples.append(example)
 
         # score, one step towards the teacher (more with --passes), then the teacher's own
+        tokens = sum(len(attempt.response.ids) for attempt in attempts)
         sampled = {
-            "reward": sum(rewards) / len(batch),
-            "length": sum(len(y.ids) for y in responses) / len(batch),
-            "cut_off": sum(not y.finished for y in responses) / len(batch),
+            "reward": sum(attempt.reward for attempt in attempts) / len(batch),
+            "length": tokens / len(batch),
+            "cut_off": sum(not attempt.response.finished for attempt in attempts) / len(batch),
             "dropped": len(batch) - len(examples),
         }
         if batch_index % SHOW_EVERY == 0:
-            sampled["sample"] = shown(lm, batch[0], responses[0], rewards[0])
+            sampled["sample"] = attempts[0].shown()
         for step in range(first_step, first_step + args.passes):
             metrics = distill_step(student, teacher, *layers, examples, args)
             lr = learning_rate(args, step, total)
-            norm = optimizer.step(lr)
+            metrics.update(sampled, grad_norm=optimizer.step(lr), lr=lr)
             teacher.update(step)
-            seconds = time.time() - started
-            metrics.update(sampled, grad_norm=norm, lr=lr, seconds=seconds)
-            metrics["tokens_per_s"] = sum(len(y.ids) for y in responses) / seconds
-            run.log("train", step, metrics)
-            started = time.time()
-        run.end_step(step, total, args.passes)
+            run.end_step(step, total, metrics, tokens)
     if not any(line.get("loss_tokens") for line in run.lines):
         fail("not one token was trained on: the responses are dropped (see the log's lines)", 1)
     run.finish()

@@ -42,21 +42,23 @@ from common import (
     Run,
     Task,
     check_flags,
-    checkpoint_layers,
     compiled,
     count,
     entry,
+    explained,
     fail,
+    gathered,
     key_of,
-    last_cause,
     learning_rate,
     make_parser,
+    meet,
+    my_share,
     progress,
     render,
-    sample_all,
+    revise,
+    sample_and_verify,
     seed_of,
     setup,
-    shown,
 )
 from losses import OutputLayer, backward_by_chunks, micro_batches, predicting_last, token_logprobs
 
@@ -103,92 +105,80 @@ class Trace:
         return [weights[0]] * before + [weights[1]] * len(self.revision_ids)
 
 
-def collect(task: Task, args: Namespace, problems: list[Problem], chunk: int):
+def collect(task: Task, problems: list[Problem], chunk: int) -> tuple[list[Trace], dict]:
     """Sample, verify, revise, verify. Returns (traces whose revision is right, counts).
 
     Identical traces count once. A revision that hit the length limit verifies or not like any
     other. Attempts whose revision would not fit the context are not revised ("too_long").
     """
-    lm, phrases = task.lm, task.lm.phrases(args)
+    args, phrases = task.args, task.lm.phrases(task.args)
     asked = [p for p in problems for _ in range(args.attempts)]
-    prompts = [p.prompt_ids for p in asked]
-    settings = args.temperature, args.top_p, args.collect_bytes
-    attempts = sample_all(lm, args, prompts, ("attempts", chunk), *settings)
-    rewards = task.verify_all([lm.text(y.ids) for y in attempts], [p.answer for p in asked])
-
-    again, contexts = [], []  # which attempt is revised; what the reviser reads
-    for i, (problem, attempt, r) in enumerate(zip(asked, attempts, rewards)):
-        context = problem.prompt_ids + attempt.without_eos + phrases[r]
-        if len(context) + args.max_new_tokens <= lm.context:
-            again += [i] * args.revisions
-            contexts += [context] * args.revisions
-    revisions = sample_all(lm, args, contexts, ("revisions", chunk), *settings)
-    texts = [lm.text(y.ids) for y in revisions]
-    verdicts = task.verify_all(texts, [asked[i].answer for i in again])
+    room = {"cache_bytes": args.collect_bytes}
+    attempts = sample_and_verify(task, asked, ("attempts", chunk), **room)
+    pairs = revise(task, attempts, args.revisions, ("revisions", chunk), **room)
 
     traces = {}
-    for i, revision, text, right in zip(again, revisions, texts, verdicts):
-        problem, init_ids, r = asked[i], attempts[i].without_eos, rewards[i]
-        same = problem.key, tuple(init_ids), tuple(revision.ids)
-        if not right or same in traces:
+    for attempt, revision in pairs:
+        problem, init_ids, r = attempt.problem, attempt.response.without_eos, attempt.reward
+        same = problem.key, tuple(init_ids), tuple(revision.response.ids)
+        if not revision.reward or same in traces:
             continue
         traces[same] = Trace(
             problem=problem.text,
             answer=problem.answer,
             reward=r,
             phrase=(args.phrase_wrong, args.phrase_right)[r],
-            init_text=lm.text(init_ids),
-            revision_text=text,
-            finished=revision.finished,
+            init_text=task.lm.text(init_ids),
+            revision_text=revision.text,
+            finished=revision.response.finished,
             prompt_ids=problem.prompt_ids,
             init_ids=init_ids,
             phrase_ids=phrases[r],
-            revision_ids=revision.ids,
+            revision_ids=revision.response.ids,
         )
-    revised_right = sum(rewards[i] for i in again)
+    revised_right = sum(attempt.reward for attempt, _ in pairs)
     kept_right = sum(trace.reward for trace in traces.values())
     counts = {
         "problems": len(problems),
         "attempts": len(attempts),
-        "right": sum(rewards),
-        "cut_off": sum(not y.finished for y in attempts),
-        "too_long": len(attempts) * args.revisions - len(revisions),
-        "revisions_of_wrong": len(revisions) - revised_right,
+        "right": sum(attempt.reward for attempt in attempts),
+        "cut_off": sum(not attempt.response.finished for attempt in attempts),
+        "too_long": len(attempts) * args.revisions - len(pairs),
+        "revisions_of_wrong": len(pairs) - revised_right,
         "kept_of_wrong": len(traces) - kept_right,
         "revisions_of_right": revised_right,
         "kept_of_right": kept_right,
-        "sample": shown(lm, asked[0], attempts[0], rewards[0]),
+        "sample": attempts[0].shown(),
     }
     return list(traces.values()), counts
 
 
-def collect_all(task: Task, args: Namespace, run: Run) -> list[Trace]:
+def collect_all(task: Task, run: Run) -> list[Trace]:
     """`collect` chunk by chunk into traces.jsonl. A chunk whose file exists is done."""
-    path = args.output / "traces.jsonl"
+    path, lines, tried = run.folder / "traces.jsonl", [], 0
     starts = range(0, len(task.problems), PROBLEMS_AT_ONCE)
-    chunks = [task.problems[i : i + PROBLEMS_AT_ONCE] for i in starts]
-    files = [args.output / f"chunk-{i}.json" for i in range(len(chunks))]
+    files = [run.folder / f"chunk-{chunk}.json" for chunk in range(len(starts))]
     if not path.exists():
-        traces, tried = [], 0
-        for i, (problems, file) in enumerate(zip(chunks, files)):
-            started = time.time()
+        for chunk, (start, file) in enumerate(zip(starts, files)):
             if file.exists():
                 saved = json.loads(file.read_text())
             else:
-                found, counts = collect(task, args, problems, i)
+                started = time.time()
+                problems = task.problems[start : start + PROBLEMS_AT_ONCE]
+                traces, counts = collect(task, problems, chunk)
                 counts["seconds"] = time.time() - started
-                saved = {"counts": counts, "traces": [asdict(trace) for trace in found]}
-                run.write(file.name, saved)
-            run.log("collect", i + 1, saved["counts"])
-            traces += saved["traces"]
-            tried += sum(saved["counts"][f"revisions_of_{kind}"] for kind in ("right", "wrong"))
-        if not traces:
+                saved = {"counts": counts, "traces": [asdict(trace) for trace in traces]}
+                run.write(file.name, json.dumps(saved))
+            run.log("collect", chunk + 1, saved["counts"])
+            lines += [json.dumps(trace) + "\n" for trace in saved["traces"]]
+            tried += saved["counts"]["revisions_of_wrong"] + saved["counts"]["revisions_of_right"]
+        if not lines:
             fail(
                 f"not one of {tried} revisions verified: try a stronger model, easier problems, "
-                "more --problems or --revisions, or look at --prompt-suffix, --verifier and "
-                "--max-new-tokens"
+                "more --revisions, another --prompt-suffix, --verifier or --max-new-tokens"
             )
-        run.write_text(path.name, "".join(json.dumps(trace) + "\n" for trace in traces))
+        run.write(path.name, "".join(lines))
+    gathered([])  # all processes have read the chunks, and the traces are written
     for file in files:
         file.unlink(missing_ok=True)
     return [Trace(**json.loads(line)) for line in open(path)]
@@ -196,28 +186,24 @@ def collect_all(task: Task, args: Namespace, run: Run) -> list[Trace]:
 
 def load_traces(lm: LM, args: Namespace) -> tuple[list[Trace], list[str]]:
     """Traces of an earlier --collect-only run, and the keys of all problems that it tried."""
-    path = args.traces
-    try:
+    path, made = args.traces, f"{args.traces} was collected with"
+    other = f"{path} is not a traces file of srt.py"
+    if not path.is_file():
+        fail(f"cannot read {path}: there is no such file")
+    with explained(other, OSError, ValueError, TypeError):
         traces = [Trace(**json.loads(line)) for line in open(path)]
-    except OSError as error:
-        fail(f"cannot read {path}: {error.strerror}")
-    except (ValueError, TypeError) as error:
-        fail(f"{path} is not a traces file of srt.py: {last_cause(error)}")
     if not traces:
         fail(f"{path} holds no trace")
     for trace in traces:
         if trace.reward not in (0, 1) or not trace.ids or max(trace.ids) >= lm.vocab_size:
-            fail(f"{path} is not a traces file of srt.py: a reward or an id is out of range")
+            fail(f"{other}: a reward or an id is out of range")
         if trace.phrase != (args.phrase_wrong, args.phrase_right)[trace.reward]:
             flag = ("--phrase-wrong", "--phrase-right")[trace.reward]
-            fail(f"{path} was collected with the phrase {trace.phrase!r}: give it as {flag}")
+            fail(f"{made} the phrase {trace.phrase!r}: give it as {flag}")
         if trace.phrase_ids != lm.phrase_ids(trace.phrase):
-            fail(f"{path} was collected with another tokenizer than that of {args.model}")
+            fail(f"{made} another tokenizer than that of {args.model}")
         if trace.prompt_ids != render(lm, trace.problem, args):
-            fail(
-                f"{path} was collected with another prompt: repeat that run's flags, and keep its "
-                "srt.json beside it"
-            )
+            fail(f"{made} another prompt: repeat that run's flags, and keep its srt.json beside it")
         if len(trace.ids) > lm.context:
             fail(f"{path} holds a trace of {len(trace.ids)} tokens, the context {lm.context}")
     beside = path.parent / "srt.json"
@@ -266,22 +252,23 @@ def srt_step(
 ) -> dict:
     """Add the gradient of one optimizer step's mean loss to the model's; returns its metrics. The
     result does not depend on the micro-batches."""
-    lengths = [len(trace.ids) for trace in traces]
     divisor = sum(sum(trace.weights(weights)) for trace in traces)
+    mine = my_share(traces, [len(trace.ids) for trace in traces])
     parts = []
-    for group in progress(micro_batches(lengths, micro_tokens), "training"):
-        parts.append(srt_loss(model, layer, [traces[i] for i in group], weights, divisor))
-    nll, weight = (torch.cat(column) for column in zip(*parts))
-    loss = (nll * weight).sum().item() / divisor
+    for group in progress(micro_batches([len(t.ids) for t in mine], micro_tokens), "training"):
+        nll, weight = srt_loss(model, layer, [mine[i] for i in group], weights, divisor)
+        parts.append({"nll": nll, "weight": weight})
+    whole = meet(model, parts)
+    loss = (whole["nll"] * whole["weight"]).sum().item() / divisor
     if not math.isfinite(loss):
         raise FloatingPointError(f"the loss is {loss}")
     return {
         "loss": loss,
-        "nll": nll.mean().item(),  # per token, of y_init, P_r and y_rev alike
+        "nll": whole["nll"].mean().item(),  # per token, of y_init, P_r and y_rev alike
         "reward": sum(trace.reward for trace in traces) / len(traces),  # of the first attempts
         "length": sum(len(trace.revision_ids) for trace in traces) / len(traces),
         "cut_off": sum(not trace.finished for trace in traces) / len(traces),
-        "tokens": sum(lengths),
+        "tokens": sum(len(trace.ids) for trace in traces),
     }
 
 
@@ -301,26 +288,21 @@ def plan(args: Namespace, traces: list[Trace]) -> list[tuple[list[Trace], tuple[
     return steps
 
 
-def train(task: Task, args: Namespace, traces: list[Trace], run: Run) -> None:
+def train(task: Task, traces: list[Trace], run: Run) -> None:
     """Fine-tune on L_SRT, from the last checkpoint if there is one."""
-    model = task.lm.model
+    args, model = task.args, task.lm.model
     optimizer = Optimizer(model, BETAS, WEIGHT_DECAY)
     done = run.restore(optimizer=optimizer)
-    if args.gradient_checkpointing:
-        checkpoint_layers(model)
     layer = OutputLayer(model, task.lm.vocab_size)
     steps = plan(args, traces)
     model.train()
     for step in range(done + 1, len(steps) + 1):
-        started = time.time()
-        torch.manual_seed(seed_of(args.seed, "dropout", step))
+        run.begin_step(step)
         batch, weights = steps[step - 1]
         metrics = srt_step(model, layer, batch, weights, args.micro_tokens)
         lr = learning_rate(args, step, len(steps))
-        metrics.update(grad_norm=optimizer.step(lr), lr=lr, seconds=time.time() - started)
-        metrics["tokens_per_s"] = metrics["tokens"] / metrics["seconds"]
-        run.log("train", step, metrics)
-        run.end_step(step, len(steps))
+        metrics.update(grad_norm=optimizer.step(lr), lr=lr)
+        run.end_step(step, len(steps), metrics, metrics["tokens"])
 
 
 def parse_arguments(argv: list[str] | None = None) -> Namespace:
@@ -347,25 +329,24 @@ def main(argv: list[str] | None = None) -> None:
     task = setup(args, half=True)
     traces, used = None, [p.key for p in task.problems]
     shortest = min(len(p.prompt_ids) for p in task.problems) + min(map(len, task.lm.phrases(args)))
-    if not args.traces and shortest + args.max_new_tokens > task.lm.context:
-        fail(
-            f"no attempt can be revised: a prompt, its phrase and a revision take at least "
-            f"{shortest + args.max_new_tokens} tokens, the context holds {task.lm.context}"
-        )
+    shortest += args.max_new_tokens  # of what holds a revision
+    if not args.traces and shortest > task.lm.context:
+        holds = f"the context holds {task.lm.context} tokens"
+        fail(f"no attempt can be revised: {holds}, a prompt with a revision at least {shortest}")
     if args.traces:
         traces, used = load_traces(task.lm, args)
         task.held_out = [p for p in task.held_out if p.key not in used]
     task.trained_on(used, stage_1=True)
-    run = Run(args, task, traces)
+    run = Run(task, traces)
     if run.complete:
         return
     run.evaluate(0)
-    traces = traces or collect_all(task, args, run)
+    traces = traces or collect_all(task, run)
     if args.collect_only:
-        run.write("srt.json", task.saved)
+        run.write("srt.json", json.dumps(task.saved, indent=1))
         print(f"saved {args.output / 'traces.jsonl'}: {len(traces)} traces")
         return
-    train(task, args, traces, run)
+    train(task, traces, run)
     run.finish()
 
 

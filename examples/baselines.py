@@ -25,7 +25,6 @@ defaults samples 4 per problem in stage 1 and 1 in stage 2.
 import json
 import random
 import sys
-import time
 from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -38,24 +37,25 @@ from common import (
     LM,
     REQUIRED,
     SHOW_EVERY,
+    Attempt,
     Optimizer,
     Problem,
     Run,
     Task,
     check_flags,
-    checkpoint_layers,
     count,
     entry,
     fail,
-    key_of,
+    gathered,
     learning_rate,
     load_problems,
     make_parser,
+    meet,
+    my_share,
     sample_and_verify,
     seed_of,
     setup,
     share,
-    shown,
 )
 from lora import LoraTeacher
 from losses import OutputLayer, backward_by_chunks, micro_batches, predicting_last, token_logprobs
@@ -98,15 +98,13 @@ class Group:
     rewards: list[int]
 
 
-def sample_groups(
-    task: Task, args: Namespace, problems: list[Problem], purpose: tuple
-) -> list[Group]:
-    n, asked = args.group, [p for p in problems for _ in range(args.group)]
-    responses, rewards = sample_and_verify(task, args, asked, purpose)
+def sample_groups(task: Task, problems: list[Problem], purpose: tuple) -> list[Group]:
+    n = task.args.group
+    attempts = sample_and_verify(task, [p for p in problems for _ in range(n)], purpose)
     groups = []
     for i, problem in enumerate(problems):
-        own = slice(i * n, i * n + n)
-        groups.append(Group(problem, responses[own], rewards[own]))
+        own = attempts[i * n : i * n + n]
+        groups.append(Group(problem, [a.response for a in own], [a.reward for a in own]))
     return groups
 
 
@@ -140,7 +138,7 @@ def collect(task: Task, args: Namespace, run: Run) -> list[Trace]:
     """Sample all responses and keep what is right in traces.jsonl, unless that is done."""
     path = args.output / "traces.jsonl"
     if not path.exists():
-        groups = sample_groups(task, args, task.problems, ("responses",))
+        groups = sample_groups(task, task.problems, ("responses",))
         traces = right_responses(task.lm, groups)
         if not traces:
             fail(f"not one of {args.group * len(groups)} responses verified")
@@ -151,7 +149,8 @@ def collect(task: Task, args: Namespace, run: Run) -> list[Trace]:
             "kept": len(traces),
         }
         run.log("collect", 1, counts)
-        run.write_text(path.name, "".join(json.dumps(asdict(t)) + "\n" for t in traces))
+        run.write(path.name, "".join(json.dumps(asdict(t)) + "\n" for t in traces))
+    gathered([])  # rank 0 has written it
     return [Trace(**json.loads(line)) for line in open(path)]
 
 
@@ -193,10 +192,10 @@ def grpo_step(
     def loss(logits, token_ids, advantages):
         return -advantages * token_logprobs(logits / (args.temperature or 1), token_ids)
 
-    total = 0.0
-    for group in micro_batches([len(x) + len(y.ids) for x, y, _ in live], args.micro_tokens):
+    mine, parts = my_share(live, [len(x) + len(y.ids) for x, y, _ in live]), []
+    for group in micro_batches([len(x) + len(y.ids) for x, y, _ in mine], args.micro_tokens):
         sequences, counts, token_ids, advantages = [], [], [], []
-        for x, y, advantage in [live[i] for i in group]:
+        for x, y, advantage in [mine[i] for i in group]:
             sequences.append(x + y.ids)
             counts.append(len(y.ids))
             token_ids += y.ids
@@ -205,7 +204,9 @@ def grpo_step(
         token_ids = torch.tensor(token_ids, device=hidden.device)
         advantages = torch.tensor(advantages, device=hidden.device)
         values = backward_by_chunks(loss, layer, hidden, token_ids, advantages, divisor=tokens)
-        total += values.sum().item()
+        parts.append({"loss": values})
+    values = meet(model, parts)
+    total = values["loss"].sum().item() if values else 0.0
     return {"loss": total / tokens, "with_signal": len(live) / responses}
 
 
@@ -214,7 +215,7 @@ def grpo(task: Task, args: Namespace, run: Run) -> None:
     layer = OutputLayer(model, task.lm.vocab_size)
 
     def learn(step: int) -> dict:
-        groups = sample_groups(task, args, batches[step - 1], ("responses", step))
+        groups = sample_groups(task, batches[step - 1], ("responses", step))
         return {**grpo_step(model, layer, groups, args), **describe(task.lm, groups, step)}
 
     train(task, args, run, learn, len(batches))
@@ -266,7 +267,7 @@ def load_solutions(task: Task, args: Namespace) -> dict[str, list[int]]:
         # a worked solution is text, whatever the verifier wants of an answer
         of_column = {"answer_column": args.solution_column, "verifier": "any"}
         rows, _ = load_problems(Namespace(**{**vars(args), **of_column}), args.dataset)
-        found = {key_of(problem): solution for problem, solution in rows}
+        found = {key: solution for key, (_, solution) in rows.items()}
         missing = sum(key not in found for key in texts)
         if missing:
             fail(f"{missing} of {len(texts)} problems have no {args.solution_column}")
@@ -287,7 +288,7 @@ def from_a_teacher(task: Task, args: Namespace, run: Run, make_examples: Callabl
     batches = plan_batches(task, args)
 
     def learn(step: int) -> dict:
-        groups = sample_groups(task, args, batches[step - 1], ("responses", step))
+        groups = sample_groups(task, batches[step - 1], ("responses", step))
         examples = [e for e in make_examples(groups) if len(e.teacher_ids) <= lm.context]
         metrics = distill_step(model, teacher, *layers, examples, args)
         dropped = {"dropped": args.batch_size - len(examples)}
@@ -324,7 +325,8 @@ def describe(lm: LM, groups: list[Group], step: int) -> dict:
         "generations": step * len(responses),
     }
     if step % SHOW_EVERY == 1:
-        metrics["sample"] = shown(lm, groups[0].problem, responses[0], rewards[0])
+        text = lm.text(responses[0].ids)
+        metrics["sample"] = Attempt(groups[0].problem, responses[0], text, rewards[0]).shown()
     return metrics
 
 
@@ -341,20 +343,16 @@ def train(
     optimizer = Optimizer(model, BETAS, WEIGHT_DECAY)
     parts = {"teacher": teacher} if teacher else {}
     done = run.restore(optimizer=optimizer, **parts)
-    if args.gradient_checkpointing:
-        checkpoint_layers(model)
     run.evaluate(0)
     model.train()
     for step in range(done + 1, total + 1):
-        started = time.time()
-        torch.manual_seed(seed_of(args.seed, "dropout", step))
+        run.begin_step(step)
         metrics = learn(step)
         lr = learning_rate(args, step, total)
-        metrics.update(grad_norm=optimizer.step(lr), lr=lr, seconds=time.time() - started)
+        metrics.update(grad_norm=optimizer.step(lr), lr=lr)
         if teacher:
             teacher.update(step)
-        run.log("train", step, metrics)
-        run.end_step(step, total)
+        run.end_step(step, total, metrics)
     if not any(line.get("grad_norm") for line in run.lines):
         fail("not one step had a gradient: no response told the method anything (see the log)", 1)
 
@@ -392,7 +390,7 @@ def main(argv: list[str] | None = None) -> None:
     task.trained_on([p.key for p in task.problems])
     phrase_ids = task.lm.phrase_ids(args.phrase_right)
     solutions = load_solutions(task, args) if args.method == "sdft" else {}
-    run = Run(args, task)
+    run = Run(task)
     if run.complete:
         return
     if args.method == "rft":

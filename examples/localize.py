@@ -30,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import (
     LM,
     REQUIRED,
+    VERDICTS,
     Problem,
     check_flags,
     count,
@@ -41,7 +42,6 @@ from common import (
     make_parser,
     sample_all,
     split_problems,
-    verdict,
 )
 from losses import OutputLayer, full_logits, micro_batches, predicting_last, token_logprobs
 from sdzero import Example
@@ -224,7 +224,7 @@ def figure(groups: dict[str, dict]) -> str:
 
 def article(lm: LM, args: Namespace, problem: Problem, e: Example, table: torch.Tensor) -> str:
     """One response with its problem, as HTML."""
-    name, kl = verdict(e.reward), table[:, 0]
+    name, kl = VERDICTS[e.reward], table[:, 0]
     phrase = (args.phrase_wrong, args.phrase_right)[e.reward]
     cut = "" if e.response.finished else ", cut off"
     return (
@@ -247,7 +247,7 @@ def page(
     responses that no context holds."""
     members = {"wrong": [], "right": []}
     for i, e in enumerate(examples):
-        members[verdict(e.reward)].append(i)
+        members[VERDICTS[e.reward]].append(i)
     groups, ranked = {}, []
     for name, indices in members.items():
         if indices:

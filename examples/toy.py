@@ -3,29 +3,35 @@
     python examples/toy.py                          one seed: base, SRT, SD-Zero
     python examples/toy.py --seeds 3 --baselines    three, and RFT, GRPO, SDFT, SDPO, variations
 
-60 made-up goods have hidden one-digit prices. A problem names four of them; the answer is the last
-digit of their total. A response gives each good, its price and the sum so far, modulo 10:
+60 made-up goods have hidden one-digit prices. A problem names four of them; the answer is their
+total. A response gives each good, its price and the sum so far:
 
-    Last digit of bako + tilu + nisa + taka?
-    bako: 4, sum 4 / tilu: 9, sum 3 / nisa: 1, sum 4 / taka: 6, sum 0 / #### 0
+    Total of bako + tilu + nisa + taka?
+    bako: 4, sum 4 / tilu: 9, sum 13 / nisa: 1, sum 14 / taka: 6, sum 20 / #### 20
 
 The base is a Llama of 0.35M parameters, with one token per word, pre-trained on a synthetic web.
 The run begins by printing one page of each kind. This is what makes it a task for self-revision:
 
-- One good in seven carries a misconception: at first nearly all writers give the same wrong price.
-  About half of the problems name such a good, so the base is right about half of the time.
-- Some pages go on with a control phrase, which fits the attempt in four cases of five, and another
-  attempt. That one looks up more prices afresh after "Wait" than after "Let me rephrase". Then the
-  misconceptions are weaker, but still by far the likeliest prices.
-- Attempts before the last contain slips, so a reviser has to read the question again. Without them
-  one run learned to name a good twice, which its teacher let pass, and fell from 92% to 12%.
+- Seven goods carry a misconception: every first attempt gives the same wrong price, and the base's
+  samples the right one once or twice in a thousand, so that a group of eight is nearly always all
+  wrong and tells nothing. A writer who looks again is right three times in ten.
+- Four goods are disputed: half of the writers are right, at first and later. Here samples and the
+  verifier's bit are enough. Over half of the problems name one of these eleven goods, so the base
+  is right about half of the time.
+- Revisions are in forum threads. An assistant's page holds one only where attempt and phrase are
+  given: it revises when told to. A phrase fits the attempt before it in four cases of five. After
+  "Wait" more prices are looked up afresh than after "Let me rephrase".
+- One of those attempts in four names a good that was not asked for, so a reviser has to read the
+  question again. A base that had seen fewer such slips copied the names of the attempt instead.
+  Its teacher let every wrong name pass, and at twice the rate stage 2 fell from 87% to 32%.
 - Exercises in copying teach the model to use its context: random prices, repeated, with a loss on
-  the last attempt only. Without them SRT broke a tenth of its own right answers in some worlds.
+  the last attempt only.
 
 So the base has seen phrases, revisions and weak alternatives, as a model trained on the real web
 has, but does not use them. Stage 1 brings them out; stage 2 puts them into the first attempt. All
 that a method learns of an answer is the verifier's bit, except SDFT, whose teacher is shown the
 prices. No set of four goods is in more than one of the web, stage 1, stage 2 and the held-out set.
+Five versions of the task were tried, on worlds 100 to 102 (--seed 100 ...); this is the fifth.
 """
 
 import argparse
@@ -53,6 +59,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import srt
 from common import MAX_SLOTS, PHRASES, inherit_prompt, load_lm, load_problems, render, sample_all
 from losses import full_logits
+from rollout import Rollout
 from sdzero import Example
 from verifier import verify
 
@@ -60,23 +67,18 @@ ROOT = Path(srt.__file__).parent
 
 # The goods: each is in some 4,000 pages.
 GOODS = [a + b + c for a in "bdgklmnprt" for b in "ai" for c in ("ko", "lu", "sa")]
-HARD = 9  # goods with a misconception: 0.85 ** 4 = 52% of the problems name none of them
 
-# What the writers know, as probabilities. An ordinary good's right price: at first, and in a later
-# attempt, which is written in haste.
-KNOWN, KNOWN_AGAIN = 0.99, 0.96
-# A hard good at first: the right price, which lies between these two by the good, and the popular
-# wrong one; the rest are guesses. Then both when a later attempt looks the good up afresh.
-RIGHT_FIRST, MISLED_FIRST = (0.001, 0.006), 0.97
-RIGHT_AGAIN, MISLED_AGAIN = 0.16, 0.66
+# Number of goods; share of the writers who know the price, at first and when they look again
+MISCONCEIVED = 7, 0.0, 0.3
+DISPUTED = 4, 0.5, 0.5
+KNOWN = 0.995, 0.96  # all the other goods
 REPEAT = 0.6, 0.98  # that an attempt takes over a price from the one before, by the phrase's r
 JUDGE = 0.8  # that a phrase fits the attempt before it
-SLIP = 0.08  # that an attempt which another one follows misreads a good; that it adds up wrongly
+MISREAD, MISCOUNT = 0.25, 0.08  # that an attempt before the last names another good; adds wrongly
 
 DOCUMENTS = 60_000  # pages of the web, some 2.4M tokens; each is seen once
 KINDS = {"answer": 0.42, "revision": 0.03, "thread": 0.35, "copy": 0.20}  # shares of the pages
-# A thread and an exercise show by their marker that more attempts follow, so that an assistant's
-# answer rarely goes on.
+# A thread and an exercise show by their marker that more attempts follow.
 MARKERS = {"thread": "<|forum|>", "copy": "<|copy|>"}
 # In a thread or an exercise. Stage 2's teacher may read four: a response that holds a revision,
 # and this response again.
@@ -96,7 +98,7 @@ STAGE_2 = ["--batch-size", 32, "--lr", 3e-4, "--warmup", 5]
 GROUPS = ["--batch-size", 96, "--warmup", 5]  # GRPO: 12 problems x 8 responses
 BASELINES = {  # method: (problems, flags)
     "rft": ("stage1", [*STAGE_1, "--warmup", 0.05, "--lr-schedule", "cosine"]),
-    "grpo": ("both", [*GROUPS, "--lr", 3e-4]),
+    "grpo": ("both", [*GROUPS, "--lr", 1e-3]),
     "sdft": ("both", [*GROUPS, "--lr", 5e-5, "--solution-column", "solution"]),
     "sdpo": ("both", [*GROUPS, "--lr", 5e-5]),
 }
@@ -119,9 +121,11 @@ class World:
     def __init__(self, seed):
         self.rng = random.Random(seed)
         self.price = {good: self.rng.randrange(10) for good in GOODS}
-        hard = self.rng.sample(GOODS, HARD)
+        self.known = dict.fromkeys(GOODS, KNOWN)  # good: (at first, again)
+        hard = self.rng.sample(GOODS, MISCONCEIVED[0] + DISPUTED[0])
+        for i, good in enumerate(hard):
+            self.known[good] = (MISCONCEIVED if i < MISCONCEIVED[0] else DISPUTED)[1:]
         self.belief = {good: (self.price[good] + self.rng.randrange(1, 10)) % 10 for good in hard}
-        self.insight = {good: self.rng.uniform(*RIGHT_FIRST) for good in hard}
         self.seen = set()
 
     def make_problem(self):
@@ -132,19 +136,13 @@ class World:
         return goods
 
     def answer(self, goods):
-        return sum(self.price[good] for good in goods) % 10
+        return sum(self.price[good] for good in goods)
 
     def look_up(self, good, again=False):
         """The price that one writer of the crowd believes in. again: in a later attempt."""
-        right, misled = (KNOWN_AGAIN if again else KNOWN), 0.0
-        if good in self.belief:
-            right, misled = self.insight[good], MISLED_FIRST
-            if again:
-                right, misled = RIGHT_AGAIN, MISLED_AGAIN
-        u = self.rng.random()
-        if u < right:
+        if self.rng.random() < self.known[good][again]:
             return self.price[good]
-        return self.belief[good] if u < right + misled else self.rng.randrange(10)
+        return self.belief[good] if good in self.belief else self.rng.randrange(10)
 
     def document(self, kind=None):
         """One page of the web: (the text that is given, the text whose tokens are trained on)."""
@@ -155,25 +153,28 @@ class World:
         copied = kind == "copy"
         prices = [rng.randrange(10) if copied else self.look_up(good) for good in goods]
         for _ in range(attempts - 1):
-            place = rng.randrange(4)  # where slips happen
-            if copied:  # nobody could learn anything from random prices: they are given
-                given += solution(goods, prices) + f"\n\n{PHRASES[1]}\n\n"
-                continue
-            named, prices, added = self.slip(goods, prices, place)
-            right = sum(added) % 10 == self.answer(goods)
-            called = right if rng.random() < JUDGE else not right
-            text += solution(named, prices, added) + f"\n\n{PHRASES[called]}\n\n"
-            prices = self.look_again(goods, named, prices, REPEAT[called])
+            attempt, called = solution(goods, prices), True
+            if not copied:
+                named, prices, added = self.slip(goods, prices)
+                attempt = solution(named, prices, added)
+                called = (sum(added) == self.answer(goods)) == (rng.random() < JUDGE)
+                prices = self.look_again(goods, named, prices, REPEAT[called])
+            attempt += f"\n\n{PHRASES[called]}\n\n"
+            if kind == "thread":
+                text += attempt
+            else:
+                given += attempt
         return given, text + solution(goods, prices) + "<|eos|>"
 
-    def slip(self, goods, prices, place):
+    def slip(self, goods, prices):
         """An attempt as it is written: (goods that it names, their prices, the prices it adds)."""
         named, prices = goods.copy(), prices.copy()
-        if self.rng.random() < SLIP:
-            named[place] = self.rng.choice(goods)
+        place = self.rng.randrange(4)
+        if self.rng.random() < MISREAD:
+            named[place] = self.rng.choice(GOODS)
             prices[place] = self.look_up(named[place])
         added = prices.copy()
-        if self.rng.random() < SLIP:
+        if self.rng.random() < MISCOUNT:
             added[place] = self.rng.randrange(10)
         return named, prices, added
 
@@ -187,7 +188,7 @@ class World:
 
 
 def question(goods):
-    return "Last digit of " + " + ".join(goods) + "?"
+    return "Total of " + " + ".join(goods) + "?"
 
 
 def chat(problem, marker="<|assistant|>"):
@@ -198,7 +199,7 @@ def solution(goods, prices, added=None):
     """A response. added: the prices that its sums are made of, where they are other ones."""
     lines, total = [], 0
     for good, price, summand in zip(goods, prices, added or prices):
-        total = (total + summand) % 10
+        total += summand
         lines.append(f"{good}: {price}, sum {total}\n")
     return "".join(lines) + f"#### {total}"
 
@@ -217,8 +218,9 @@ def make_tokenizer():
     """One token per word. A price, a sum and an answer are one token each, with the signs around
     their digit, and so is each phrase."""
     special = ["<|pad|>", "<|eos|>", "<|unk|>", "<|user|>", "<|assistant|>", *MARKERS.values()]
-    signs = [sign % digit for sign in (": %d", ", sum %d\n", "#### %d") for digit in range(10)]
-    words = GOODS + signs + ["Last digit of ", " + ", "?", "\n\n", *PHRASES]
+    signs = [f": {price}" for price in range(10)]
+    signs += [sign % total for sign in (", sum %d\n", "#### %d") for total in range(4 * 9 + 1)]
+    words = GOODS + signs + ["Total of ", " + ", "?", "\n\n", *PHRASES]
     vocabulary = {token: i for i, token in enumerate(special + words)}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<|unk|>"))
     pattern = "|".join(re.escape(word) for word in sorted(words, key=len, reverse=True))
@@ -411,7 +413,7 @@ def revised_by_srt(out, seed, whose):
     """
     (lm, args), (reviser, _) = load(out / whose, out, seed), load(out / "srt", out, seed)
     phrases = lm.phrases(args)
-    problems, _ = load_problems(args, args.dataset)
+    problems = load_problems(args, args.dataset)[0].values()
     prompts = [render(lm, text, args) for text, _ in problems]
     answers = [answer for _, answer in problems]
 
@@ -436,34 +438,83 @@ def revised_by_srt(out, seed, whose):
     return row, examples, lm, reviser
 
 
-@torch.no_grad()
-def where_the_kl_is(world, examples, lm, reviser):
-    """README (4) of the attempts, with SRT as the teacher: the figures below the table.
+KINDS_OF_TOKENS = (
+    "names",
+    "right prices",
+    "wrong prices",
+    "sums",
+    "answer",
+    "what comes next",
+    "more",
+)
 
-    Returns (share of a wrong response's KL that is in its top 5% of tokens, share that is on wrong
-    prices, mean KL per token of wrong responses, of right ones, of right ones with a revision).
-    Those with a revision are apart, since the teacher passes over the attempt that was revised.
+
+def kinds_of_tokens(words, price):
+    """What each token of a response is; "what comes next" is the one after the first answer: the
+    response ends, or goes on with a phrase and another attempt ("more")."""
+    kinds, answered = [], False
+    for i, word in enumerate(words):
+        if answered:
+            kinds.append("more" if kinds[-1] in ("what comes next", "more") else "what comes next")
+        elif word.startswith(": "):
+            named = words[i - 1] if i else ""
+            kinds.append("right prices" if word == f": {price.get(named)}" else "wrong prices")
+        else:
+            kinds.append("names" if word in price else "sums" if ", sum" in word else "answer")
+        answered = answered or word.startswith("####")
+    return kinds
+
+
+@torch.no_grad()
+def kl_by_token(e, student, teacher):
+    """README (4) of an example, token by token: [n]."""
+    n = len(e.response.ids)
+    rows = slice(-n - 1, -1)  # position t-1 predicts token t
+    student_logits = student(torch.tensor([e.student_ids])).logits[0, rows]
+    return full_logits(student_logits, teacher(torch.tensor([e.teacher_ids])).logits[0, rows])
+
+
+def where_the_kl_is(world, examples, lm, reviser):
+    """README (4) of a model's attempts, with SRT as the teacher.
+
+    Returns, for "wrong" and "right" responses: "nats" per response by kind of token, the number of
+    "tokens" of a response, and the share of its KL that is in its "top" 5% of tokens.
     """
-    top, at_error, kl = [], [], {"wrong": [], "right": [], "revising": []}
-    for e in examples:
-        n = len(e.response.ids)
-        student = lm.model(torch.tensor([e.student_ids])).logits[0]
-        teacher = reviser.model(torch.tensor([e.teacher_ids])).logits[0]
-        values = full_logits(student[-n - 1 : -1], teacher[-n - 1 : -1])  # t-1 predicts t: [n]
-        if e.reward:
-            text = lm.text(e.response.ids)
-            revising = any(phrase in text for phrase in PHRASES)
-            kl["revising" if revising else "right"] += values.tolist()
-            continue
-        kl["wrong"] += values.tolist()
-        largest = values.sort(descending=True).values[: math.ceil(n / 20)]
-        top.append((largest.sum() / values.sum()).item())
-        words = lm.tokenizer.convert_ids_to_tokens(e.response.ids)
-        wrong = []  # for every token but the first, whether it is a wrong price
-        for good, price in zip(words, words[1:]):
-            wrong.append(good in world.price and price != f": {world.price[good]}")
-        at_error.append((values[1:][torch.tensor(wrong)].sum() / values.sum()).item())
-    return [share(x) for x in (top, at_error, *kl.values())]
+    found = {}
+    for verdict in ("wrong", "right"):
+        nats, tokens, top = dict.fromkeys(KINDS_OF_TOKENS, 0.0), 0, []
+        chosen = [e for e in examples if e.reward == (verdict == "right")]
+        for e in chosen:
+            n, values = len(e.response.ids), kl_by_token(e, lm.model, reviser.model)
+            words = lm.tokenizer.convert_ids_to_tokens(e.response.ids)
+            for kind, value in zip(kinds_of_tokens(words, world.price), values.tolist()):
+                nats[kind] += value / len(chosen)
+            largest = values.sort(descending=True).values[: math.ceil(n / 20)]
+            top.append((largest.sum() / values.sum()).item())
+            tokens += n / len(chosen)
+        found[verdict] = {"nats": nats, "tokens": tokens, "top": share(top)}
+    return found
+
+
+def show_trace(out, lm, reviser):
+    """The first trace of a wrong attempt, with what stage 2 would make of that attempt: README's
+    picture."""
+    traces = [srt.Trace(**json.loads(line)) for line in open(out / "srt" / "traces.jsonl")]
+    trace = next((t for t in traces if not t.reward), traces[0])
+    ids = trace.init_ids + [lm.tokenizer.eos_token_id]
+    response = Rollout(ids, [0.0] * len(ids), True)
+    example = Example(trace.prompt_ids, response, trace.reward, trace.phrase_ids)
+    tokens, nats = "token y_t ", "KL, nats  "
+    values = kl_by_token(example, lm.model, reviser.model).tolist()
+    for token, value in zip(lm.tokenizer.convert_ids_to_tokens(ids), values):
+        token = token.strip(" ,\n").replace("<|eos|>", "EOS")
+        width = max(len(token), 5)
+        tokens, nats = f"{tokens} {token:{width}}", f"{nats} {value:<{width}.3f}"
+    x, y, y_rev = (
+        text.replace("\n", " / ") for text in (trace.problem, trace.init_text, trace.revision_text)
+    )
+    print(f"\nx          {x} (the answer is {trace.answer})\ny          {y}")
+    print(f"P_{trace.reward}        {trace.phrase}\ny_rev      {y_rev}\n{tokens}\n{nats}")
 
 
 # --------------------------------------------------------------------------------------- the report
@@ -498,6 +549,20 @@ def cells(evaluations, columns=COLUMNS):
     return " | ".join(found)
 
 
+def print_kl(figures):
+    """A table of where the KL of the loss lies, from `where_the_kl_is` of each seed."""
+    print("\nKL from SRT as the teacher, millinats per response by kind of token:\n")
+    print(f"| student | response | tokens | top 5% | {' | '.join(KINDS_OF_TOKENS)} |")
+    print("| --- | --- | --- | --- |" + " --- |" * len(KINDS_OF_TOKENS))
+    for student in figures[0]:
+        for verdict in ("wrong", "right"):
+            found = [kl[student][verdict] for kl in figures]
+            cells = [spread([f["tokens"] for f in found], 1), spread([f["top"] for f in found])]
+            for kind in KINDS_OF_TOKENS:
+                cells.append(spread([f["nats"][kind] for f in found], 1000))
+            print(f"| {student} | {verdict} | {' | '.join(cells)} |")
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description="SD-Zero on a toy, on a CPU, without a download")
     add = parser.add_argument
@@ -514,14 +579,19 @@ def main(argv=None):
             out.mkdir(parents=True, exist_ok=True)
             show_pages(World(seed))  # a world of its own: the other one's draws stay as they are
             write(out, world)
-        table = both_stages(out, seed)
+        table, kl = both_stages(out, seed), {}
         table["base, revised by SRT"], *attempts = revised_by_srt(out, seed, "base")
-        figures.append(where_the_kl_is(world, *attempts))
+        kl["base"] = where_the_kl_is(world, *attempts)
+        show_trace(out, *attempts[1:])
+        kl["SRT"] = where_the_kl_is(world, *revised_by_srt(out, seed, "srt")[1:])
         # SRT against SD-Zero as its own reviser: which of them would be the better teacher now
         table["SD-Zero, revised by SRT"], *_ = revised_by_srt(out, seed, "sdzero")
         if args.baselines:
             table.update(the_rest(out, seed))
         tables.append(table)
+        figures.append(kl)
+        report = {"world": seed, "rows": table, "kl": kl}
+        (out / "report.json").write_text(json.dumps(report, indent=1))
         pictures(out)
 
     print(f"\n| model | {' | '.join(COLUMNS)} |\n| --- |{' --- |' * len(COLUMNS)}")
@@ -535,13 +605,7 @@ def main(argv=None):
         f"\n{SIZES['heldout']} held-out problems, 4 samples each (of those revised by SRT 1); "
         f"seeds {args.seed} to {seed}, {errors}"
     )
-    top, at_error, wrong, right, revising = zip(*figures)
-    print(
-        f"KL of the base from SRT as teacher: on wrong responses {spread(top)}% of it in the top "
-        f"5% of the tokens, {spread(at_error)}% on wrong prices; per token "
-        f"{spread(wrong, 1000)} millinats on wrong responses, {spread(right, 1000)} on right ones, "
-        f"{spread(revising, 1000)} on right ones that hold a revision of their own"
-    )
+    print_kl(figures)
     print(f"{(time.time() - started) / 60:.1f} minutes")
 
 

@@ -233,8 +233,7 @@ AttentionInterface.register("packed", packed)
 
 def sample(model, prompts, limits, slots, graph, seed=1, **more) -> list[Rollout]:
     """Responses without an EOS. seed: None is torch's own generator."""
-    generator = torch.Generator(DEVICE).manual_seed(seed) if seed else None
-    settings = dict(eos_token_ids=[], slots=slots, generator=generator, cuda_graph=graph, **more)
+    settings = dict(eos_token_ids=[], slots=slots, seed=seed, cuda_graph=graph, **more)
     return rollout.generate(model, prompts, max_new_tokens=limits, **settings)
 
 
@@ -341,17 +340,18 @@ def distribution():
 
 
 def random_numbers():
-    """Replayed graphs must advance the generator, a given one and torch's own."""
+    """Replayed graphs and other slots must sample the same; without a seed each call is new."""
     model = tiny("qwen3").to(DEVICE)
 
-    def responses(seed):
-        return [r.ids for r in sample(model, PROMPTS * 3, 30, 6, True, seed)]
+    def responses(seed, slots=6):
+        return [r.ids for r in sample(model, PROMPTS * 3, 30, slots, True, seed)]
 
     def not_captured(fixed, n, length):
         return SimpleNamespace(replay=partial(fixed.decoder.step, n, length), pool=lambda: None)
 
     values = dict(repeatable=responses(3) == responses(3))
     values["defaults_move"] = responses(None) != responses(None)
+    values["slots_do_not_matter"] = responses(3, 4) == responses(3)
     replayed, capture = responses(3), rollout.FixedShapes.capture
     rollout.FixedShapes.capture = not_captured
     try:
@@ -600,22 +600,19 @@ def decode_attention():
 
 
 def full_decoder(model, slots: int, length: int):
-    """A decoder whose cache is full, and its sampler's generator."""
-    generator = torch.Generator(DEVICE).manual_seed(0)
-    sampler = partial(
-        rollout.sample, temperature=1.0, top_p=1.0, generator=generator, vocab_size=USED
-    )
+    """A decoder whose cache is full."""
+    sampler = partial(rollout.sample, vocab_size=USED)
     with torch.inference_mode():
         like = rollout.prefill(model, [(0, 0)])
         decoder = rollout.Decoder(model, like, slots, length, length - 1, [1], sampler)
         for layer in decoder.cache.layers:
             layer.normal_()
         decoder.position.fill_(length - 2)
-    return decoder, generator
+    return decoder
 
 
 @torch.inference_mode()
-def measure_step(name, decoder, generator, eager=True) -> dict:
+def measure_step(name, decoder, eager=True) -> dict:
     """Times of one step with all slots at full length, eagerly and by graph."""
     slots, length = decoder.tokens.shape
     weights = sum(p.numel() for p in decoder.model.parameters())
@@ -624,7 +621,7 @@ def measure_step(name, decoder, generator, eager=True) -> dict:
     values = {}
     if eager:
         values["eager_ms"] = ms(lambda: decoder.step(slots, length), 6)
-    fixed = rollout.FixedShapes(decoder, generator)
+    fixed = rollout.FixedShapes(decoder)
     fixed(slots, length)
     values["capture_s"] = seconds_of(lambda: fixed(slots, length))
     values["graph_ms"] = ms(lambda: fixed(slots, length), 12)
@@ -655,9 +652,9 @@ def decode():
     for slots, length in sizes:
         for attention in ("sdpa", "packed"):
             model.set_attn_implementation(attention)
-            decoder, generator = full_decoder(model, slots, length)
+            decoder = full_decoder(model, slots, length)
             name = f"decode step of Qwen3-4B, {slots} slots x {length:,} tokens, {attention}"
-            got = measure_step(name, decoder, generator)
+            got = measure_step(name, decoder)
             figure = f"{got['eager_ms']:.1f} ms, as a graph {got['graph_ms']:.1f} ms: "
             figure += f"{slots / got['graph_ms'] * 1e3:,.0f} tokens/s, {got['share_of_floor']:.0%}"
             row(name, figure + " of the copy bandwidth")
@@ -946,15 +943,15 @@ def compiled_step():
     """Is a decode step whose forward is compiled, with the cache as it is, worth it?"""
     model = build("4B")
     model.set_attn_implementation("packed")
-    decoder, generator = full_decoder(model, *((16, 2048) if BIG else (4, 64)))
+    decoder = full_decoder(model, *((16, 2048) if BIG else (4, 64)))
     name, plain = "decode step of Qwen3-4B, packed heads", rollout.forward
-    before = measure_step(name + ", not compiled", decoder, generator, eager=False)
+    before = measure_step(name + ", not compiled", decoder, eager=False)
     backend = "inductor" if BIG else "eager"
     rollout.forward = torch.compile(plain, fullgraph=True, dynamic=False, backend=backend)
     try:
         with torch.inference_mode():
             took = seconds_of(lambda: decoder.step(*decoder.tokens.shape))
-        after = measure_step(name + ", compiled", decoder, generator, eager=False)
+        after = measure_step(name + ", compiled", decoder, eager=False)
         kernels(name + ", compiled", decoder)
     finally:
         rollout.forward = plain

@@ -152,8 +152,13 @@ def test_nothing_trained_on_is_evaluated_without_a_word(name, script, lineage, d
     """
     trained, _ = remembered(lineage / name)
     evaluated = []
+
+    def noted(problems):
+        evaluated.extend(problems)
+        return {"sample": ""}
+
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr(common, "evaluate", lambda *args: evaluated.extend(args[3]) or {"sample": ""})
+        patch.setattr(common, "evaluate", lambda task, step: noted(task.held_out))
         flags = dict(model=lineage / name, dataset=data, eval_problems=40, eval_only=True)
         call(script, *FLAGS, **flags)
     first = set(sorted(key_of(x) for x, _ in ROWS)[:40])

@@ -4,6 +4,7 @@ training still runs."""
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,6 +19,7 @@ import ablations
 import baselines
 import bench_training
 import toy
+import worlds
 
 import sdzero
 import srt
@@ -149,10 +151,10 @@ def test_from_a_model_of_stage_1(base, data, tmp_path, monkeypatch):  # noqa: F8
     used = json.loads((tmp_path / "srt" / "srt.json").read_text())["problems"]
     asked, held_out = set(), set()
 
-    def watched(task, args, problems, purpose, sample=baselines.sample_and_verify):
+    def watched(task, problems, purpose, sample=baselines.sample_and_verify):
         asked.update(p.key for p in problems)
         held_out.update(p.key for p in task.held_out)
-        return sample(task, args, problems, purpose)
+        return sample(task, problems, purpose)
 
     monkeypatch.setattr(baselines, "sample_and_verify", watched)
     more = ["--generations", "104", "--problems", "26"]  # a pass over all that is left
@@ -168,8 +170,8 @@ def test_nothing_learned(method, verdict, base, data, tmp_path, monkeypatch, cap
     """Groups that are all right, or all wrong, from the first to the last: exit code 1 and no model
     that passes for a trained one."""
 
-    def all_alike(task, args, problems, purpose, sample=baselines.sample_and_verify):
-        return sample(task, args, problems, purpose)[0], [verdict] * len(problems)
+    def all_alike(task, problems, purpose, sample=baselines.sample_and_verify):
+        return [replace(a, reward=verdict) for a in sample(task, problems, purpose)]
 
     monkeypatch.setattr(baselines, "sample_and_verify", all_alike)
     with pytest.raises(SystemExit) as stopped:
@@ -296,6 +298,103 @@ def test_commands_of_the_ablations(commands, tmp_path, capsys):
         found = [args.lr for name, args in commands.items() if name.startswith(f"grid/{method}-")]
         assert found == list(rates)
     assert capsys.readouterr().out.count(": 75.0") == sum(map(len, ablations.GRID.values()))
+
+
+def test_kinds_of_tokens():
+    """Catches a price that is compared with another good's, and a phrase that does not end the
+    first answer."""
+    price = {"bako": 4, "tilu": 9}
+    words = [
+        "bako",
+        ": 4",
+        ", sum 4\n",
+        "tilu",
+        ": 4",
+        ", sum 8\n",
+        "#### 8",
+        "\n\n",
+        "Wait",
+        "bako",
+    ]
+    assert toy.kinds_of_tokens(words, price) == (
+        ["names", "right prices", "sums", "names", "wrong prices", "sums", "answer"]
+        + ["what comes next", "more", "more"]
+    )
+    assert toy.kinds_of_tokens([": 4", "#### 4", "<|eos|>"], price) == [
+        *("wrong prices", "answer", "what comes next"),
+    ]
+
+
+def test_where_the_kl_is():
+    """The sum over the kinds of tokens is that of plain forward passes; wrong and right responses
+    are kept apart."""
+    tokenizer = toy.make_tokenizer()
+    student, reviser = (tiny("llama", vocab_size=len(tokenizer), seed=s) for s in (0, 1))
+    world = toy.World(5)
+    texts = [toy.solution(world.make_problem(), [1, 2, 3, 4]) + "<|eos|>" for _ in range(3)]
+    ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    examples = [
+        sdzero.Example([3, 9], Rollout(y, [0.0] * len(y), True), int(i == 0), [7, 8])
+        for i, y in enumerate(ids)
+    ]
+    found = toy.where_the_kl_is(
+        world, examples, SimpleNamespace(model=student, tokenizer=tokenizer), reviser_of(reviser)
+    )
+    totals = []
+    for e in examples:
+        n = len(e.response.ids)
+        p = student(torch.tensor([e.student_ids])).logits[0, -n - 1 : -1].log_softmax(-1)
+        q = reviser(torch.tensor([e.teacher_ids])).logits[0, -n - 1 : -1].log_softmax(-1)
+        totals.append((p.exp() * (p - q)).sum().item())
+    assert sum(found["right"]["nats"].values()) == pytest.approx(totals[0])
+    assert sum(found["wrong"]["nats"].values()) == pytest.approx((totals[1] + totals[2]) / 2)
+    assert found["wrong"]["tokens"] == len(ids[1]) and 0.05 < found["wrong"]["top"] < 1
+    assert found["wrong"]["nats"]["more"] == 0 < found["wrong"]["nats"]["what comes next"]
+
+
+def reviser_of(model):
+    return SimpleNamespace(model=model)
+
+
+def test_worlds(tmp_path, capsys):
+    """The tables and the figure are those of the runs; catches a world or a method that stands in
+    another's row."""
+    kl = {
+        v: dict(nats=dict.fromkeys(toy.KINDS_OF_TOKENS, 0.5), tokens=9, top=1) for v in ("wrong",)
+    }
+    kl["right"] = kl["wrong"]
+    for world in (0, 1):
+        folder = tmp_path / f"seed{world}"
+        for run, last in (("srt", 0.5), ("sdzero", 0.75 + world / 10)):
+            (folder / run).mkdir(parents=True)
+            with open(folder / run / "metrics.jsonl", "w") as file:
+                for step, share in enumerate((0.25, last)):
+                    figures = dict.fromkeys(toy.COLUMNS.values(), share)
+                    line = {"kind": "eval", "step": step, "accuracy_se": 0.1, **figures}
+                    file.write(json.dumps(line) + "\n")
+        rows = {"SD-Zero": dict.fromkeys(toy.COLUMNS.values(), 0.75 + world / 10)}
+        report = {"world": world, "rows": rows, "kl": {"base": kl}}
+        (folder / "report.json").write_text(json.dumps(report))
+    results, figure = tmp_path / "results" / "toy.jsonl", tmp_path / "figure.png"
+    flags = ["--results", str(results), "--output", str(figure)]
+    worlds.main(["--collect", str(tmp_path), *flags])
+    first = capsys.readouterr().out
+    assert "| SD-Zero | 75.0 / 85.0 | 80.0 ± 7.1 |" in first and "500.0 ± 0.0" in first
+    worlds.main(flags)  # from the file alone
+    assert capsys.readouterr().out == first
+    lines = lines_of(results)
+    assert worlds.mean_curve(lines, "sdzero") == [(0.0, [25, 25]), (0.0, [75, 85])]
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        return
+    assert figure.stat().st_size > 10_000
+
+
+def test_worlds_without_runs(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        worlds.main(["--collect", str(tmp_path), "--results", str(tmp_path / "none.jsonl")])
+    assert stopped.value.code == 2 and "no seed*/report.json" in capsys.readouterr().err
 
 
 def test_ablations_need_a_toy(tmp_path, capsys):

@@ -136,7 +136,8 @@ def test_a_resumed_run_keeps_no_second_state(kind, tmp_path, monkeypatch):
     model, optimizer, teacher = start()
     run = common.Run.__new__(common.Run)
     run.args = argparse.Namespace(lora=None)
-    run.folder, run.task = tmp_path, common.Task(common.LM(model, *[None] * 4), *[None] * 5)
+    lm = common.LM(model, *[None] * 4)
+    run.folder, run.task = tmp_path, common.Task(run.args, lm, *[None] * 5)
     assert run.restore(optimizer=optimizer, teacher=teacher) == 1
     gc.collect()
     assert all(torch.equal(a, b) for a, b in zip(expected, model.parameters()))

@@ -9,6 +9,11 @@ evaluated with markets that it has not trained on. Nothing of the scripts is rep
 
 import json
 import random
+import re
+import shlex
+import shutil
+import sys
+from pathlib import Path
 
 import torch
 from test_scripts import call, lines_of
@@ -17,6 +22,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import sdzero
 import srt
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
+import toy
 
 GOODS, MARKETS, PRICES = "abcdefghijkl", "ABCDEFGHIJKLMNOP", "0123456789"
 PHRASES = (
@@ -113,3 +121,35 @@ def test_both_stages_learn(tmp_path):
     base, revising, _, last = (x["accuracy"] for x in lines)
     assert base < 0.35 and revising > base + 0.12 and last > 0.8 and last > revising + 0.2
     assert lines[-1]["accuracy_se"] < 0.04
+
+
+def command_of(module):
+    """The command of a script's docstring that a laptop can run, as a list of flags."""
+    text = module.__doc__.replace("\\\n", " ")
+    (line,) = re.findall(rf"python {module.__name__}\.py (--model runs/toy.*)\(CPU", text)
+    return shlex.split(line)
+
+
+def test_the_commands_of_the_docstrings_learn(tmp_path, monkeypatch):
+    """As they stand, in a folder where examples/toy.py has run: here with half of the goods,
+    since the whole web takes minutes. Catches flags of yesterday, and a warm-up that is longer than
+    the run."""
+    small = dict(GOODS=toy.GOODS[:30], MISCONCEIVED=(4, 0.0, 0.3), DISPUTED=(2, 0.5, 0.5))
+    small.update(DOCUMENTS=12_000, SIZES=dict(stage1=1300, stage2=900, heldout=1))
+    for name, value in small.items():
+        monkeypatch.setattr(toy, name, value)
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "runs" / "toy"
+    folder.mkdir(parents=True)
+    toy.write(folder, toy.World(7))
+    evaluations = []
+    for module, part in ((srt, "srt"), (sdzero, "sdzero")):
+        flags = command_of(module)
+        module.main([*flags, "--device", "cpu"])
+        output = flags[flags.index("--output") + 1]
+        shutil.copytree(output, folder / part)
+        lines = [x for x in lines_of(folder / part / "metrics.jsonl") if x["kind"] == "eval"]
+        evaluations += [lines[0]["accuracy"], lines[-1]["accuracy"]]
+    print(evaluations)
+    base, revising, _, last = evaluations
+    assert revising > base + 0.1 and last > revising + 0.05 and last > base + 0.25

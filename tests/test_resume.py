@@ -46,7 +46,7 @@ SMALL = shlex.split(
     "Yes. --warmup 1"
 )
 OWN = {
-    "srt": shlex.split("--problems 6 --batch-size 3 --epochs 1"),
+    "srt": shlex.split("--problems 6 --batch-size 2 --epochs 1"),
     "sdzero": shlex.split("--problems 6 --batch-size 2 --teacher ema --teacher-rate 0.3"),
 }
 SCRIPTS = {"srt": srt, "sdzero": sdzero}
@@ -131,10 +131,11 @@ def half_saved(self, folder):
         half_written(folder / name, '{"half": ')
 
 
-def sampled(model, prompts, *, max_new_tokens, eos_token_ids, generator, **rest):
+def sampled(model, prompts, *, max_new_tokens, eos_token_ids, seed, **rest):
     """In the place of the sampler, which would take most of the time: random ids by the seed."""
     responses, eos = [], min(eos_token_ids)
-    for _ in prompts:
+    for _, own in zip(prompts, seed):
+        generator = torch.Generator().manual_seed(own)
         ids = torch.randint(4, 90, (max_new_tokens,), generator=generator).tolist()
         finished = ids[0] % 2 == 0
         ids[-1] = eos if finished else ids[-1]
@@ -388,13 +389,13 @@ def test_a_chunk_that_is_there_is_not_sampled_again(small, quick, tmp_path, monk
     with a seed of its own."""
     flags = [*SMALL, *OWN["srt"], "--model", small["srt"], "--dataset", "x"]
     flags += ["--output", tmp_path / "out", "--collect-only"]
-    asked, real = [], srt.sample_all
+    asked, real = [], common.sample_all
 
-    def noted(lm, args, prompts, purpose, *rest):
-        asked.append(purpose)
-        return real(lm, args, prompts, purpose, *rest)
+    def noted(lm, args, prompts, purpose, **settings):
+        asked.extend([purpose] if purpose[0] in ("attempts", "revisions") else [])
+        return real(lm, args, prompts, purpose, **settings)
 
-    monkeypatch.setattr(srt, "sample_all", noted)
+    monkeypatch.setattr(common, "sample_all", noted)
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(common.Run, "log", killed_after(1, "collect"))
         call(srt, *flags)
@@ -408,7 +409,7 @@ def test_best_is_gone_with_its_evaluation(small, quick, tmp_path, monkeypatch):
     a --resume with another --eval-every may never repeat it."""
     folder, accuracies = tmp_path / "out", {1: 0.3, 2: 0.2, 3: 0.6}
 
-    def evaluate(lm, args, verify_all, problems, step):
+    def evaluate(task, step):
         return dict(accuracy=accuracies.get(step, 0.1), accuracy_se=0.01, sample="")
 
     monkeypatch.setattr(common, "evaluate", evaluate)
@@ -494,7 +495,7 @@ def test_two_processes_in_one_folder(stopped, ended):
     """The second one is told so, writes nothing, and the first one ends as usual."""
     folder, flags = stopped("sdzero")
     args = sdzero.parse_arguments(as_flags(flags, dict(output=folder, resume=True)))
-    first = common.Run(args, common.setup(args))
+    first = common.Run(common.setup(args))
     before = ending(folder)
     code, _, err = ended(sdzero, *flags, output=folder, resume=True)
     assert code == 2 and f"another process is at work in {folder}" in err

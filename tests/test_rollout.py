@@ -1,6 +1,7 @@
 """rollout.py against plain full forwards without any cache, in float64."""
 
 from functools import partial
+from itertools import islice
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from tiny import tiny
 import rollout as rollout_module
 from rollout import (
     FAMILIES,
+    LEVELS,
     Decoder,
     Rollout,
     cache_bytes_per_token,
@@ -18,6 +20,9 @@ from rollout import (
     generate,
     prefill,
     sample,
+    signed,
+    stream_seeds,
+    uniforms,
 )
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -29,10 +34,6 @@ MIXTURES = {"mixtral", "olmoe", "qwen2_moe", "qwen3_moe"}
 
 def build(family, **settings):
     return tiny(family, **settings).to(DEVICE)
-
-
-def seeded(seed=0):
-    return torch.Generator(DEVICE).manual_seed(seed)
 
 
 @torch.no_grad()
@@ -82,7 +83,7 @@ def test_greedy_equals_a_loop_without_cache(family):
 def test_sampled_logprobs_equal_one_full_forward(family):
     model = build(family)
     settings = dict(max_new_tokens=20, eos_token_ids=[1], temperature=1.7, slots=3)
-    for prompt, rollout in zip(PROMPTS, generate(model, PROMPTS, generator=seeded(), **settings)):
+    for prompt, rollout in zip(PROMPTS, generate(model, PROMPTS, seed=0, **settings)):
         expected = full_forward_logprobs(model, prompt, rollout.ids, temperature=1.7)
         assert rollout.logprobs == pytest.approx(expected, abs=1e-9)
 
@@ -91,7 +92,7 @@ def test_sampled_logprobs_equal_one_full_forward(family):
 def test_float32_and_eager_attention(attention):
     model = build("qwen3", dtype=torch.float32, attention=attention)
     settings = dict(max_new_tokens=20, eos_token_ids=[1], slots=3)
-    for prompt, rollout in zip(PROMPTS, generate(model, PROMPTS, generator=seeded(), **settings)):
+    for prompt, rollout in zip(PROMPTS, generate(model, PROMPTS, seed=0, **settings)):
         expected = full_forward_logprobs(model, prompt, rollout.ids)
         assert rollout.logprobs == pytest.approx(expected, abs=1e-4)
 
@@ -138,7 +139,7 @@ def test_distribution(temperature, top_p):
     """First and second tokens of 6,000 samples against the softmax. Under the right sampler the
     fixed seed gives less than 4 standard deviations."""
     model, prompt, n = build("llama"), PROMPTS[0], 6000
-    settings = dict(temperature=temperature, top_p=top_p, slots=1000, generator=seeded(1))
+    settings = dict(temperature=temperature, top_p=top_p, slots=1000, seed=1)
     got = generate(model, [prompt] * n, max_new_tokens=2, eos_token_ids=[], **settings)
     first = [r.ids[0] for r in got]
     most_common = torch.tensor(first).mode().values.item()
@@ -165,7 +166,7 @@ def test_ids_beyond_the_tokenizer_are_never_sampled():
     model = build("llama")
     with torch.no_grad():
         model.lm_head.weight[30:] *= 20  # make the forbidden ids the likely ones
-    settings = dict(max_new_tokens=3, eos_token_ids=[], generator=seeded())
+    settings = dict(max_new_tokens=3, eos_token_ids=[], seed=0)
     got = generate(model, [PROMPTS[0]] * 200, vocab_size=30, **settings)
     assert max(t for r in got for t in r.ids) < 30
     assert max(t for r in generate(model, [PROMPTS[0]] * 20, **settings) for t in r.ids) >= 30
@@ -336,7 +337,7 @@ def test_inside_autocast(attention):
     gradient, that autocast would hand to the training forward in the same block."""
     model = build("llama", dtype=torch.float32, attention=attention)
     with torch.autocast(DEVICE, torch.bfloat16):
-        got = generate(model, PROMPTS, max_new_tokens=8, eos_token_ids=[1], generator=seeded())
+        got = generate(model, PROMPTS, max_new_tokens=8, eos_token_ids=[1], seed=0)
         for prompt, r in zip(PROMPTS, got):
             expected = full_forward_logprobs(model, prompt, r.ids)
             assert r.logprobs == pytest.approx(expected, abs=0.25)  # bf16: 8 bits
@@ -364,12 +365,75 @@ def test_wrapped_models():
         dist.destroy_process_group()
 
 
-def test_what_the_samples_depend_on():
-    model, settings = build("llama"), dict(max_new_tokens=9, eos_token_ids=[1])
-    first = generate(model, PROMPTS, slots=3, generator=seeded(), **settings)
-    assert generate(model, PROMPTS, slots=3, generator=seeded(), **settings) == first
-    assert generate(model, PROMPTS, slots=3, generator=seeded(1), **settings) != first
-    assert generate(model, PROMPTS, slots=2, generator=seeded(), **settings) != first  # documented
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_what_the_samples_depend_on(dtype):
+    """On the seed alone: not on the slots, the order, the other prompts, or how often the host
+    looks. Catches random numbers that belong to a row, and a row that moves without them."""
+    model, prompts = build("llama", dtype=dtype), PROMPTS * 3
+    limits = [20, 3, 11, 7, 2, 9, 16, 5, 20, 1, 8, 13, 4, 20, 6]
+
+    def ids(order=range(15), **settings):
+        chosen, cut = [prompts[i] for i in order], [limits[i] for i in order]
+        settings = dict(max_new_tokens=cut, eos_token_ids=[1, 2, 3], slots=4) | settings
+        return [r.ids for r in generate(model, chosen, **settings)]
+
+    first = ids(seed=5)
+    assert len({tuple(y) for y in first}) > 10 and {len(y) for y in first} > {1, 2}
+    for settings in (dict(slots=1), dict(slots=3), dict(slots=64), dict(check_every=5)):
+        assert ids(seed=5, **settings) == first
+    assert ids(seed=5, slots=4, cuda_graph=True) == first
+    assert ids(seed=6) != first and ids(seed=5 + 2**64) == first
+    seeds = torch.tensor(stream_seeds(5, 15))
+    for part in (range(0, 15, 2), range(14, -1, -1), [7]):
+        assert ids(part, seed=seeds[list(part)]) == [first[i] for i in part]
+    torch.manual_seed(0)
+    unseeded = ids()  # from torch's own generator
+    assert ids() != unseeded
+    torch.manual_seed(0)
+    assert ids() == unseeded
+
+
+def splitmix64(seed):
+    """The generator of the paper, in Python's integers: an endless stream of 64 bits."""
+    while True:
+        seed = (seed + 0x9E3779B97F4A7C15) % 2**64
+        z = (seed ^ seed >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+        z = (z ^ z >> 27) * 0x94D049BB133111EB % 2**64
+        yield z ^ z >> 31
+
+
+def test_random_numbers_are_those_of_splitmix64():
+    """Catches shifts that drag the sign along, sums that do not wrap around, and a counter by
+    which two positions share a number."""
+    known = [6457827717110365317, 3203168211198807973, 9817491932198370423]
+    assert list(islice(splitmix64(1234567), 3)) == known  # published with the algorithm
+    for seed in (0, 1234567, 2**63 - 1, 2**63, 2**64 - 1, -1):
+        assert stream_seeds(seed, 5) == [signed(z) for z in islice(splitmix64(seed), 5)]
+        bits = islice(splitmix64(signed(seed)), 3 * LEVELS)
+        expected = torch.tensor([z >> 11 for z in bits], dtype=torch.float64) * 2**-53
+        seeds = torch.tensor([signed(seed)] * 3, device=DEVICE)
+        found = uniforms(seeds, torch.arange(3, device=DEVICE)).cpu()
+        assert found.flatten().equal(expected) and found.dtype == torch.float64
+
+
+def test_quality_of_random_numbers():
+    """Neighbours by seed, position and level are uniform and independent: each digit, each pair of
+    digits at several distances, and each bit. Catches a stream that another one repeats later."""
+    n, m = 500, 200  # responses, positions
+    seeds = torch.tensor(stream_seeds(3, n)).repeat_interleave(m)
+    u = uniforms(seeds, torch.arange(m).repeat(n)).view(n, m, LEVELS)
+    assert 0 <= u.min() and u.max() < 1 and u.unique().numel() == u.numel()
+    digit = (u * 10).long()
+    neighbours = [(digit[:-1], digit[1:]), (digit[:, :-1], digit[:, 1:])]
+    neighbours += [(digit[..., :-1], digit[..., 1:]), (digit[:-1, 1:], digit[1:, :-1])]
+    neighbours += [(digit[:, :-7], digit[:, 7:]), (digit[:-64], digit[64:])]
+    for a, b in neighbours:
+        counts = (10 * a + b).flatten().bincount(minlength=100).double()
+        uniform = torch.full((100,), 0.01, dtype=torch.float64)
+        assert abs(chi_square(counts, uniform, counts.sum().item())) < 4
+    for bit in range(1, 54):
+        ones = (u * 2**bit).long() & 1
+        assert abs(ones.double().mean().item() - 0.5) < 4 * 0.5 / ones.numel() ** 0.5
 
 
 def count_prefills(monkeypatch):
@@ -398,7 +462,7 @@ def test_a_prompt_sampled_n_times_is_prefilled_once(family, slots, monkeypatch):
     for prompt, r in zip(prompts, got):
         ids, logprobs = expected[tuple(prompt)]
         assert r.ids == ids and r.logprobs == pytest.approx(logprobs, abs=1e-9)
-    got = generate(model, prompts, eos_token_ids=[1], generator=seeded(), **settings)
+    got = generate(model, prompts, eos_token_ids=[1], seed=0, **settings)
     for prompt, r in zip(prompts, got):
         assert r.logprobs == pytest.approx(full_forward_logprobs(model, prompt, r.ids), abs=1e-9)
     # Copies share the prompt, not the random numbers.
@@ -446,9 +510,9 @@ def test_the_host_reads_nothing_in_a_step(family, top_p):
 def test_a_read_by_the_host_is_seen(read):
     """The test above must not be blind, as it was once: it asks a sampler that reads."""
 
-    def sampler(logits):
+    def sampler(logits, u):
         read(logits)
-        return sample(logits, 1.0, 1.0)
+        return sample(logits, u)
 
     with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
         step_without_values(tiny("llama"), sampler)
@@ -488,7 +552,7 @@ def test_fixed_lengths_and_sampled_logprobs(family):
     positions = dict(n_positions=144) if family == "gpt2" else {}
     model = build(family, max_position_embeddings=144, **positions)
     prompts, limits = [PROMPTS[0], PROMPTS[1], PROMPTS[4], PROMPTS[2] * 6], [100, 143, 100, 10]
-    settings = dict(slots=4, check_every=3, cuda_graph=True, generator=seeded())
+    settings = dict(slots=4, check_every=3, cuda_graph=True, seed=0)
     got = generate(model, prompts, max_new_tokens=limits, eos_token_ids=[], **settings)
     assert [len(r.ids) for r in got] == limits
     for prompt, r in zip(prompts, got):
@@ -549,13 +613,19 @@ LARGE[2, :] = float("-inf")
 LARGE[2, 1499] = 5.0  # certain: the last entry of the padded block
 
 
+def random_numbers(rows, dtype=torch.float64):
+    """Of `rows` responses, at position 0."""
+    seeds = torch.tensor(stream_seeds(0, rows), device=DEVICE)
+    return uniforms(seeds, torch.zeros_like(seeds)).to(dtype).clamp(max=1 - 2**-24)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("size", [1500, 300])
 def test_draw(dtype, size):
     """Blocks, the last of them not full, whole blocks without weight, one cumulative sum without
     blocks; float64 and what devices without it do. Counts against the weights."""
     n, logits = 8000, LARGE[:, -size:].to(DEVICE)
-    ids = draw(logits.exp().repeat(n, 1), seeded(), dtype).view(n, 3).cpu()
+    ids = draw(logits.exp().repeat(n, 1), random_numbers(3 * n, dtype)).view(n, 3).cpu()
     assert (ids[:, 2] == size - 1).all()
     for row in (0, 1):
         p = logits[row].double().softmax(-1).cpu()
@@ -576,11 +646,12 @@ def test_draw_takes_no_weight_of_zero_when_sums_round(monkeypatch):
     weights = torch.ones(4000, 40, device=DEVICE)
     weights[:, 3::2] = 0
     weights[:, 30:] = 0
-    ids = draw(weights, seeded(), torch.float32)
+    u = random_numbers(4000, torch.float32)
+    ids = draw(weights, u)
     assert (weights.gather(1, ids) > 0).all()
     assert len(ids.unique()) == 16  # all others
     least = torch.full((4000, 3), 1e-45, device=DEVICE)  # a random part of them can round to all
-    assert draw(least, seeded(), torch.float32).max() == 2
+    assert draw(least, u).max() == 2
 
 
 def test_blocks_of_blocks():
@@ -588,7 +659,7 @@ def test_blocks_of_blocks():
     weights = torch.zeros(2000, 140_000, device=DEVICE)
     places = [0, 127, 128, 16_383, 16_384, 131_071, 131_072, 139_999]
     weights[:, places] = torch.arange(1.0, 9.0, device=DEVICE)
-    ids = draw(weights, seeded())[:, 0].cpu()
+    ids = draw(weights, random_numbers(2000))[:, 0].cpu()
     counts = torch.stack([(ids == place).sum() for place in places]).double()
     assert counts.sum() == 2000
     assert chi_square(counts, torch.arange(1.0, 9.0).double() / 36, 2000) < 4
@@ -596,6 +667,6 @@ def test_blocks_of_blocks():
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_logprobs_of_a_large_vocabulary(temperature):
-    drawn, logprobs = sample(LARGE, temperature, 1.0)
+    drawn, logprobs = sample(LARGE, random_numbers(3).cpu(), temperature)
     expected = (LARGE.double() / temperature).log_softmax(-1).gather(-1, drawn[:, None])[:, 0]
     assert logprobs.tolist() == pytest.approx(expected.tolist(), abs=1e-5)

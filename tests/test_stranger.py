@@ -59,7 +59,7 @@ def test_golds_of_data_files_keep_their_digits(tmp_path):
     path.write_text("problem,answer\na,9007199254740993\nb,\nc,NA\nd,None\n")
     args = srt.parse_arguments(["--model", "m", "--dataset", "d", "--eval-only"])
     problems, counts = common.load_problems(args, str(path))
-    assert problems == [("a", "9007199254740993"), ("c", "NA"), ("d", "None")]
+    assert [*problems.values()] == [("a", "9007199254740993"), ("c", "NA"), ("d", "None")]
     assert counts["incomplete"] == 1
 
 
@@ -132,10 +132,10 @@ def test_damaged_traces(change, base, data, tmp_path, ended):
 @pytest.fixture
 def killed(base, data, tmp_path, monkeypatch):
     """A stage 2 that was stopped after its checkpoint of step 4; its flags."""
-    evaluate = common.Run.end_step
+    end_step = common.Run.end_step
 
-    def stop(self, step, total, passes=1):
-        evaluate(self, step, total, passes)
+    def stop(self, step, *rest):
+        end_step(self, step, *rest)
         if step == 4:
             raise KeyboardInterrupt
 
@@ -143,7 +143,7 @@ def killed(base, data, tmp_path, monkeypatch):
     monkeypatch.setattr(common.Run, "end_step", stop)
     with pytest.raises(KeyboardInterrupt):
         call(sdzero, *FLAGS, *STAGE_2, **flags)
-    monkeypatch.setattr(common.Run, "end_step", evaluate)
+    monkeypatch.setattr(common.Run, "end_step", end_step)
     return flags
 
 

@@ -90,8 +90,8 @@ def test_the_best_evaluated_model_is_kept_beside_the_last(
     """The model before training does not count; where the last one is the best, it is enough."""
     seen, out = {}, tmp_path / "out"
 
-    def evaluate(lm, args, verify_all, problems, step):
-        seen[step] = {n: p.clone() for n, p in lm.model.state_dict().items()}
+    def evaluate(task, step):
+        seen[step] = {n: p.clone() for n, p in task.lm.model.state_dict().items()}
         figures = dict(accuracy=accuracies[len(seen) - 1], accuracy_se=0.01, sample="")
         return figures
 
@@ -110,7 +110,7 @@ def test_the_best_evaluated_model_is_kept_beside_the_last(
 
 
 def test_a_warning_is_given_once_and_the_run_goes_on(base, data, tmp_path, monkeypatch, capsys):
-    def evaluate(lm, args, verify_all, problems, step):
+    def evaluate(task, step):
         return dict(accuracy=0.9 if step < 5 else 0.1, accuracy_se=0.01, sample="")
 
     monkeypatch.setattr(common, "evaluate", evaluate)
