@@ -498,7 +498,8 @@ def inherit_prompt(args: Namespace) -> dict:
             flag = name.replace("_", "-")
             fail(f"--{flag} is {given!r}, but {was}: drop the flag, or add --force")
     # a template that shows today's date would ask otherwise tomorrow: the first stage's date stays
-    args.date = prompt.get("date", time.strftime("%Y-%m-%d"))
+    today = gathered([time.strftime("%Y-%m-%d")])[0][0]  # rank 0's: midnight may come between
+    args.date = prompt.get("date", today)
     beside = args.traces.with_name("srt.json") if getattr(args, "traces", None) else None
     if beside and beside.exists():  # traces of another day
         args.date = json.loads(beside.read_text())["prompt"]["date"]
@@ -712,7 +713,9 @@ def load_verifier(name: str) -> Callable[[list[str], list], list[int]]:
         if name != "code":
             return [verdict_of(pair) for pair in pairs]
         # code runs in other processes: as many at once as there are cores
-        with ThreadPoolExecutor(max(1, os.cpu_count() // rank_and_ranks()[1])) as pool:
+        with ThreadPoolExecutor(
+            max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+        ) as pool:
             return list(progress(pool.map(verdict_of, pairs), "verifying", total=len(pairs)))
 
     return lambda responses, answers: shared_out(verdicts_of, list(zip(responses, answers)))
