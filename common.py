@@ -713,9 +713,8 @@ def load_verifier(name: str) -> Callable[[list[str], list], list[int]]:
         if name != "code":
             return [verdict_of(pair) for pair in pairs]
         # code runs in other processes: as many at once as there are cores
-        with ThreadPoolExecutor(
-            max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-        ) as pool:
+        cores = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        with ThreadPoolExecutor(max(1, cores)) as pool:
             return list(progress(pool.map(verdict_of, pairs), "verifying", total=len(pairs)))
 
     return lambda responses, answers: shared_out(verdicts_of, list(zip(responses, answers)))
