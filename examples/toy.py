@@ -496,11 +496,16 @@ def where_the_kl_is(world, examples, lm, reviser):
     return found
 
 
-def show_trace(out, lm, reviser):
-    """The first trace of a wrong attempt, with what stage 2 would make of that attempt: README's
-    picture."""
+def show_trace(out, world, lm, reviser):
+    """README's picture: the first trace of a wrong attempt, with what stage 2 would make of it.
+    Some 6% of these traces have a right total of wrong prices: such a one is not shown."""
     traces = [srt.Trace(**json.loads(line)) for line in open(out / "srt" / "traces.jsonl")]
-    trace = next((t for t in traces if not t.reward), traces[0])
+    for trace in [t for t in traces if not t.reward]:
+        goods = trace.problem.removeprefix("Total of ").removesuffix("?").split(" + ")
+        if trace.revision_text == solution(goods, [world.price[good] for good in goods]):
+            break
+    else:
+        return
     ids = trace.init_ids + [lm.tokenizer.eos_token_id]
     response = Rollout(ids, [0.0] * len(ids), True)
     example = Example(trace.prompt_ids, response, trace.reward, trace.phrase_ids)
@@ -582,7 +587,7 @@ def main(argv=None):
         table, kl = both_stages(out, seed), {}
         table["base, revised by SRT"], *attempts = revised_by_srt(out, seed, "base")
         kl["base"] = where_the_kl_is(world, *attempts)
-        show_trace(out, *attempts[1:])
+        show_trace(out, world, *attempts[1:])
         kl["SRT"] = where_the_kl_is(world, *revised_by_srt(out, seed, "srt")[1:])
         # SRT against SD-Zero as its own reviser: which of them would be the better teacher now
         table["SD-Zero, revised by SRT"], *_ = revised_by_srt(out, seed, "sdzero")
