@@ -891,7 +891,7 @@ def evaluate(task: Task, step: int) -> dict:
 def estimate_memory(
     lm: LM, args: Namespace, longest_prompt: int, teacher: str | None = None
 ) -> dict[str, int]:
-    """Where a run's memory goes at most, in bytes by part (README, "Memory").
+    """Where a run's memory goes at most, in bytes by part (table: tests/memory_table.py).
 
     Every response is taken to be as long as --max-new-tokens allows. teacher: of stage 2, "base",
     "live" or "ema"; None: stage 1. The activations are those of a Llama-like layer. "slot" is the

@@ -1,4 +1,12 @@
-"""The README's memory table: its two commands for three models, by the scripts' own estimate.
+"""What the README's two commands need for three models, in GB, by the scripts' own estimate:
+
+|            | stage 1, training | at once      | stage 2, training | at once      |
+| ---------- | ----------------- | ------------ | ----------------- | ------------ |
+| Qwen3-0.6B | 17.5              | 5 / 19 / 35  | 16.2              | 14 / 64 / 64 |
+| Qwen3-1.7B | 39.6              | – / 19 / 34  | 38.4              | – / 52 / 64  |
+| Qwen3-4B   | 81.4              | – / 13 / 25  | 82.3              | – / 15 / 61  |
+
+"At once": on an RTX 4090, H100 and H200, which have 25.3, 85.0 and 150.0 GB.
 
     python tests/memory_table.py [--parts]
 
