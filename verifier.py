@@ -30,7 +30,7 @@ Claimed equal (accuracy by category: tests/bench_verifier.py):
   relations    equations up to a factor, inequalities up to a positive one; x > 3 = (3, \infty)
   choices      (B) = B = \text{B} = B. 12; ACD = A, C, D; words by letters, in any case
 Not claimed: conversion of units, number words, decimal commas, multiples of matrices, determinants,
-set-builder notation, \mp, \choose (but \binom), sets after a minus (but \setminus, without \pm), x
+set-builder notation, \mp, \choose (but \binom), sets after a minus (but \setminus), x
 \ne 1, x \ne 2 for a union of intervals, answers longer than 600 characters, numbers beyond 10^2400;
 ratios (3:4), times and numbers in other bases count as written.
 
@@ -585,7 +585,7 @@ class _Reader:
         kind = left + (self.accept({"{": "}", "⦃": "⦄"}.get(left, ")]")) or self.fail())
         if len(items) == 1 and kind in ("()", "[]", "{}"):
             return self.fail() if items[0].kind == "relation" else items[0]
-        if kind == "⦃⦄" and len(items) > 1:  # {±1, ±2} has four elements
+        if kind == "⦃⦄":  # {±1, ±2} has four elements
             items = sum((x.items if x.kind == "±" else [x] for x in items), [])
         kind = "" if kind == "{}" else kind
         return _for_each_sign(lambda *items: _Node(kind, items), items)
@@ -877,7 +877,7 @@ def _rounds(exact: _Node, rounded: _Node) -> bool:
 
 def _without_points(node: _Node, points: _Node) -> _Node:
     """An interval without a set of points: (-oo, oo) without {0} is (-oo, 0) ∪ (0, oo)."""
-    items = points.items if points.kind == "⦃⦄" else [points]
+    items = points.items if points.kind in ("⦃⦄", "±") else [points]
     is_interval = node.kind in ("()", "(]", "[)", "[]") and len(node.items) == 2
     if not is_interval or any(point.kind != "value" for point in items):
         raise ValueError("no interval without points")
