@@ -143,8 +143,8 @@ _MARKER = re.compile(r"""(?ix)
     (?P<box>\\f?box(?:ed)?(?:\s*(?:\{|\Z)|\s?(?P<digits>\d+)))
     |(?P<hash>\#{4,})
     |(?P<phrase>\b(?<!</)answers?\b(?:
-        (?:[^\n.:=\\]|\\(?!f?box)){0,60}?\s(?:is|are|was|equals|(?:would|should|will|must)\s+be)\b
-            (?:\s+(?:therefore|thus|simply|then|just)\b)?[*:\s]*
+        (?:[^\n.:=\\]|\\(?!f?box)){0,60}?\s(?:is|are|was|equals|(?:would|should|will|must|to)\s+be)\b
+            (?:\s+(?:therefore|thus|simply|then|just|indeed|actually|still|probably)\b)?[*:\s]*
             (?:(?<=\n)-\ )?         # the answer, in dollars, is therefore (a list of one)
         |>\s*                       # <answer>
         |[^\n\w:=]{0,4}[:=][*\s]*   # **Answer:**
@@ -325,8 +325,9 @@ _TOKEN = re.compile(rf"""(?x)  # a number may have groups of three digits: 1,234
     |(?P<function>(?i:{"|".join(_FUNCTIONS)})(?![A-Za-z]))
     |(?P<name>{_NAME}|[π∞])|(?P<call>{_CALL})|(?P<letters>(?:(?!{_CALL}){_LETTER})+)
     |(?P<command>\\[A-Za-z]+)|(?P<close>[}}⦄)\]⟧⏎])|(?P<sign>\S))""")
-_SIDE_NAME = re.compile(rf"""(?x)  # x, m + n, a/b, sin A, f(2), (x, y); not 2x, x + 1, x^2
-    (?!-)(?:(?!log|ln|exp)(?:{_NAME}|{_LETTER})(?:\(-?\d[\d./]*\))?|\\frac|[-+*/(),|{{}}⟦⟧⏎&])+""")
+_SIDE_NAME = re.compile(rf"""(?x)  # x, m + n, a/b, sin A, f^{{-1}}(2), [ABC]; not 2x, x + 1, x^2
+    (?!-)(?:(?!log|ln|exp)(?:{_NAME}|{_LETTER})(?:\^\{{-1\}}(?=\())?(?:\(-?\d[\d./]*\))?
+    |\\frac|[-+*/(),|{{}}⟦⟧⏎&[\]])+""")
 _NUMBER_WORD = re.compile(r"""(?x)  # no unit, for it changes the number before it: 3 halves
     hal(?:f|fs|ves?)|thirds?|quarters?|(?:four|fif|six|seven|eigh|nin|ten|eleven|twelf|\w+teen
     |\w+tie|hundred|thousand|\w+illion)ths?|tens|dozens?|hundreds?|thousands?|[mbtr]+illions?|score
@@ -482,6 +483,10 @@ class _Reader:
             words = []
             while self.kind in ("word", "name") or self.sees("-"):
                 words.append(self.next())
+            if self.sees("("):  # Area(ABC), gcd(4, 6)
+                start = len(self.read)
+                self.atom()
+                words.append(self.read[start:])
             return _Node("text", [" ".join(words)])
         currency = self.accept("¤£€")
         node = self.sum()
@@ -521,9 +526,10 @@ class _Reader:
         node, self.also = self.atom(), ""
         if self.accept("^"):  # once: 2^3^4 is not TeX, and may be read in two ways
             node = _apply(_power, node, self.power() if self.sees("-") else self.atom())
-            self.also = "number"  # which may be the next factor: 2^6 3^5
+            self.also = "number"  # which may be the next factor: 2^6 3^5, 8!2!
         while self.accept("!"):
             node = _apply(lambda n: Fraction(math.factorial(_small(n))), node)
+            self.also = "number"
         node = _apply(neg, node) if signs.count("-") % 2 else node
         return _Node("±", [node, _apply(neg, node)]) if "±" in signs else node
 
@@ -660,9 +666,13 @@ def _add(x: Fraction | complex, y: Fraction | complex) -> Fraction | complex:
 
 def _power(x: Fraction | complex, y: Fraction | complex) -> Fraction | complex:
     """x^y, exact for whole y and for square roots of squares; real roots where there are any."""
-    if not isinstance(x, Fraction) or not isinstance(y, Fraction):
+    if not isinstance(y, Fraction):
         return complex(x) ** complex(y)
     n, degree = y.as_integer_ratio()
+    if degree % 2 and degree > 1 and x.imag == 0 > x.real:
+        return complex(-((-x.real) ** (1 / degree))) ** n
+    if not isinstance(x, Fraction):
+        return x ** (n / degree)
     size = max(abs(x.numerator), x.denominator) - 1  # 0 and 1 may have any power
     if size.bit_length() * abs(n) > 2 * _MAX_BITS * degree:
         raise ValueError("too large")
@@ -672,8 +682,6 @@ def _power(x: Fraction | complex, y: Fraction | complex) -> Fraction | complex:
             return root**n
     if degree == 1:
         return x**n
-    if x < 0 and degree % 2:
-        return complex(-((-x) ** (1 / degree))) ** n
     return complex(x) ** (n / degree)
 
 
