@@ -690,6 +690,28 @@ def test_a_fork_bomb_is_contained(namespaces, monkeypatch):
     assert running(marker) == 0
 
 
+def test_root_without_the_right_to_namespaces():
+    """As in many containers: a root of a namespace of its own could not become nobody."""
+    code = f"""
+import ctypes, os, sys
+if len(sys.argv) == 1:
+    ctypes.CDLL(None).prctl(24, 21, 0, 0, 0)  # PR_CAPBSET_DROP, CAP_SYS_ADMIN
+    os.execv(sys.executable, [*sys.orig_argv, "again"])
+import verifier
+print(verifier.verify_code({fenced(F)!r}, {SQUARE!r}))
+"""
+    folder = os.path.dirname(verifier.__file__)
+    command = [sys.executable, "-c", code]
+    assert subprocess.check_output(command, cwd=folder, text=True) == "True\n"
+
+
+def test_maps_of_a_user_namespace_that_cannot_be_written(monkeypatch):
+    """AppArmor refuses them to ordinary users of Ubuntu 24.04, the kernel those of another user."""
+    source = verifier._child_source().replace("os.getuid(), os.getgid()", "12345, 12345")
+    monkeypatch.setattr(verifier, "_child_source", lambda: source)
+    assert verify_code(fenced(F), SQUARE) is True
+
+
 def test_processes_are_limited():
     """Root is not bound by RLIMIT_NPROC, so the child must not be root."""
     code = """
