@@ -126,7 +126,7 @@ def test_large_and_small_numbers():
 
 @pytest.mark.parametrize("value", [42, 1.5, None, ["42"], b"42"])
 def test_answers_of_another_type_raise(value):
-    """A gold answer that is a number would never be equal: the reward would be 0 for ever."""
+    """A gold answer that is a number would never be equal: the reward would be 0 forever."""
     for call in (
         lambda: verify(r"\boxed{42}", value),
         lambda: verify(value, "42"),
@@ -463,7 +463,7 @@ def test_the_last_block_counts(response, passes):
     ],
 )
 def test_malformed_tests_raise(tests, error):
-    """They would give the reward 0 for ever, whatever the response."""
+    """They would give the reward 0 forever, whatever the response."""
     for call in (check_tests, lambda tests: verify_code("no block", tests)):
         with pytest.raises(error, match="test"):
             call(tests)
