@@ -828,11 +828,12 @@ class _Comparison:
         return [sides[-1], *rounded[-1:]] if all(_rounds(sides[-1], x) for x in rounded) else []
 
     def meanings(self, node: _Node) -> list[_Node]:
-        """What an answer may mean besides itself, when the other one is not a relation: {5} and
-        x = 5 mean 5; x > 3 means (3, oo), x < 1 or x > 2 a union, x ≠ 0 all but 0.
+        """What an answer may mean besides itself, when the other one is not a relation: {5},
+        x = 5, and 10/2 or 5 mean 5; x > 3 means (3, oo), x < 1 or x > 2 a union, x ≠ 0 all but 0.
         """
-        if node.kind == "⦃⦄" and len(node.items) == 1 and node.items[0].kind != "⦃⦄":
-            return node.items
+        if node.kind in ("", "⦃⦄") and node.items and node.items[0].kind != "⦃⦄":
+            if all(self.same(node.items[0], item) for item in node.items[1:]):
+                return node.items[:1]
         relations = node.items if node.kind == "" else [node]
         if any(item.kind != "relation" for item in relations):
             return []
@@ -901,7 +902,7 @@ def _without_points(node: _Node, points: _Node) -> _Node:
 
 _CHOICE = re.compile(r"""(?x)  # and its text, with no other choice in it: A. 12, not (A) or (B)
     (?:[Oo]ption\ |[Cc]hoice\ )?\(?\s*([A-J])(?:\s*[).:]+(?!\s*(?:or|and|not|[/,])(?!\w))
-    (?!.*\b[A-J][).:]|\s*[A-J](?:,|$))\s*(.*))?""")
+    (?!.*\b[A-J]\s*[).:]|\s*[A-J](?:,|$))\s*(.*))?""")
 _FILLER = re.compile(r"""(?ix)  # words around an answer
     ‹?\b(?:(?:the\ )?(?:final\ )?answer\ is|approximately|about|roughly|around|exactly|only|just
     |a\ total\ of|is|equals|equal\ to|either|both)\b›?\s*
