@@ -696,6 +696,8 @@ def load_verifier(name: str) -> Callable[[list[str], list], list[int]]:
     verify = {"math": verifier.verify, "code": verifier.verify_code}.get(name)
     if name == "code" and sys.platform != "linux":
         fail("--verifier code needs Linux, whose kernel contains what it runs")
+    if name == "code" and not verify("```python\npass\n```", ["assert True"]):
+        fail("--verifier code cannot run programs on this machine: a right one came out as wrong")
     if not verify:
         unknown = f"--verifier {name} is neither math nor code nor a module:function to be imported"
         with explained(unknown, ValueError, ImportError, AttributeError):

@@ -5,7 +5,7 @@ r"""The binary verifier r(y, a): 1 when the final answer of a response equals th
 
 The verifiable rewards of SD-Zero (arXiv 2604.12002). Standard library only: copy this file out and
 it works. Nothing that a model wrote is evaluated (mathematics) or run in this process (code). No
-response raises or hangs; a gold answer or tests of the wrong type do raise.
+response raises or hangs; a gold answer or tests of the wrong type raise.
 
 Which answer counts? Markers are \boxed{} and \fbox{}, `####`, and "answer is" (or "answer:",
 <answer>). The LAST marker counts, so a revision outranks the first attempt whatever both used.
@@ -25,14 +25,15 @@ Claimed equal (accuracy by category: tests/bench_verifier.py):
   units        dropped when one side has none, else equal (cm = centimeters, $ = dollars, degrees)
   assignments  x = 5, f(2) = 5, m + n = 5, Area = 5 for 5; not 2x = 10 for 10
   tuples       in order; intervals with their brackets; vectors and matrices entry by entry
-  sets, lists  in any order, unless names are dropped: 1, 2 for x = 1, y = 2; {1, 2} is not (1, 2)
+  sets, lists  in any order, but 2, 1 is not x = 1, y = 2; {1, 2} is not (1, 2)
   expressions  polynomial and rational ones: 2(x+1) = 2x+2. The case of a letter counts.
-  relations    equations up to a factor, inequalities up to a positive one; x > 3 = (3, \infty)
-  choices      (B) = B = \text{B} = B. 12; ACD = A, C, D; words by letters, in any case
+  relations    equations up to a constant factor, inequalities a positive one; x > 3 = (3, \infty)
+  choices      (B) = B = \text{B} = B. 12; ACD = A, C, D; words as they are spelled, in any case
 Not claimed: conversion of units, number words, decimal commas, multiples of matrices, determinants,
-set-builder notation, \mp, \choose (but \binom), sets after a minus (but \setminus, without \pm), x
-\ne 1, x \ne 2 for a union of intervals, answers longer than 600 characters, numbers beyond 10^2400;
-ratios (3:4), times and numbers in other bases count as written.
+set-builder notation, \mp, \choose (but \binom), sets after a minus (but \setminus), conditions that
+hold together as intervals (x > 0 and x < 1; x \ne 1, x \ne 2), the environments cases and aligned,
+answers longer than 600 characters, numbers beyond 10^2400; ratios (3:4), congruences (3 \pmod 7),
+times and numbers in other bases count as written.
 
 One answer through all steps: verify(r"So it is \boxed{\frac{1}{2}\text{ cm}}.", "0.5")
   extract_answer  \frac{1}{2}\text{ cm}
@@ -77,29 +78,32 @@ def verify(response: str, gold: str) -> bool:
     """Whether the final answer of `response` equals `gold`: the reward r(y, a) of the paper.
 
     gold: a bare or boxed answer, or a GSM8K solution that ends in `#### 42`.
-    Takes less than 100 ms for 100,000 characters. Raises TypeError when one of them is no string,
-    nothing for any two strings.
+    Takes less than 100 ms for 100,000 characters. Raises TypeError when one of them is not a
+    string, and nothing for any two strings.
     """
     _require_strings(response=response, gold=gold)
     try:
         answer = extract_answer(response)
         return answer is not None and is_equivalent(answer, extract_answer(gold) or gold)
-    except Exception:  # the fuzzer finds none; a training run must not end when it missed one
+    except Exception:  # none is known; one that is must not end a training run
         return False
 
 
 def is_equivalent(answer: str, gold: str) -> bool:
     """Whether two bare answers are equal, by the categories at the top of this file.
 
-    Those of more than 4,000 characters only when identical. Raises TypeError for what is no string.
+    Answers of more than 4,000 characters are equal only when identical. Raises TypeError when one
+    of them is not a string.
     """
     _require_strings(answer=answer, gold=gold)
     if max(len(answer), len(gold)) > 4000:
         return answer.strip() == gold.strip()
     a, b = _clean(answer), _clean(gold)
     same = _same_choice(a, b)
-    if same is not None or _same_text(a, b):
-        return same is not False
+    if same is not None:
+        return same
+    if _same_text(a, b):
+        return True
     x, y = (_LABELLED.fullmatch(_FILLER.sub("", text).strip()) for text in (a, b))
     return (not x[1] or not y[1] or _plain(x[1]) == _plain(y[1])) and _same_text(x[2], y[2])
 
@@ -107,11 +111,11 @@ def is_equivalent(answer: str, gold: str) -> bool:
 def extract_answer(response: str) -> str | None:
     """The final answer of a response as it was written, by the rule at the top of this file.
 
-    None when it states none. Raises TypeError when the response is no string.
+    None when it states none. Raises TypeError when the response is not a string.
     """
     _require_strings(response=response)
-    fallback = None  # a phrase that counts only when no better answer is before it
-    for match in [*_MARKER.finditer(response)][:-100:-1]:  # the last first; more is no honest text
+    fallback = None  # what a phrase states that counts only when no better answer is before it
+    for match in [*_MARKER.finditer(response)][:-100:-1]:  # last first; no honest text has more
         before, end = response[max(0, match.start() - 120) : match.start()], match.end()
         if match["box"]:
             content = match["digits"] or _boxed(response, end)
@@ -143,8 +147,8 @@ _MARKER = re.compile(r"""(?ix)
     (?P<box>\\f?box(?:ed)?(?:\s*(?:\{|\Z)|\s?(?P<digits>\d+)))
     |(?P<hash>\#{4,})
     |(?P<phrase>\b(?<!</)answers?\b(?:
-        (?:[^\n.:=\\]|\\(?!f?box)){0,60}?\s(?:is|are|was|equals|(?:would|should|will|must)\s+be)\b
-            (?:\s+(?:therefore|thus|simply|then|just)\b)?[*:\s]*
+        (?:[^\n.:=\\]|\\(?!f?box)){0,60}?\s(?:is|are|was|equals|(?:would|should|will|must|to)\s+be)\b
+            (?:\s+(?:therefore|thus|simply|then|just|indeed|actually|still|probably)\b)?[*:\s]*
             (?:(?<=\n)-\ )?         # the answer, in dollars, is therefore (a list of one)
         |>\s*                       # <answer>
         |[^\n\w:=]{0,4}[:=][*\s]*   # **Answer:**
@@ -156,7 +160,7 @@ _REMARK_BEFORE = re.compile(r"""(?ix)  # a common wrong answer is \boxed{13}; 12
     |not|instead\ of|rather\ than)[\s$*:(\\]*\Z""")
 _REMARK_AFTER = re.compile(r"""(?x)  # \boxed{13} is a common mistake
     [\s$)}\\]*(?:is|was|would\ be)\ (?:\w+\ ){0,2}(?:wrong|incorrect|not|mistake|error)\b""")
-_CONCLUSION = re.compile(r"""(?ix)  # before "answer"; for lack of a word an earlier box counts
+_CONCLUSION = re.compile(r"""(?ix)  # before "answer"; where another word is an earlier box counts
     [\s*_\#>"'($\\-]*(?:(?:so|thus|hence|therefore|then|and|now|wait|actually|finally|that|this|which
     |it|we|means?|gives?|get|have|find|see|conclude|shows?|follows|is|in|the|our|my|its|final|correct
     |right|required|desired|numerical|exact|simplified|revised|corrected|new|true|actual|overall
@@ -199,10 +203,11 @@ def _stated(text: str) -> str:
 
 
 def _is_final(before: str, phrase: str, content: str) -> bool:
-    """Whether a phrase states the final answer, whatever is boxed before it: if only words of
-    conclusion are before "answer" in its clause (so the final answer is), no word of doubt is in
-    its sentence, and its content is mathematics, or at most three words, the first no ordinary one
-    (positive, even).
+    """Whether a phrase states the final answer, whatever is boxed before it.
+
+    Rule: only words of conclusion are before "answer" in its clause (so the final answer is), no
+    word of doubt is in its sentence, and its content is mathematics, or at most three words of
+    which the first is not an ordinary one (positive, even).
     """
     sentence = re.split(r"[.!?]\s|\n", before)[-1]
     clause = re.split(r"[.,;:—]", sentence)[-1]
@@ -261,7 +266,7 @@ _VARIABLE = f"(?!{_UNIT_LETTER})[A-Za-z]"
 _TEXT = r"\\(?:text(?:bf|it|rm|sf|tt|up|normal)?|operatorname|mathrm|mathbf|mathsf|mbox|hbox)"
 _SEPARATOR = r"(?:\\[a-z]+)?\{\s*,?\s*(?:\\[!,])?\s*\}(?:\\[!,:; ])?|,\\!|\\!,?|\\[,;: ]"
 _SIGNS = {"<=": "≤", ">=": "≥", "!=": "≠", "==": "=", "begin": "⟦", "end": "⟧"}
-_REWRITES = [  # the comments, and that the order does not matter where they say so, are tested
+_REWRITES = [  # tests check every example, and every "in any order"
     # TeX as it was written, in any order
     (rf"(?<=\d)\s?(?:{_SEPARATOR})\s*(?=\d{{3}}(?!\d))", ""),  # 1{,}234 -> 1234
     # 0.1\overline{6} -> (0.10+6/90)
@@ -325,16 +330,17 @@ _TOKEN = re.compile(rf"""(?x)  # a number may have groups of three digits: 1,234
     |(?P<function>(?i:{"|".join(_FUNCTIONS)})(?![A-Za-z]))
     |(?P<name>{_NAME}|[π∞])|(?P<call>{_CALL})|(?P<letters>(?:(?!{_CALL}){_LETTER})+)
     |(?P<command>\\[A-Za-z]+)|(?P<close>[}}⦄)\]⟧⏎])|(?P<sign>\S))""")
-_SIDE_NAME = re.compile(rf"""(?x)  # x, m + n, a/b, sin A, f(2), (x, y); not 2x, x + 1, x^2
-    (?!-)(?:(?!log|ln|exp)(?:{_NAME}|{_LETTER})(?:\(-?\d[\d./]*\))?|\\frac|[-+*/(),|{{}}⟦⟧⏎&])+""")
-_NUMBER_WORD = re.compile(r"""(?x)  # no unit, for it changes the number before it: 3 halves
+_SIDE_NAME = re.compile(rf"""(?x)  # x, m + n, a/b, sin A, f^{{-1}}(2), [ABC]; not 2x, x + 1, x^2
+    (?!-)(?:(?!log|ln|exp)(?:{_NAME}|{_LETTER})(?:\^\{{-1\}}(?=\())?(?:\(-?\d[\d./]*\))?
+    |\\frac|[-+*/(),|{{}}⟦⟧⏎&[\]])+""")
+_NUMBER_WORD = re.compile(r"""(?x)  # not a unit: it changes the number before it, as in 3 halves
     hal(?:f|fs|ves?)|thirds?|quarters?|(?:four|fif|six|seven|eigh|nin|ten|eleven|twelf|\w+teen
     |\w+tie|hundred|thousand|\w+illion)ths?|tens|dozens?|hundreds?|thousands?|[mbtr]+illions?|score
     |\w+(?:teen|ty)|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|twice|thrice
-    |squared|cubed|doubled|tripled|halved|factorial|plus|minus|negative|point|remainder""")
+    |least|most|double|triple|squared|cubed|doubled|tripled|halved|factorial|plus|minus|negative|point|remainder""")
 _SCALES = {"hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9}
 _SCALES |= {"trillion": 10**12, "half": Fraction(1, 2), "halves": Fraction(1, 2), "dozen": 12}
-_FACTORS = "name", "call", "function", "command"  # what multiplies a number without a sign
+_FACTORS = "name", "call", "function", "command"  # what may be a factor without a sign before it
 _LINKS = "/ * - a an to by as at on for with than from".split()  # in a unit of several words
 
 
@@ -344,7 +350,7 @@ class _Node(NamedTuple):
     kind: str  # value, relation, text, ∪, ±; the brackets of a group, [] of a matrix, "" of a list
     items: list | tuple  # of a value: three numbers, Fraction or complex; of a relation: its sides
     unit: str = ""  # of a value
-    signs: str = ""  # of a relation: = ≠ < ≤ ≈ ∈; what was written with > and ≥ is turned round
+    signs: str = ""  # of a relation: = ≠ < ≤ ≈ ∈; what was written with > and ≥ is turned around
     text: str = ""  # as it was written
 
     @property
@@ -482,6 +488,10 @@ class _Reader:
             words = []
             while self.kind in ("word", "name") or self.sees("-"):
                 words.append(self.next())
+            if self.sees("("):  # Area(ABC), gcd(4, 6)
+                start = len(self.read)
+                self.atom()
+                words.append(self.read[start:])
             return _Node("text", [" ".join(words)])
         currency = self.accept("¤£€")
         node = self.sum()
@@ -521,14 +531,15 @@ class _Reader:
         node, self.also = self.atom(), ""
         if self.accept("^"):  # once: 2^3^4 is not TeX, and may be read in two ways
             node = _apply(_power, node, self.power() if self.sees("-") else self.atom())
-            self.also = "number"  # which may be the next factor: 2^6 3^5
+            self.also = "number"  # which may be the next factor: 2^6 3^5, 8!2!
         while self.accept("!"):
             node = _apply(lambda n: Fraction(math.factorial(_small(n))), node)
+            self.also = "number"
         node = _apply(neg, node) if signs.count("-") % 2 else node
         return _Node("±", [node, _apply(neg, node)]) if "±" in signs else node
 
     def atom(self) -> _Node:
-        self.depth += 1  # every recursion passes here
+        self.depth += 1  # every recursion passes through here
         if self.depth > _MAX_DEPTH:
             raise ValueError("too deep")
         kind, token = self.kind, self.next()
@@ -585,7 +596,7 @@ class _Reader:
         kind = left + (self.accept({"{": "}", "⦃": "⦄"}.get(left, ")]")) or self.fail())
         if len(items) == 1 and kind in ("()", "[]", "{}"):
             return self.fail() if items[0].kind == "relation" else items[0]
-        if kind == "⦃⦄" and len(items) > 1:  # {±1, ±2} has four elements
+        if kind == "⦃⦄":  # {±1, ±2} has four elements
             items = sum((x.items if x.kind == "±" else [x] for x in items), [])
         kind = "" if kind == "{}" else kind
         return _for_each_sign(lambda *items: _Node(kind, items), items)
@@ -660,9 +671,13 @@ def _add(x: Fraction | complex, y: Fraction | complex) -> Fraction | complex:
 
 def _power(x: Fraction | complex, y: Fraction | complex) -> Fraction | complex:
     """x^y, exact for whole y and for square roots of squares; real roots where there are any."""
-    if not isinstance(x, Fraction) or not isinstance(y, Fraction):
+    if not isinstance(y, Fraction):
         return complex(x) ** complex(y)
     n, degree = y.as_integer_ratio()
+    if degree % 2 and degree > 1 and x.imag == 0 > x.real:
+        return complex(-((-x.real) ** (1 / degree))) ** n
+    if not isinstance(x, Fraction):
+        return x ** (n / degree)
     size = max(abs(x.numerator), x.denominator) - 1  # 0 and 1 may have any power
     if size.bit_length() * abs(n) > 2 * _MAX_BITS * degree:
         raise ValueError("too large")
@@ -672,8 +687,6 @@ def _power(x: Fraction | complex, y: Fraction | complex) -> Fraction | complex:
             return root**n
     if degree == 1:
         return x**n
-    if x < 0 and degree % 2:
-        return complex(-((-x) ** (1 / degree))) ** n
     return complex(x) ** (n / degree)
 
 
@@ -723,7 +736,7 @@ class _Comparison:
     """
 
     def __init__(self, exact: bool):
-        self.exact, self.left = exact, 2500  # comparisons: a tenth of the time that there is
+        self.exact, self.left = exact, 2500  # comparisons, which take some 10 ms
 
     def same(self, a: _Node, b: _Node) -> bool:
         self.left -= 10 if a.kind == "relation" else 1
@@ -776,7 +789,7 @@ class _Comparison:
         return not self.exact and abs(x - y) <= 1e-11 * max(abs(x), abs(y))
 
     def same_relation(self, a: _Node, b: _Node) -> bool:
-        """Equations up to a factor c, inequalities up to a positive one; others side by side.
+        """Equations up to a constant factor, inequalities a positive one; others side by side.
 
         Rule: two that name the same thing (also y and f(x)) are equal if the values are; without
         a variable in both differences, as in 1 + 1 = 2, every factor would do, and none is tried.
@@ -796,12 +809,11 @@ class _Comparison:
         return all(map(self.same, a.items, b.items)) or all(map(self.same, a.items, turned))
 
     def said(self, chain: _Node) -> list[_Node]:
-        """What a chain of = and ≈ says: the side before the first ≈ (or the last), and the last
-        one.
+        """What a chain of = and ≈ says: its exact value, and the last rounded one if any.
 
-        Rule: every exact side before is a name or equal to it (2x = 10 does not say 10), or after a
-        name has variables (A = pi r^2 = 9 pi). What is after ≈ is it rounded, unless only a name is
-        before.
+        Rule: the exact value is the last side before any ≈. Every side before it is a name, or
+        equal to it (2x = 10 does not say 10), or after a name has variables (A = pi r^2 = 9 pi).
+        Every side after ≈ is it rounded. Of x ≈ 2.5, where only names are before ≈, 2.5 is said.
         """
         n = (chain.signs + "≈").index("≈") + 1
         sides, rounded = chain.items[:n], chain.items[n:]
@@ -816,11 +828,12 @@ class _Comparison:
         return [sides[-1], *rounded[-1:]] if all(_rounds(sides[-1], x) for x in rounded) else []
 
     def meanings(self, node: _Node) -> list[_Node]:
-        """What an answer may mean beside itself, when the other one is no relation: {5} and x = 5
-        mean 5; x > 3 means (3, oo), x < 1 or x > 2 a union, x ≠ 0 all but 0.
+        """What an answer may mean besides itself, when the other one is not a relation: {5},
+        x = 5, and 10/2 or 5 mean 5; x > 3 means (3, oo), x < 1 or x > 2 a union, x ≠ 0 all but 0.
         """
-        if node.kind == "⦃⦄" and len(node.items) == 1 and node.items[0].kind != "⦃⦄":
-            return node.items
+        if node.kind in ("", "⦃⦄") and node.items and node.items[0].kind != "⦃⦄":
+            if all(self.same(node.items[0], item) for item in node.items[1:]):
+                return node.items[:1]
         relations = node.items if node.kind == "" else [node]
         if any(item.kind != "relation" for item in relations):
             return []
@@ -831,7 +844,7 @@ class _Comparison:
         return pieces if len(pieces) == 1 else [_Node("∪", pieces)]
 
     def intervals(self, node: _Node) -> list[_Node]:
-        """Of which numbers an inequality is true, if one of its sides is a variable."""
+        """The numbers for which an inequality holds, if one of its sides is a variable."""
         sides, signs, infinity = node.items, node.signs, _symbol("∞")
         if signs == "≠" and sides[0].is_name:
             return _without_points(_Node("()", [_apply(neg, infinity), infinity]), sides[1]).items
@@ -877,7 +890,7 @@ def _rounds(exact: _Node, rounded: _Node) -> bool:
 
 def _without_points(node: _Node, points: _Node) -> _Node:
     """An interval without a set of points: (-oo, oo) without {0} is (-oo, 0) ∪ (0, oo)."""
-    items = points.items if points.kind == "⦃⦄" else [points]
+    items = points.items if points.kind in ("⦃⦄", "±") else [points]
     is_interval = node.kind in ("()", "(]", "[)", "[]") and len(node.items) == 2
     if not is_interval or any(point.kind != "value" for point in items):
         raise ValueError("no interval without points")
@@ -889,7 +902,7 @@ def _without_points(node: _Node, points: _Node) -> _Node:
 
 _CHOICE = re.compile(r"""(?x)  # and its text, with no other choice in it: A. 12, not (A) or (B)
     (?:[Oo]ption\ |[Cc]hoice\ )?\(?\s*([A-J])(?:\s*[).:]+(?!\s*(?:or|and|not|[/,])(?!\w))
-    (?!.*\([A-J]\)|\s*[A-J](?:[).:,]|$))\s*(.*))?""")
+    (?!.*\b[A-J]\s*[).:]|\s*[A-J](?:,|$))\s*(.*))?""")
 _FILLER = re.compile(r"""(?ix)  # words around an answer
     ‹?\b(?:(?:the\ )?(?:final\ )?answer\ is|approximately|about|roughly|around|exactly|only|just
     |a\ total\ of|is|equals|equal\ to|either|both)\b›?\s*
@@ -936,18 +949,19 @@ def verify_code(response: str, tests: list, *, timeout: float = 5.0, memory: int
     strings, run in their order after the solution in one process.
     timeout: seconds of wall time and of CPU time for a process. memory: MiB of address space for a
     process. False without tests, and for a block that never closes. Raises what check_tests raises,
-    TypeError for a response that is no string, NotImplementedError elsewhere than on Linux.
+    TypeError for a response that is not a string, NotImplementedError outside Linux.
 
     The verdict is made in this process. Of `assert f(2) == 4` the child gets `f(2)` and sends back
     its value as a text; the 4 never leaves this process. So an early exit, printing "passed",
     objects that equal everything, patched built-ins and AssertionErrors fail. An assert of another
     form, such as `assert isclose(f(2), 4)`, is evaluated in the child, where code can forge it.
 
-    The child has an empty environment and folder, no inherited descriptors, and limits on time,
-    memory, processes and output. Where the kernel allows namespaces it has no network, sees no
-    other process, and writes to that folder only; started by root it runs as nobody. Elsewhere
-    (many containers) network and the user's own files and processes are NOT protected. Files that
-    the user can read can be read everywhere. Run hostile code in a virtual machine.
+    The child has an environment and an empty folder of its own, no inherited descriptors and limits
+    on time, memory, processes and output; started by root it runs as nobody. Where the kernel
+    allows namespaces it has no network and sees no other process, and where it allows mounts in
+    them it writes to that folder only. Elsewhere (many containers) network and the user's own files
+    and processes are NOT protected. Files that the user can read can be read everywhere. Run
+    hostile code in a virtual machine.
     """
     if sys.platform != "linux":
         raise NotImplementedError("verify_code needs Linux")
@@ -984,8 +998,8 @@ def verify_code(response: str, tests: list, *, timeout: float = 5.0, memory: int
 def check_tests(tests: list) -> None:
     """Raise for tests that verify_code cannot use, without running anything.
 
-    TypeError for another form than verify_code documents, ValueError for no test and for one that
-    is no Python. Call it for every row before the first sample: the reward would be 0 for ever.
+    TypeError for a form other than verify_code documents, ValueError for no test and for one that
+    is not Python. Call it for every row before the first sample: the reward would be 0 forever.
     """
     form = 'tests must be a list of {"input": str, "output": str}, or of statements as strings'
     if not isinstance(tests, (list, tuple)):
@@ -1000,7 +1014,7 @@ def check_tests(tests: list) -> None:
         try:
             ast.parse(test if kind is str else "")
         except (SyntaxError, ValueError, MemoryError, RecursionError) as error:
-            raise ValueError(f"a test that is no Python ({error}): {test!r:.80}") from error
+            raise ValueError(f"a test that is not Python ({error}): {test!r:.80}") from error
 
 
 def _literal(side: ast.expr) -> str | None:
@@ -1024,7 +1038,7 @@ def _code_block(response: str) -> str | None:
     """The last fenced block marked as Python, or without a language where none is marked.
 
     None without one, or when it never closes. As in CommonMark a fence closes with as many marks or
-    more, indented by three blanks more at most (a docstring's are deeper); a list item's
+    more, indented by at most three blanks more (those in a docstring are deeper); a list item's
     indentation is dropped.
     """
     blocks, opening = {}, None  # the last block of each language
@@ -1055,7 +1069,8 @@ def _run(job: dict, given: str = "") -> str | None:
         header = json.dumps(job | {"folder": folder}).encode()
         command = [sys.executable, "-I", "-c", _child_source()]
         pipes = {"stdin": subprocess.PIPE, "stdout": out, "stderr": subprocess.DEVNULL}
-        child = subprocess.Popen(command, **pipes, cwd=folder, env={}, start_new_session=True)
+        env = {"OMP_NUM_THREADS": "1"}  # NumPy's thread per core needs more than the memory
+        child = subprocess.Popen(command, **pipes, cwd=folder, env=env, start_new_session=True)
         with child, contextlib.suppress(subprocess.TimeoutExpired):
             try:  # the launcher stops it after `timeout`
                 data = b"%10d" % len(header) + header + given.encode(errors="replace")
@@ -1132,12 +1147,15 @@ def _isolate(libc, folder: bytes) -> bool:
     """
     uid, gid = os.getuid(), os.getgid()
     spaces = 0x40000000 | 0x20000000 | 0x20000 | 0x8000000  # CLONE_NEWNET, NEWPID, NEWNS, NEWIPC
-    if uid != 0 or libc.unshare(spaces) != 0:
-        if libc.unshare(spaces | 0x10000000) != 0:  # CLONE_NEWUSER: how other users get the rest
-            return False
+    if uid != 0:  # (a root of such a namespace could not become nobody)
+        spaces |= 0x10000000  # CLONE_NEWUSER: how other users get the rest
+    if libc.unshare(spaces) != 0:
+        return False
+    if uid != 0:
         maps = {"setgroups": "deny", "uid_map": f"{uid} {uid} 1", "gid_map": f"{gid} {gid} 1"}
         for name, text in maps.items():
-            with open(f"/proc/self/{name}", "w") as file:
+            # (AppArmor may forbid it)
+            with contextlib.suppress(OSError), open(f"/proc/self/{name}", "w") as file:
                 file.write(text)
     private, readonly = 1 << 18, 1
     if libc.mount(None, b"/", None, private | 1 << 14, None) == 0:  # seen in here only (MS_REC)

@@ -126,7 +126,7 @@ def test_large_and_small_numbers():
 
 @pytest.mark.parametrize("value", [42, 1.5, None, ["42"], b"42"])
 def test_answers_of_another_type_raise(value):
-    """A gold answer that is a number would never be equal: the reward would be 0 for ever."""
+    """A gold answer that is a number would never be equal: the reward would be 0 forever."""
     for call in (
         lambda: verify(r"\boxed{42}", value),
         lambda: verify(value, "42"),
@@ -463,7 +463,7 @@ def test_the_last_block_counts(response, passes):
     ],
 )
 def test_malformed_tests_raise(tests, error):
-    """They would give the reward 0 for ever, whatever the response."""
+    """They would give the reward 0 forever, whatever the response."""
     for call in (check_tests, lambda tests: verify_code("no block", tests)):
         with pytest.raises(error, match="test"):
             call(tests)
@@ -688,6 +688,28 @@ def test_a_fork_bomb_is_contained(namespaces, monkeypatch):
     while running(marker) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert running(marker) == 0
+
+
+def test_root_without_the_right_to_namespaces():
+    """As in many containers: a root of a namespace of its own could not become nobody."""
+    code = f"""
+import ctypes, os, sys
+if len(sys.argv) == 1:
+    ctypes.CDLL(None).prctl(24, 21, 0, 0, 0)  # PR_CAPBSET_DROP, CAP_SYS_ADMIN
+    os.execv(sys.executable, [*sys.orig_argv, "again"])
+import verifier
+print(verifier.verify_code({fenced(F)!r}, {SQUARE!r}))
+"""
+    folder = os.path.dirname(verifier.__file__)
+    command = [sys.executable, "-c", code]
+    assert subprocess.check_output(command, cwd=folder, text=True) == "True\n"
+
+
+def test_maps_of_a_user_namespace_that_cannot_be_written(monkeypatch):
+    """AppArmor refuses them to ordinary users of Ubuntu 24.04, the kernel those of another user."""
+    source = verifier._child_source().replace("os.getuid(), os.getgid()", "12345, 12345")
+    monkeypatch.setattr(verifier, "_child_source", lambda: source)
+    assert verify_code(fenced(F), SQUARE) is True
 
 
 def test_processes_are_limited():
