@@ -2,7 +2,7 @@
 
     python examples/ablations.py --toy runs/toy
     python examples/ablations.py --toy runs/grid --grid    (a world of its own: before it,
-                                                  examples/toy.py --seed 3 --out runs/grid)
+                                                  examples/toy.py --seed 103 --out runs/grid)
 
 Stage 1: both terms of L_SRT or one of them, and the authors' order of the two, all on the traces
 that runs/toy/srt has sampled. Stage 2: objective, alpha and teacher, all from runs/toy/srt. --grid
@@ -40,7 +40,7 @@ GRID = {
     "srt": (2e-4, 5e-4, 1e-3),
     "sdzero": (1e-4, 3e-4, 1e-3),
     "rft": (2e-4, 5e-4, 1e-3),
-    "grpo": (3e-4, 1e-3),
+    "grpo": (3e-4, 1e-3, 3e-3),
     "sdft": (2e-5, 5e-5, 1e-4),
     "sdpo": (2e-5, 5e-5, 1e-4),
 }

@@ -373,6 +373,8 @@ def the_rest(out, seed):
         if name == "GRPO":
             rows["GRPO, at stage 2's number of responses"] = evals[1]
         rows[name] = evals[-1]
+    flags = ["--seed", seed, "--eval-every", 25, "--lr", 3e-4]  # steadier, and slower
+    rows["GRPO, rate 3e-4"] = baseline(out, "grpo", out / "grpo_3e-4", *flags)[-1]
     from_srt = baseline(out, "grpo", out / "grpo_from_srt", *rare, start="srt")
     rows["GRPO from SRT, at stage 2's number of responses"] = from_srt[-1]
 

@@ -24,6 +24,7 @@ CURVES = {  # run: its name, its colour
     "srt": ("SRT", "C1"),
     "sdzero": ("SD-Zero", "C3"),
     "grpo": ("GRPO", "C0"),
+    "grpo_3e-4": ("GRPO, rate 3e-4", "C8"),
     "grpo_from_srt": ("GRPO from SRT", "C9"),
     "rft": ("RFT", "C7"),
     "sdft": ("SDFT", "C2"),

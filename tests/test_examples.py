@@ -252,6 +252,7 @@ def test_commands_of_the_toy(commands, tmp_path):
         ("grpo", "both", both),
         ("sdft", "both", both),
         ("sdpo", "both", both),
+        ("grpo_3e-4", "both", both),
         ("grpo_from_srt", "both", toy.SIZES["stage2"]),
     ):
         args = commands[name]
@@ -260,7 +261,7 @@ def test_commands_of_the_toy(commands, tmp_path):
     assert commands["sdft"].solution_column == "solution"
     assert commands["synced"].teacher_interval * 32 == toy.SIZES["stage2"]
     assert all(args.seed == 7 for args in commands.values())
-    assert len(rows) == 12 == len(commands) + 2
+    assert len(rows) == 13 == len(commands) + 2
     first, at_a_budget = rows.pop("base"), rows.pop("GRPO, at stage 2's number of responses")
     assert (first["accuracy"], at_a_budget["accuracy"]) == (0.25, 0.5)
     assert {row["accuracy"] for row in rows.values()} == {0.75}

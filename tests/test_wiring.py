@@ -1201,7 +1201,7 @@ def test_the_toy_in_small(tmp_path, monkeypatch, capsys):
     table = [line.split(" | ") for line in out.splitlines() if line[:2] == "| "]
     rows = {cells[0].strip("| "): cells[1:] for cells in table[2:]}
     assert {"base", "SRT", "SD-Zero", "RFT", "GRPO", "SDFT", "SDPO"} <= rows.keys()
-    assert len(rows) == 14
+    assert len(rows) == 15
     for cells in rows.values():
         assert 0 <= float(cells[0]) <= 100 and 0 < float(cells[-1].strip("| ")) <= 64
     goods = []
