@@ -136,6 +136,8 @@ def entry(main: Callable) -> None:
         again = "--resume with " if Run.begun else ""
         fail(f"out of memory: {again}lower --slots (sampling) or --micro-tokens (training)", 1)
     except KeyboardInterrupt:
+        if rank_and_ranks()[0]:  # rank 0 says so, and torchrun waits for this one
+            raise SystemExit(130) from None
         again = "; the same command with --resume goes on from the last checkpoint"
         fail("interrupted" + (again if Run.begun else ""), 130)
 
@@ -284,7 +286,12 @@ def join_processes(args: argparse.Namespace) -> None:
     """Find the other processes of `torchrun --nproc-per-node N script.py ...`, if there are any."""
     if rank_and_ranks()[1] == 1:
         return
+    if args.device not in ("cpu", "cuda"):
+        fail(f"torchrun's processes take --device cuda, one GPU each, or cpu, not {args.device}")
     if args.device == "cuda":
+        there, wanted = torch.cuda.device_count(), int(os.environ["LOCAL_WORLD_SIZE"])
+        if there < wanted:
+            fail(f"each of {wanted} processes needs a GPU of its own, torch finds {there} here")
         args.device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(args.device)
     # Python objects travel over the CPU; a process may have to wait long for the slowest one
@@ -293,8 +300,12 @@ def join_processes(args: argparse.Namespace) -> None:
 
 
 def rank_and_ranks() -> tuple[int, int]:
-    """This process's number and how many there are, as torchrun says."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    """This process's number and how many there are, as torchrun says. Clusters set these variables
+    too, of jobs that are no torchrun's: who believed them would wait for processes that never come.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return 0, 1
+    return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
 
 def on_rank_0(function: Callable) -> Callable:
@@ -313,7 +324,8 @@ def meeting():
     try:
         yield
     except RuntimeError as error:
-        fail(f"another process of this run has ended ({last_cause(error):.60})", 1, at_once=True)
+        cause = re.sub(r"\[.*?\] *", "", last_cause(error))  # places in gloo's source, addresses
+        fail(f"another process of this run has ended ({cause:.60})", 1, at_once=True)
 
 
 def gathered(part: list) -> list[list]:
@@ -1230,7 +1242,7 @@ class Run:
 
     @on_rank_0
     def append(self, text: str) -> None:
-        with open(self.folder / "metrics.jsonl", "a") as file:
+        with self.writing(), open(self.folder / "metrics.jsonl", "a") as file:
             file.write(text)
 
     def log(self, kind: str, step: int, values: dict) -> None:
@@ -1266,12 +1278,18 @@ class Run:
 
     # files and folders
 
+    def writing(self):
+        """Where the disk may be full; torch and safetensors have their own exceptions for that."""
+        full = f"cannot write to {self.folder}, make room and --resume"
+        return explained(full, OSError, RuntimeError, SafetensorError, code=1)
+
     @on_rank_0
     def write(self, name: str, text: str) -> None:
         """A small file, whole or not at all."""
         temporary = self.folder / f"{name}.tmp"
-        temporary.write_text(text)
-        os.replace(temporary, self.folder / name)
+        with self.writing():
+            temporary.write_text(text)
+            os.replace(temporary, self.folder / name)
 
     @on_rank_0
     def remove(self, name: str) -> None:
@@ -1291,8 +1309,7 @@ class Run:
         model beside an adapter_config.json for their base. A checkpoint has only the adapters.
         """
         temporary, model = self.folder / "saving", self.task.lm.model
-        full = f"cannot write to {self.folder}, make room and --resume"
-        with explained(full, OSError, RuntimeError, SafetensorError, code=1):
+        with self.writing():
             shutil.rmtree(temporary, ignore_errors=True)
             if self.args.lora:
                 (temporary / "adapter").mkdir(parents=True)
