@@ -324,8 +324,8 @@ def meeting():
     try:
         yield
     except RuntimeError as error:
-        cause = re.sub(r"\[.*?\] *", "", last_cause(error))  # places in gloo's source, addresses
-        fail(f"another process of this run has ended ({cause:.60})", 1, at_once=True)
+        cause = re.sub(r"^\[.*?\] *", "", last_cause(error)).partition(". ")[0]  # no place in gloo
+        fail(f"another process of this run has ended ({cause:.120})", 1, at_once=True)
 
 
 def gathered(part: list) -> list[list]:
