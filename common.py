@@ -1,8 +1,8 @@
 """What srt.py and sdzero.py share: all that is not the method.
 
-In the order of a run: flags, model, problems, verifier, sampling, evaluation, memory, optimizer,
-and the run's folder with its log and checkpoints. The two scripts import this file and never each
-other; `setup` and `Run` are where they enter it.
+In the order of a run: flags, processes (of torchrun), model, problems, verifier, sampling,
+evaluation, memory, optimizer, and the run's folder with its log and checkpoints. The two scripts
+import this file and never each other; `setup` and `Run` are where they enter it.
 
 What a user can mend ends in `fail`: one line on stderr and exit code 2.
 """
@@ -40,7 +40,7 @@ from tqdm import tqdm
 
 import verifier
 from lora import adapter_config, adapter_state, add_lora, load_adapter, merged_state_dict
-from losses import CHUNK, OutputLayer
+from losses import CHUNK, OutputLayer, grad_of
 from rollout import Rollout, cache_bytes_per_token, check_supported, generate, stream_seeds
 
 try:
@@ -81,7 +81,8 @@ SHOW_EVERY = 10  # optimizer steps between two responses shown in the log
 
 def fail(message: str, code: int = 2, at_once: bool = False) -> NoReturn:
     """End the program with one line on stderr. Code 2: the user's to mend; 1: the run broke."""
-    if rank_and_ranks()[0] and not at_once:  # rank 0 mostly says the same; torchrun ends this one
+    if rank_and_ranks()[0] and not at_once:
+        # Most failures are those of all processes: rank 0 says so, and torchrun ends the others.
         time.sleep(5)
     print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
     raise SystemExit(code)
@@ -172,11 +173,11 @@ positive, at_least_0 = number(float, 0, above=True), number(float, 0)
 share, fraction = number(float, 0, 1, above=True), number(float, 0, 1)
 
 
-# name, kind (a list: a choice; bool: a switch), default, help, in the order of a run. A script may
-# have other defaults: see `make_parser`.
 LR = 5e-6  # of full fine-tuning, the paper's; adapters need about ten times that
 REQUIRED = object()
 INHERITED = "(default: what the model was trained with, else"
+# name, kind (a list: a choice; bool: a switch), default, help, in the order of a run. A script may
+# have other defaults: see `make_parser`.
 FLAGS = [
     ("model", str, REQUIRED, "hub name, or a transformers folder"),
     ("dataset", str, REQUIRED, "FILE (.jsonl .json .csv .parquet), or NAME[:CONFIG][@SPLIT]"),
@@ -280,9 +281,11 @@ def check_flags(args: Namespace) -> None:
 # torchrun starts a script once per GPU, and all its processes do the same, with two exceptions:
 # each samples, verifies and scores only its share, and only rank 0 writes. They meet where shares
 # are put together (`shared_out`, `meet`), and hold the same weights and metrics afterwards.
+# `gathered([])` only waits for all: one writes what the others read, or have read.
+# Without torchrun there is one process, rank 0, whose share is everything.
 
 
-def join_processes(args: argparse.Namespace) -> None:
+def join_processes(args: Namespace) -> None:
     """Find the other processes of `torchrun --nproc-per-node N script.py ...`, if there are any."""
     if rank_and_ranks()[1] == 1:
         return
@@ -294,7 +297,7 @@ def join_processes(args: argparse.Namespace) -> None:
             fail(f"each of {wanted} processes needs a GPU of its own, torch finds {there} here")
         args.device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(args.device)
-    # Python objects travel over the CPU; a process may have to wait long for the slowest one
+    # gloo for Python objects, which travel over the CPU. Waiting for the slowest one may take long.
     backend = "cpu:gloo,cuda:nccl" if args.device.startswith("cuda") else "gloo"
     dist.init_process_group(backend, timeout=timedelta(hours=6))
 
@@ -325,7 +328,8 @@ def meeting():
         yield
     except RuntimeError as error:
         cause = re.sub(r"^\[.*?\] *", "", last_cause(error)).partition(". ")[0]  # no place in gloo
-        fail(f"another process of this run has ended ({cause:.120})", 1, at_once=True)
+        ended = "another process of this run has ended, or cannot be reached"
+        fail(f"{ended} ({cause:.200})", 1, at_once=True)
 
 
 def gathered(part: list) -> list[list]:
@@ -338,7 +342,7 @@ def gathered(part: list) -> list[list]:
 
 
 def shared_out(work: Callable[[list], list], items: list) -> list:
-    """work(items), of which each process does every n-th; the whole result on each of them."""
+    """work(items): each of n processes does every n-th item, and gets the whole result."""
     rank, ranks = rank_and_ranks()
     results = [None] * len(items)
     for i, part in enumerate(gathered(work(items[rank::ranks]))):
@@ -347,7 +351,8 @@ def shared_out(work: Callable[[list], list], items: list) -> list:
 
 
 def my_share(items: list, lengths: list[int]) -> list:
-    """This process's part of what is scored: every n-th by length, so that all have equal work."""
+    """This process's part of what is scored: every n-th by length, so that all have equal work. The
+    parts are put together by `meet`."""
     rank, ranks = rank_and_ranks()
     by_length = sorted(range(len(items)), key=lambda i: lengths[i])
     return [items[i] for i in sorted(by_length[rank::ranks])]
@@ -356,19 +361,22 @@ def my_share(items: list, lengths: list[int]) -> list:
 def meet(model: torch.nn.Module, parts: list[dict]) -> dict[str, torch.Tensor]:
     """After the backward passes of a step: add up the gradients of all processes.
 
-    parts: values per token of this process's micro-batches, by name. Returns those of all. Not by
-    DistributedDataParallel: it waits for its own forward, and our losses go round that, so that
-    nothing would be added up.
+    parts: values per token of this process's micro-batches, by name. Returns those of all, {} where
+    nobody had a token. Not by DistributedDataParallel: it waits for its own forward, and our losses
+    go round that, so that nothing would be added up.
     """
-    if rank_and_ranks()[1] > 1:
+    several = rank_and_ranks()[1] > 1
+    if several:
         mine = [{name: x.cpu() for name, x in part.items()} for part in parts]
         parts = [part for theirs in gathered(mine) for part in theirs]
-        for weight in (p for p in model.parameters() if p.requires_grad and parts):
-            if weight.grad is None:  # this process had no token
-                weight.grad = torch.zeros_like(weight, dtype=weight.grad_dtype)
+    if not parts:
+        return {}
+    for weight in model.parameters() if several else ():
+        if weight.requires_grad:
+            grad = grad_of(weight)
             with meeting():
-                dist.all_reduce(weight.grad)
-    return {name: torch.cat([part[name] for part in parts]) for name in (parts[:1] or [{}])[0]}
+                dist.all_reduce(grad)
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
 # ------------------------------------------------------------------------------------------ model
@@ -469,7 +477,7 @@ def check_is_there(name: str, what: str) -> None:
     if (path / "settings.json").exists() and not (path / "config.json").exists():
         fail(f"{name} holds an unfinished run, or only traces: use its best/, or --traces")
     like_a_folder = name.startswith((".", "/", "~")) or name.count("/") > 1
-    # runs/typo beside runs/srt
+    # the last: runs/typo, where runs/srt is
     if not path.is_dir() and (like_a_folder or "/" in name and path.parent.is_dir()):
         fail(f"no such {what} folder: {name}")
 
@@ -479,7 +487,7 @@ def inherit_prompt(args: Namespace) -> dict:
 
     Returns srt.json's content: "prompt" (the flags, and the date that chat templates show),
     "problems" (keys of those that stage 1 used and stage 2 leaves out) and "trained" (keys of all
-    that this model or an ancestor was trained on). Of a model without one all are empty. Fails when
+    that this model or an ancestor was trained on). Without an srt.json all are empty. Fails when
     a flag contradicts it, unless --force is given.
     """
     check_is_there(args.model, "model")
@@ -499,7 +507,8 @@ def inherit_prompt(args: Namespace) -> dict:
             flag = name.replace("_", "-")
             fail(f"--{flag} is {given!r}, but {was}: drop the flag, or add --force")
     # a template that shows today's date would ask otherwise tomorrow: the first stage's date stays
-    args.date = prompt.get("date", time.strftime("%Y-%m-%d"))
+    today = gathered([time.strftime("%Y-%m-%d")])[0][0]  # rank 0's: midnight may come between
+    args.date = prompt.get("date", today)
     beside = args.traces.with_name("srt.json") if getattr(args, "traces", None) else None
     if beside and beside.exists():  # traces of another day
         args.date = json.loads(beside.read_text())["prompt"]["date"]
@@ -696,6 +705,8 @@ def load_verifier(name: str) -> Callable[[list[str], list], list[int]]:
     verify = {"math": verifier.verify, "code": verifier.verify_code}.get(name)
     if name == "code" and sys.platform != "linux":
         fail("--verifier code needs Linux, whose kernel contains what it runs")
+    if name == "code" and not verify("```python\npass\n```", ["assert True"]):
+        fail("--verifier code cannot run programs on this machine: a right one came out as wrong")
     if not verify:
         unknown = f"--verifier {name} is neither math nor code nor a module:function to be imported"
         with explained(unknown, ValueError, ImportError, AttributeError):
@@ -713,7 +724,8 @@ def load_verifier(name: str) -> Callable[[list[str], list], list[int]]:
         if name != "code":
             return [verdict_of(pair) for pair in pairs]
         # code runs in other processes: as many at once as there are cores
-        with ThreadPoolExecutor(max(1, os.cpu_count() // rank_and_ranks()[1])) as pool:
+        cores = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        with ThreadPoolExecutor(max(1, cores)) as pool:
             return list(progress(pool.map(verdict_of, pairs), "verifying", total=len(pairs)))
 
     return lambda responses, answers: shared_out(verdicts_of, list(zip(responses, answers)))
@@ -760,20 +772,20 @@ def sample_all(
     slots, cache_bytes = args.slots, cache_bytes or getattr(args, "cache_bytes", None)
     if cache_bytes:  # else the sampler's own choice: on a GPU what is free, where nothing trains
         longest = max(map(len, prompts), default=0) + args.max_new_tokens
-        slots = fit_slots(args, cache_bytes_per_token(lm.model) * longest, cache_bytes)
+        slots = slots_that_fit(args, cache_bytes_per_token(lm.model) * longest, cache_bytes)
     seeds = stream_seeds(seed_of(args.seed, *purpose), len(prompts))
 
-    def sample(share: list[tuple]) -> list[Rollout]:
-        with progress(None, f"sampling {purpose[0]}", total=len(share), unit="response") as bar:
+    def sample(part: list[tuple]) -> list[Rollout]:
+        with progress(None, f"sampling {purpose[0]}", total=len(part), unit="response") as bar:
             return generate(
                 lm.model,
-                [prompt for prompt, _ in share],
+                [prompt for prompt, _ in part],
                 max_new_tokens=args.max_new_tokens,
                 eos_token_ids=lm.eos_ids,
                 temperature=temperature,
                 top_p=top_p,
                 slots=slots,
-                seed=[seed for _, seed in share],
+                seed=[seed for _, seed in part],
                 vocab_size=lm.vocab_size,
                 progress=bar.update,
                 cuda_graph=args.cuda_graphs == "on" and lm.model.device.type == "cuda",
@@ -932,7 +944,7 @@ def estimate_memory(
 
 
 def fit_memory(lm: LM, args: Namespace, problems: list[Problem]) -> None:
-    """Say what the run needs and what to lower, and share out a GPU's memory.
+    """Say what the run needs and what to lower, and divide up a GPU's memory.
 
     A cache gets `cache_bytes`: what weights, optimizer and teacher leave free, less a tenth. Stage
     1 collects before there is an optimizer: `collect_bytes` is more. This is arithmetic, hence the
@@ -947,7 +959,7 @@ def fit_memory(lm: LM, args: Namespace, problems: list[Problem]) -> None:
         card = torch.cuda.mem_get_info(lm.model.device)[1]
         args.cache_bytes = int(0.9 * card) - standing
         args.collect_bytes = int(0.9 * card) - parts["weights"]
-    slots = fit_slots(args, parts["slot"], args.cache_bytes)
+    slots = slots_that_fit(args, parts["slot"], args.cache_bytes)
     sampling = standing + slots * parts["slot"]
     needed = f"training {training / 1e9:.3g}, sampling {sampling / 1e9:.3g} at {slots} slots"
     figures = ", ".join(f"{name} {n / 1e9:.3g}" for name, n in parts.items())
@@ -958,7 +970,7 @@ def fit_memory(lm: LM, args: Namespace, problems: list[Problem]) -> None:
         warn("sampling may not fit: lower --slots or --max-new-tokens")
 
 
-def fit_slots(args: Namespace, slot: int, cache_bytes: int | None) -> int:
+def slots_that_fit(args: Namespace, slot: int, cache_bytes: int | None) -> int:
     """How many sequences are decoded at once: --slots, or as many as fit, `slot` bytes each. Not
     the sampler's choice by free memory: this one is the same after --resume."""
     if args.slots or cache_bytes is None:
@@ -991,7 +1003,7 @@ class Optimizer:
     ):
         self.weights = [p for p in model.parameters() if p.requires_grad]
         self.clip = clip
-        self.narrow = []  # (bf16 weight, lower half, master): its storage is empty between steps
+        self.narrow = []  # (bf16 weight, lower half, master, which is empty between steps)
         groups = [{"params": [], "weight_decay": weight_decay}, {"params": [], "weight_decay": 0.0}]
         for weight in self.weights:
             master = weight
@@ -1001,7 +1013,7 @@ class Optimizer:
                 self.narrow.append((weight, torch.zeros_like(weight, dtype=torch.int16), master))
             groups[weight.dim() < 2]["params"].append(master)
         # the embedding is the largest: its temporary copies come when other gradients are gone
-        self.narrow.sort(key=lambda entry: entry[0].numel())
+        self.narrow.sort(key=lambda item: item[0].numel())
         # fused: no temporary copy of all weights
         self.adamw = torch.optim.AdamW(groups, lr=0.0, betas=tuple(betas), fused=True)
 
@@ -1089,7 +1101,8 @@ def compiled(loss: Callable) -> Callable:
 
 
 def setup(args: Namespace, half: bool = False) -> Task:
-    """Load model, verifier and problems; with --eval-only, evaluate and end the program.
+    """Join torchrun's processes, if there are any; load model, verifier and problems. With
+    --eval-only, evaluate and end the program.
 
     All that can be known to fail later fails here, before the first sample. half: see
     `split_problems`.
@@ -1111,7 +1124,8 @@ def setup(args: Namespace, half: bool = False) -> Task:
         raise SystemExit(0)
     saved["prompt"] = {name: getattr(args, name) for name in (*PROMPT_DEFAULTS, "date")}
     print(f"problems: {json.dumps(task.counts)}")
-    if args.lora:  # stage 2 begins with other factors than stage 1, which leaves srt.json behind
+    if args.lora:
+        # the seed counts what the model was trained on: stage 2 begins with other factors than 1
         seed = seed_of(args.seed, "lora", len(saved["trained"]))
         with explained(f"--lora cannot be used with {args.model}", ValueError):
             add_lora(lm.model, args.lora, args.lora_alpha, seed)
@@ -1122,6 +1136,7 @@ def setup(args: Namespace, half: bool = False) -> Task:
 
 
 def read_settings(folder: Path) -> dict:
+    """settings.json of a run, with what --resume needs of it."""
     try:
         settings = json.loads((folder / "settings.json").read_text())
         return {"started": settings["started"], **settings, "flags": {**settings["flags"]}}
@@ -1234,7 +1249,8 @@ class Run:
                 break
             if line["kind"] == "eval" and line["step"] and line["accuracy"] > best["accuracy"]:
                 best = line
-            if collected if line["kind"] == "collect" else line["step"] <= last:
+            keep = collected if line["kind"] == "collect" else line["step"] <= last
+            if keep:
                 self.lines.append(line)
         if best["step"] > last:  # the model of an evaluation that is forgotten
             self.remove("best")

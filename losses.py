@@ -8,8 +8,8 @@ a few rows at a time). To start reading: `full_logits`, then `predicting_last`.
     student_h = predicting_last(student, student_ids, counts)  # [N, H]
     with torch.no_grad():
         teacher_h = predicting_last(teacher, teacher_ids, counts)  # [N, H]
-    layer, against = OutputLayer(student), (OutputLayer(teacher), teacher_h)
-    kl = backward_by_chunks(full_logits, layer, student_h, divisor=sum(counts), teacher=against)
+    layer, other = OutputLayer(student), (OutputLayer(teacher), teacher_h)
+    kl = backward_by_chunks(full_logits, layer, student_h, divisor=sum(counts), teacher=other)
 
 Shapes: B sequences, T positions, N scored tokens (rows), V vocabulary size, K of its entries, H
 hidden size. Every objective takes the logits of the student and of the teacher for the SAME N
@@ -249,9 +249,9 @@ def micro_batches(lengths: list[int], budget: int) -> list[list[int]]:
     is longer gets a group of its own.
 
     Longest first, each sequence joins the last group, unless that would exceed the budget or make
-    more than 10% of all positions so far padding: at least 90% of the positions are real. Fewer
-    groups may allow this too: about 5% fewer for 9 random lengths, 25% for 128. Where as many
-    groups of more even size do, which take less memory at once, these are returned.
+    more than 10% of all positions so far padding: at least 90% of the positions are real. This is
+    greedy: the best cut would have about 5% fewer groups for 9 random lengths, 25% for 128. Where
+    the same number of groups can be of more even size, which takes less memory at once, they are.
     """
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
 
@@ -344,7 +344,7 @@ class OutputLayer:
         grad: the gradient of the product. Those of weight and bias are added to their `.grad`.
         """
         if self.weight.requires_grad:
-            total = _grad_of(self.weight)[: self.rows]
+            total = grad_of(self.weight)[: self.rows]
             if total.dtype == grad.dtype:
                 total.addmm_(grad.T, hidden)  # needs no second [R, H] tensor
             elif grad.is_cuda and total.dtype == torch.float32:
@@ -353,11 +353,11 @@ class OutputLayer:
             else:
                 total += grad.T @ hidden
         if self.bias is not None and self.bias.requires_grad:
-            _grad_of(self.bias)[: self.rows] += grad.sum(0)
+            grad_of(self.bias)[: self.rows] += grad.sum(0)
         return grad @ self.weight[: self.rows].to(grad.dtype)
 
 
-def _grad_of(parameter: torch.nn.Parameter) -> torch.Tensor:
+def grad_of(parameter: torch.nn.Parameter) -> torch.Tensor:
     """The parameter's gradient: zeros, in the precision that it asks for, where there is none."""
     if parameter.grad is None:
         parameter.grad = torch.zeros_like(parameter, dtype=parameter.grad_dtype)

@@ -323,10 +323,12 @@ def draw(weights: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
         levels.append(padded.view(len(weights), -1, 128))
         weights = levels[-1].sum(-1)
     index = invert(weights, u[:, :1])
+    # The clamps are for a row with nan, whose index may lie in the padding.
     for level, blocks in enumerate(reversed(levels), 1):
+        index = index.clamp(max=blocks.shape[1] - 1)
         block = blocks.gather(1, index[:, :, None].expand(-1, -1, 128))[:, 0]  # [n, 128]
         index = 128 * index + invert(block, u[:, level : level + 1])
-    return index.clamp(max=last)  # only a row with nan reaches into the padding
+    return index.clamp(max=last)
 
 
 def invert(weights: torch.Tensor, u: torch.Tensor) -> torch.Tensor:

@@ -124,8 +124,9 @@ def make_loss(args: Namespace):
         student_logits = student_logits / temperature
         teacher_logits = teacher_logits / temperature
         student, teacher = losses.log_softmax(student_logits), losses.log_softmax(teacher_logits)
-        # The objectives on some tokens get the logits: through the log-softmax rounding errors
-        # would reach the other tokens, whose gradient is 0, and AdamW would make them full steps.
+        # full_logits shares its log-softmax with the figures below. The others get the logits: a
+        # token that topk_logits leaves out must have the gradient 0. Through one more log-softmax
+        # it would get a rounding error, of which AdamW makes a full step.
         if args.objective == "full_logits":
             value = losses.divergence(student, teacher, args.alpha)
         elif args.objective == "topk_logits":
@@ -210,13 +211,13 @@ def distill_step(
     """
     examples = [e for e in examples if len(e.response.ids) > args.skip_first]
     divisor = sum(len(e.response.ids) - args.skip_first for e in examples)
-    mine = my_share(examples, [len(e.teacher_ids) for e in examples])
+    mine = my_share(examples, [len(e.teacher_ids) for e in examples])  # all, without torchrun
     lengths = [len(e.teacher_ids) for e in mine]
     parts = []
     for group in progress(micro_batches(lengths, args.micro_tokens), "training"):
         chosen = [mine[i] for i in group]
         parts.append(distill(student, teacher, student_layer, teacher_layer, chosen, args, divisor))
-    whole = meet(student, parts)
+    whole = meet(student, parts)  # with torchrun: everybody's, and the sum of their gradients
     if not whole:
         return {"loss": 0.0, "kl": None, "log_ratio": None, "entropy": None, "loss_tokens": 0}
     loss = whole["loss"].sum().item() / divisor
@@ -293,7 +294,8 @@ def main(argv: list[str] | None = None) -> None:
     if not task.saved["problems"]:
         warn(f"{args.model} does not come from stage 1: without a reviser little is gained")
     if args.top_p < 1 or args.temperature == 0:
-        warn("the loss is an expectation over the model's own distribution: --top-p 1 samples it")
+        own = "--top-p 1 and a --temperature above 0 sample it"
+        warn(f"the loss is an expectation over the model's own distribution: {own}")
     check_lengths(task)
     task.trained_on([p.key for p in task.problems])
     run = Run(task)

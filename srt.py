@@ -99,10 +99,10 @@ class Trace:
         """The sequence that both terms score: ids are put together, never tokenised again."""
         return self.prompt_ids + self.init_ids + self.phrase_ids + self.revision_ids
 
-    def weights(self, weights: tuple[int, int]) -> list[int]:
-        """The loss weight of each token after x."""
+    def weights(self, pair: tuple[int, int]) -> list[int]:
+        """The loss weight of each token after x, by a pair of `WEIGHTS`."""
         before = len(self.init_ids) + len(self.phrase_ids)
-        return [weights[0]] * before + [weights[1]] * len(self.revision_ids)
+        return [pair[0]] * before + [pair[1]] * len(self.revision_ids)
 
 
 def collect(task: Task, problems: list[Problem], chunk: int) -> tuple[list[Trace], dict]:
@@ -113,7 +113,7 @@ def collect(task: Task, problems: list[Problem], chunk: int) -> tuple[list[Trace
     """
     args, phrases = task.args, task.lm.phrases(task.args)
     asked = [p for p in problems for _ in range(args.attempts)]
-    room = {"cache_bytes": args.collect_bytes}
+    room = {"cache_bytes": args.collect_bytes}  # more than in training: no optimizer yet
     attempts = sample_and_verify(task, asked, ("attempts", chunk), **room)
     pairs = revise(task, attempts, args.revisions, ("revisions", chunk), **room)
 
@@ -178,7 +178,7 @@ def collect_all(task: Task, run: Run) -> list[Trace]:
                 "more --revisions, another --prompt-suffix, --verifier or --max-new-tokens"
             )
         run.write(path.name, "".join(lines))
-    gathered([])  # all processes have read the chunks, and the traces are written
+    gathered([])  # waits: all processes have read the chunks, and the traces are written
     for file in files:
         file.unlink(missing_ok=True)
     return [Trace(**json.loads(line)) for line in open(path)]
@@ -258,7 +258,7 @@ def srt_step(
     for group in progress(micro_batches([len(t.ids) for t in mine], micro_tokens), "training"):
         nll, weight = srt_loss(model, layer, [mine[i] for i in group], weights, divisor)
         parts.append({"nll": nll, "weight": weight})
-    whole = meet(model, parts)
+    whole = meet(model, parts)  # with torchrun: everybody's, and the sum of their gradients
     loss = (whole["nll"] * whole["weight"]).sum().item() / divisor
     if not math.isfinite(loss):
         raise FloatingPointError(f"the loss is {loss}")
@@ -328,11 +328,12 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
     task = setup(args, half=True)
     traces, used = None, [p.key for p in task.problems]
-    shortest = min(len(p.prompt_ids) for p in task.problems) + min(map(len, task.lm.phrases(args)))
-    shortest += args.max_new_tokens  # of what holds a revision
-    if not args.traces and shortest > task.lm.context:
+    # what `revise` asks of the context, after an attempt that is nothing but EOS
+    least = min(len(p.prompt_ids) for p in task.problems) + min(map(len, task.lm.phrases(args)))
+    least += args.max_new_tokens
+    if not args.traces and least > task.lm.context:
         holds = f"the context holds {task.lm.context} tokens"
-        fail(f"no attempt can be revised: {holds}, a prompt with a revision at least {shortest}")
+        fail(f"no attempt can be revised: {holds}, a prompt with a revision has at least {least}")
     if args.traces:
         traces, used = load_traces(task.lm, args)
         task.held_out = [p for p in task.held_out if p.key not in used]

@@ -5,7 +5,7 @@ r"""The binary verifier r(y, a): 1 when the final answer of a response equals th
 
 The verifiable rewards of SD-Zero (arXiv 2604.12002). Standard library only: copy this file out and
 it works. Nothing that a model wrote is evaluated (mathematics) or run in this process (code). No
-response raises or hangs; a gold answer or tests of the wrong type do raise.
+response raises or hangs; a gold answer or tests of the wrong type raise.
 
 Which answer counts? Markers are \boxed{} and \fbox{}, `####`, and "answer is" (or "answer:",
 <answer>). The LAST marker counts, so a revision outranks the first attempt whatever both used.
@@ -19,29 +19,28 @@ Claimed equal (accuracy by category: tests/bench_verifier.py):
   decimals     0.50 = 1/2 = .5, exactly. A decimal that rounds the gold value is wrong (0.333 for
                1/3), unless gold is that decimal or the response says both (1/3 \approx 0.333).
   fractions    a/b, \frac, \dfrac, \tfrac, mixed numbers; lowest terms or not
-  percentages  50% = 0.5 = 1/2; and 50% = 50 as GSM8K and MATH have it, from 1% on
+  percentages  50% = 0.5 = 1/2; and 50% = 50, since gold answers to "what percent" lack the sign
   powers       2^{10} = 1024; scientific notation 1.5 \times 10^3 = 1.5e3; 5!, \binom{5}{2}
   irrationals  roots, pi, e, i, logarithms and trigonometric functions to 11 digits
-  units        dropped when one side has none, equal when both have one (cm = centimeters, $ =
-               dollars); degrees and currencies as well
+  units        dropped when one side has none, else equal (cm = centimeters, $ = dollars, degrees)
   assignments  x = 5, f(2) = 5, m + n = 5, Area = 5 for 5; not 2x = 10 for 10
   tuples       in order; intervals with their brackets; vectors and matrices entry by entry
-  sets, lists  in any order, unless names are dropped: 1, 2 for x = 1, y = 2; {1, 2} is not (1, 2)
+  sets, lists  in any order, but 2, 1 is not x = 1, y = 2; {1, 2} is not (1, 2)
   expressions  polynomial and rational ones: 2(x+1) = 2x+2. The case of a letter counts.
-  relations    equations up to a constant factor, inequalities up to a positive one;
-               x > 3 = (3, \infty)
-  choices      (B) = B = \text{B} = B. 12; ACD = A, C, D; words by letters, in any case
+  relations    equations up to a constant factor, inequalities a positive one; x > 3 = (3, \infty)
+  choices      (B) = B = \text{B} = B. 12; ACD = A, C, D; words as they are spelled, in any case
 Not claimed: conversion of units, number words, decimal commas, multiples of matrices, determinants,
-set-builder notation, \mp, \choose (but \binom), sets after a minus (but \setminus) or with \pm in
-their braces, x \ne 1, x \ne 2 for a union of intervals, answers longer than 600 characters, numbers
-beyond 10^2400; ratios (3:4), times and numbers in other bases count as written.
+set-builder notation, \mp, \choose (but \binom), sets after a minus (but \setminus), conditions that
+hold together as intervals (x > 0 and x < 1; x \ne 1, x \ne 2), the environments cases and aligned,
+answers longer than 600 characters, numbers beyond 10^2400; ratios (3:4), congruences (3 \pmod 7),
+times and numbers in other bases count as written.
 
 One answer through all steps: verify(r"So it is \boxed{\frac{1}{2}\text{ cm}}.", "0.5")
   extract_answer  \frac{1}{2}\text{ cm}
   _clean          \frac {1}{2} ‹cm›
   _tokens         command \frac, sign {, number 1, close }, sign {, number 2, close }, word cm
-  _Reader         _Value(numbers=(1/2, 1/2, 1/2), unit="cm"): the expression's value at three points
-  _Comparison     equal to _Value((1/2, 1/2, 1/2), ""): the numbers agree, and one has no unit
+  _Reader         _Node("value", (1/2, 1/2, 1/2), unit="cm"): its values at three points
+  _Comparison     equal to _Node("value", (1/2, 1/2, 1/2)): the numbers agree, and one has no unit
 An expression is its values at three points, where every variable is a number drawn by its name.
 Rational functions that differ agree there with a chance of 1e-15: no algebra is needed.
 
@@ -69,7 +68,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import types
 from decimal import Decimal
 from fractions import Fraction
 from operator import mul, neg, truediv
@@ -80,14 +78,14 @@ def verify(response: str, gold: str) -> bool:
     """Whether the final answer of `response` equals `gold`: the reward r(y, a) of the paper.
 
     gold: a bare or boxed answer, or a GSM8K solution that ends in `#### 42`.
-    Takes less than 100 ms for 100,000 characters. Raises TypeError when one of them is no string,
-    nothing for any two strings. verify("42", "42") is False by design: the response has no marker.
+    Takes less than 100 ms for 100,000 characters. Raises TypeError when one of them is not a
+    string, and nothing for any two strings.
     """
     _require_strings(response=response, gold=gold)
     try:
         answer = extract_answer(response)
         return answer is not None and is_equivalent(answer, extract_answer(gold) or gold)
-    except Exception:  # the fuzzer finds none; a training run must not end when it missed one
+    except Exception:  # none is known; one that is must not end a training run
         return False
 
 
@@ -95,7 +93,7 @@ def is_equivalent(answer: str, gold: str) -> bool:
     """Whether two bare answers are equal, by the categories at the top of this file.
 
     Answers of more than 4,000 characters are equal only when identical. Raises TypeError when one
-    of them is no string.
+    of them is not a string.
     """
     _require_strings(answer=answer, gold=gold)
     if max(len(answer), len(gold)) > 4000:
@@ -104,34 +102,36 @@ def is_equivalent(answer: str, gold: str) -> bool:
     same = _same_choice(a, b)
     if same is not None:
         return same
-    return _same_text(a, b) or _same_text(*_without_labels(a, b))
+    if _same_text(a, b):
+        return True
+    x, y = (_LABELLED.fullmatch(_FILLER.sub("", text).strip()) for text in (a, b))
+    return (not x[1] or not y[1] or _plain(x[1]) == _plain(y[1])) and _same_text(x[2], y[2])
 
 
 def extract_answer(response: str) -> str | None:
-    """The final answer of a response, as it was written; None when it states none.
+    """The final answer of a response as it was written, by the rule at the top of this file.
 
-    The rule is at the top of this file. Raises TypeError when the response is no string.
+    None when it states none. Raises TypeError when the response is not a string.
     """
     _require_strings(response=response)
-    fallback = None  # a phrase that counts only when no better answer is before it
-    for match in [*_MARKER.finditer(response)][:-100:-1]:  # the last first; more is no honest text
-        before = response[max(0, match.start() - 120) : match.start()]
+    fallback = None  # what a phrase states that counts only when no better answer is before it
+    for match in [*_MARKER.finditer(response)][:-100:-1]:  # last first; no honest text has more
+        before, end = response[max(0, match.start() - 120) : match.start()], match.end()
         if match["box"]:
-            content = match["bare"] or _boxed(response, match.end())
+            content = match["digits"] or _boxed(response, end)
             if content is None:
                 return fallback
-            end = match.end() + (0 if match["bare"] else len(content) + 1)
-            is_remark = _REMARK_BEFORE.search(before) or _REMARK_AFTER.match(response, end)
-            if not is_remark and not _EMPTY.fullmatch(content):
-                return content.strip()
+            end += 0 if match["digits"] else len(content)
+            is_final = not (_REMARK_BEFORE.search(before) or _REMARK_AFTER.match(response, end))
+        else:
+            content = _stated(response[end : end + 500].lstrip(" \t#*:_"))
+            is_final = match["hash"] or _is_final(before, match[0], content)
+        if _EMPTY.fullmatch(content):
             continue
-        text = response[match.end() : match.end() + 500].lstrip(" \t#*:_")
-        content = _stated(text)
-        if _EMPTY.fullmatch(content) or _HEADING.match(content):
-            continue
-        if match["hash"] or _is_final(before, match[0], content):
-            return content
-        fallback = fallback or content
+        if is_final:
+            return content.strip()
+        if match["phrase"]:
+            fallback = fallback or content
     return fallback
 
 
@@ -143,63 +143,46 @@ def _require_strings(**arguments) -> None:
 
 # ------------------------------------------------------------------------------ finding the answer
 
-_MARKER = re.compile(
-    r"""(?P<box>\\f?box(?:ed)?(?:\s*(?:\{|\Z)|\s?(?P<bare>\d+)))
+_MARKER = re.compile(r"""(?ix)
+    (?P<box>\\f?box(?:ed)?(?:\s*(?:\{|\Z)|\s?(?P<digits>\d+)))
     |(?P<hash>\#{4,})
     |(?P<phrase>\b(?<!</)answers?\b(?:
-        (?:[^\n.:=\\]|\\(?!f?box)){0,60}?\s(?:is|are|was|equals|(?:would|should|will|must)\s+be)\b
-            (?:\s+(?:therefore|thus|simply|then|just)\b)?[*:\s]*
+        (?:[^\n.:=\\]|\\(?!f?box)){0,60}?\s(?:is|are|was|equals|(?:would|should|will|must|to)\s+be)\b
+            (?:\s+(?:therefore|thus|simply|then|just|indeed|actually|still|probably)\b)?[*:\s]*
             (?:(?<=\n)-\ )?         # the answer, in dollars, is therefore (a list of one)
         |>\s*                       # <answer>
         |[^\n\w:=]{0,4}[:=][*\s]*   # **Answer:**
-        |[*\#\s]{0,4}\n\s*))        # ### Final Answer""",
-    re.IGNORECASE | re.VERBOSE,
-)
-_REMARK_BEFORE = re.compile(  # a common wrong answer is \boxed{13}; 12, not \boxed{13}
-    r"""\b(?:(?:wrong|incorrect|mistaken|common|tempting|naive|other|another|students?'?)
+        |[*\#\s]{0,4}\n\s*))        # ### Final Answer""")
+_REMARK_BEFORE = re.compile(r"""(?ix)  # a common wrong answer is \boxed{13}; 12, not \boxed{13}
+    \b(?:(?:wrong|incorrect|mistaken|common|tempting|naive|other|another|students?'?)
     \ (?:\w+\ )?(?:answer|mistake|error)s?\b[^.,!?\n]{0,60}
     |(?:if|who)\ [^.!?\n]{0,30}\bforg[eo]t\b[^.!?\n]{0,60}
-    |not|instead\ of|rather\ than)[\s$*:(\\]*\Z""",
-    re.IGNORECASE | re.VERBOSE,
-)
-_REMARK_AFTER = re.compile(  # \boxed{13} is a common mistake
-    r"[\s$)\\]*(?:is|was|would be) (?:an? |the )?(?:\w+ )?(?:wrong|incorrect|not|mistake|error)\b"
-)
-_CONCLUSION = re.compile(  # the words before "answer" in a clause that states the final one
-    r"""[\s*_\#>"'($\\-]*(?:(?:so|thus|hence|therefore|then|and|now|wait|actually|finally|that|this
-    |which|it|we|means?|gives?|get|have|find|see|conclude|shows?|follows|is|in|the|our|my|its|final
-    |correct|right|required|desired|numerical|exact|simplified|revised|corrected|new|true|actual
-    |overall|short|text|boxed|conclusion|<think>|</think>|<)[\s*_]*)*""",
-    re.IGNORECASE | re.VERBOSE,
-)
-_HEADING = re.compile(  # #### Step 2
-    r"(?:step|verif\w+|check\w*|solution|conclusion|explanation|note|analysis|case|part|summary)\b",
-    re.IGNORECASE,
-)
-_EMPTY = re.compile(  # a box, or what is after a phrase, without an answer in it
-    r"(?:\\text\{)?(?:\s|\.|…|\\[lc]?dots|\\[,; ]|_|\?"
-    r"|your|the|final|answer|number|letter|here)*\}?",
-    re.IGNORECASE,
-)
-_REASON = re.compile(  # what may follow the answer in its sentence
-    r"""[,;]?\s*\(?\b(?:because|since|which|where|when|so|as|if|but|hence|thus|therefore|after|from
-    |given|not|by|using|see|and\ (?:we|this|that|it|so|not))\b""",
-    re.IGNORECASE | re.VERBOSE,
-)
-_FORMULA = re.compile(  # in its delimiters, alone or before a unit, and no item of a list
-    r"""(?:\$\$?|\\[(\[])((?:[^$\\]|\\[^)\]])+)(?:\$\$?|\\[)\]])
+    |not|instead\ of|rather\ than)[\s$*:(\\]*\Z""")
+_REMARK_AFTER = re.compile(r"""(?x)  # \boxed{13} is a common mistake
+    [\s$)}\\]*(?:is|was|would\ be)\ (?:\w+\ ){0,2}(?:wrong|incorrect|not|mistake|error)\b""")
+_CONCLUSION = re.compile(r"""(?ix)  # before "answer"; where another word is an earlier box counts
+    [\s*_\#>"'($\\-]*(?:(?:so|thus|hence|therefore|then|and|now|wait|actually|finally|that|this|which
+    |it|we|means?|gives?|get|have|find|see|conclude|shows?|follows|is|in|the|our|my|its|final|correct
+    |right|required|desired|numerical|exact|simplified|revised|corrected|new|true|actual|overall
+    |short|text|boxed|conclusion|<think>|</think>|<)[\s*_]*)*""")
+_EMPTY = re.compile(r"""(?isx)  # no answer in a box, or after a phrase; #### Step 2
+    (?:\\text\{)?
+        (?:\s|\.|…|\\[lc]?dots|\\[,;\ ]|_|\?|your|the|final|answer|number|letter|here)*\}?
+    |(?:step|verif\w+|check\w*|solution|conclusion|explanation|note|analysis|case|part|summary)\b.*""")
+_REASON = re.compile(r"""(?ix)  # what may follow the answer in its sentence
+    [,;]?\s*\(?\b(?:because|since|which|where|when|so|as|if|but|hence|thus|therefore|after|from
+    |given|not|by|using|see|and\ (?:we|this|that|it|so|not))\b""")
+_FORMULA = re.compile(r"""(?x)  # in its delimiters, alone or before a unit, and no item of a list
+    (?:\$\$?|\\[(\[])((?:[^$\\]|\\[^)\]])+)(?:\$\$?|\\[)\]])
     (?!(?:[ ,;]|and\b|or\b)*(?:\$|\\\(|-?\d))
-    (?:\s*(\\?%|°|[a-zA-Z]+)(?=\s*\*{0,2}(?:[.,;!]|\n|$)))?""",
-    re.VERBOSE,
-)
+    (?:\s*(\\?%|°|[a-zA-Z]+)(?=\s*\*{0,2}(?:[.,;!]|\n|$)))?""")
 _BOLD = re.compile(r"[A-Z][a-z]* [^\n*.]{3,100}\*\*([^*\n]{1,60})\*\*")  # It takes **5 hours**.
-_BRACES = re.compile(r"\\.|[{}]", re.DOTALL)
 
 
 def _boxed(text: str, start: int) -> str | None:
     """The content of the box that opens before `start`; None when it never closes."""
     depth = 1
-    for match in _BRACES.finditer(text, start):  # an escaped brace is a set's, not a group's
+    for match in re.compile(r"(?s)\\.|[{}]").finditer(text, start):  # (an escaped one is a set's)
         depth += {"{": 1, "}": -1}.get(match[0], 0)
         if depth == 0:
             return text[start : match.start()]
@@ -207,10 +190,8 @@ def _boxed(text: str, start: int) -> str | None:
 
 
 def _stated(text: str) -> str:
-    """The answer at the beginning of a text.
-
-    Rule: a formula in delimiters; or what is bold, in a sentence; or the words up to the end of the
-    sentence or to a reason (because, which, so).
+    """The answer at the beginning of a text: a formula in delimiters; or what is bold, in a
+    sentence; or the words up to the end of the sentence or to a reason (because, which, so).
     """
     if bold := _BOLD.match(text):
         return bold[1]
@@ -225,8 +206,8 @@ def _is_final(before: str, phrase: str, content: str) -> bool:
     """Whether a phrase states the final answer, whatever is boxed before it.
 
     Rule: only words of conclusion are before "answer" in its clause (so the final answer is), no
-    word of doubt is in its sentence, and its content is mathematics, a name, or yes or no. A name
-    has at most three words, the first of which is no ordinary word in lower case (positive, even).
+    word of doubt is in its sentence, and its content is mathematics, or at most three words of
+    which the first is not an ordinary one (positive, even).
     """
     sentence = re.split(r"[.!?]\s|\n", before)[-1]
     clause = re.split(r"[.,;:—]", sentence)[-1]
@@ -248,22 +229,14 @@ _UNIT_NAMES = """$ dollar usd ¤ buck|£ pound gbp|€ euro eur|¢ cent|% percen
 |rad radian|pt|am a.m|pm p.m|kb|mb|gb|kw|kwh|hp|hz|n|j|w|v|sq square|cubic|us|th st nd rd|of|per"""
 _UNITS = {}
 for _aliases in _UNIT_NAMES.split("|"):
-    _UNITS.update(dict.fromkeys(_aliases.split(), _aliases.split()[0]))
+    for _alias in _aliases.split():
+        _UNITS[_alias] = _UNITS[_alias + "s"] = _aliases.split()[0]
 
-_FUNCTIONS = {
-    "sin": cmath.sin,
-    "cos": cmath.cos,
-    "tan": cmath.tan,
-    "cot": lambda x: 1 / cmath.tan(x),
-    "sec": lambda x: 1 / cmath.cos(x),
-    "csc": lambda x: 1 / cmath.sin(x),
-    "arcsin": cmath.asin,
-    "arccos": cmath.acos,
-    "arctan": cmath.atan,
-    "exp": cmath.exp,
-    "ln": cmath.log,
-    "log": lambda x, base=10: cmath.log(x) / cmath.log(base),
-}
+_FUNCTIONS = {name: getattr(cmath, name) for name in ("sin", "cos", "tan", "exp")}
+_FUNCTIONS |= {f"arc{name}": getattr(cmath, f"a{name}") for name in ("sin", "cos", "tan")}
+_FUNCTIONS |= {"cot": lambda x: 1 / cmath.tan(x), "sec": lambda x: 1 / cmath.cos(x)}
+_FUNCTIONS |= {"csc": lambda x: 1 / cmath.sin(x), "ln": cmath.log}
+_FUNCTIONS |= {"log": lambda x, base=10: cmath.log(x) / cmath.log(base)}
 
 _SPELLINGS = r"""\frac frac dfrac tfrac cfrac, \binom binom dbinom tbinom, * cdot times ast, / div
 √ sqrt, π pi, ∞ infty infinity, ° circ degree, % %, ¤ $, £ pounds, ± pm, ⏎ \, or lor vee
@@ -288,296 +261,246 @@ _UNICODE |= {"ℝ": r"\mathbb{R}", "∅": r"\emptyset ", **dict.fromkeys('“”
 _UNICODE = str.maketrans(_UNICODE)
 
 
-def _repeating(match: re.Match) -> str:
-    """A repeating decimal as a fraction: 0.1666... = (16 - 1) / 90."""
-    whole, fixed, repeated = match.groups()
-    numerator = int(whole + fixed + repeated) - int(whole + fixed or "0")
-    return rf"\frac{{{numerator}}}{{{'9' * len(repeated)}{'0' * len(fixed)}}}"
-
-
+_UNIT_LETTER = "[ghlmsJLNVW]"
+_VARIABLE = f"(?!{_UNIT_LETTER})[A-Za-z]"
 _TEXT = r"\\(?:text(?:bf|it|rm|sf|tt|up|normal)?|operatorname|mathrm|mathbf|mathsf|mbox|hbox)"
 _SEPARATOR = r"(?:\\[a-z]+)?\{\s*,?\s*(?:\\[!,])?\s*\}(?:\\[!,:; ])?|,\\!|\\!,?|\\[,;: ]"
-_COMPARISONS = {"<=": "≤", ">=": "≥", "!=": "≠", "==": "="}
-_REWRITES = [  # in this order; the comments run as a test
-    # 1{,}234 -> 1234
-    (rf"(?<=\d)\s?(?:{_SEPARATOR})\s*(?=\d{{3}}(?!\d))", ""),
-    # 0.1\overline{6} -> \frac{15}{90}
-    (r"(\d{0,50})\.(\d{0,50})\\(?:overline|bar)\{(\d{1,50})\}", _repeating),
+_SIGNS = {"<=": "≤", ">=": "≥", "!=": "≠", "==": "=", "begin": "⟦", "end": "⟧"}
+_REWRITES = [  # tests check every example, and every "in any order"
+    # TeX as it was written, in any order
+    (rf"(?<=\d)\s?(?:{_SEPARATOR})\s*(?=\d{{3}}(?!\d))", ""),  # 1{,}234 -> 1234
+    # 0.1\overline{6} -> (0.10+6/90)
+    (
+        r"(\d{0,50})\.(\d{0,50})\\(?:overline|bar)\{(\d{1,50})\}",
+        lambda m: f"({m[1] or 0}.{m[2]}0+{m[3]}/{'9' * len(m[3])}{'0' * len(m[2])})",
+    ),
     (r"(?<=\d) ?x ?(?=10\^)", "*"),  # 3 x 10^5 -> 3*10^5
     (r"(?<![\\A-Za-z])(sqrt|pi|infinity)(?![A-Za-z])", r"\\\1"),  # sqrt(2) -> \sqrt(2)
     (r"\\mathbb ?\{?R\}?", r"(-\\infty,\\infty)"),  # \mathbb{R} -> (-\infty,\infty)
     (r"\\(?:text)?color\{[^{}]*\}|\\overline ?(?=\{[A-Z]{2}\})", ""),  # \overline{AB} -> {AB}
     (r"\{([^{}]*)\\over(?![a-z])([^{}]*)\}", r"{\\frac{\1}{\2}}"),  # {1\over2} -> {\frac{1}{2}}
-    (rf"({_TEXT})\s+([A-Za-z])(?![A-Za-z])", r"\1{\2}"),  # \mathrm e -> \mathrm{e}
-    (_TEXT + r"\{d\}\s*(?=[a-z])", "d"),  # \mathrm{d}x -> dx
-    # a letter is a variable unless it is a unit: 3\mathrm{e}+2 -> 3 e +2
-    (_TEXT + r"\s*\{\s*([A-IKMO-UX-Za-fi-knp-rt-z])\s*\}", r" \1 "),
+    # words, in this order
+    # a letter is a variable unless it is a unit: 3\mathrm{e}+2 -> 3 e+2
+    (rf"{_TEXT}\s*(?:\{{\s*({_VARIABLE})\s*\}}|({_VARIABLE})(?![A-Za-z]))", r" \1\2"),
     (_TEXT + r"\s*\{\s*([A-Za-z][A-Za-z ./'-]*)\}", r" ‹\1› "),  # 5\text{ cm} -> 5 ‹cm›
     (_TEXT + r"\s*\{([^{}]*)\}", r" \1 "),  # \text{1st} -> 1st
-    # \frac{ ‹km› }{ ‹h› } -> ‹km/h›
-    (r"\\[dt]?frac ?\{ ‹([^‹›]*)› \}\{ ‹([^‹›]*)› \}", r"‹\1/\2›"),
-    (r"\\begin\{(?:[pbB]?matrix\}|array\}(?:\{[^{}]*\})?)", "⟦"),  # \begin{pmatrix}1 -> ⟦1
-    (r"\\end\{(?:[pbB]?matrix|array)\}", "⟧"),  # 1\end{pmatrix} -> 1⟧
+    # in any order
+    (r"\\[dt]?frac ?\{ ‹([^›]*)› \}\{ ‹([^›]*)› \}", r"‹\1/\2›"),  # \frac{ ‹m› }{ ‹s› } -> ‹m/s›
+    # \begin{pmatrix}1 -> ⟦1; 1\end{pmatrix} -> 1⟧
+    (r"\\(begin|end)\{(?:[pbB]?matrix|array)\}(?:\{[clr|]*\})?", lambda m: _SIGNS[m[1]]),
+    # in this order
     # the other commands: 2\cdot\pi -> 2 *  π
-    (r"\\([A-Za-z]+|(?s:.))", lambda match: _COMMANDS.get(match[1], match[0] + " ")),
+    (r"\\([A-Za-z]+|(?s:.))", lambda m: _COMMANDS.get(m[1], m[0] + " ")),
+    # signs and digits, in any order
     (r"\\(frac|binom)\s*(\d)\s*(\d)", r"\\\1{\2}{\3}"),  # \frac 12 -> \frac{1}{2}
     (r"(?<=[\w)}])\*\*(?=[\w({])", "^"),  # x**2 -> x^2
-    (r"[<>!=]=", lambda match: _COMPARISONS[match[0]]),  # x <= 2 -> x ≤ 2
+    (r"[<>!=]=", lambda m: _SIGNS[m[0]]),  # x <= 2 -> x ≤ 2
     (r"\A([^$]*)\$(?=\s?[\d.])([^$]*)\Z", r"\1¤\2"),  # $5 -> ¤5
-    (r"\*\*|__|\$", " "),  # **5** -> 5
-    (r"\^ ?(-\d+|-[A-Za-z])", r"^{\1}"),  # 2^-1 -> 2^{-1}
-    (r"-\s*([¤£€])", r"\1-"),  # -¤5 -> ¤-5
-    (r"\^\s*(?:\{\s*(?:°|‹o›)\s*\}|°)", "°"),  # 30^{°} -> 30°
-    # 10 000 -> 10000
-    (r"(?<![\d.,^_])\d{1,3}(?: \d{3})+(?![\d/,]| \d)", lambda match: match[0].replace(" ", "")),
+    (r"\^\s*(?:\{\s*[°o]\s*\}|°)", "°"),  # 30^{°} -> 30°
     # 3 1/2 -> (3+1/2)
-    (
-        r"(?<![\w.,^])(\d+) *(\\frac *\{ *\d+ *\} *\{ *\d+ *\}|(?<= )\d+ ?/ ?\d+(?![\d.]))",
-        r"(\1+\2)",
-    ),
+    (r"(?<![\w.,^])(\d+) *(\\frac *(?:\{ *\d+ *\} *){2}|(?<= )\d+ ?/ ?\d+(?![\d.]))", r"(\1+\2)"),
     # after a number and a space, a last letter is a unit: 5 m/s -> 5 ‹m›/s
-    (r"\A([-+]?[\d.,]+) ([mghslL])((?:\^\d|/[a-zA-Z]+(?:\^\d)?)*)\Z", r"\1 ‹\2›\3"),
+    (rf"\A([ $]*[-+]?[\d.,]+) ({_UNIT_LETTER})(?=(?:[\^/]\w+)*[ $]*\Z)", r"\1 ‹\2›"),
+    # in any order
+    (r"\*\*|__|\$", " "),  # **5** -> 5
+    (r"-\s*([¤£€])", r"\1-"),  # -¤5 -> ¤-5
 ]
-
-
-_COMPILED = [(re.compile(pattern), replacement) for pattern, replacement in _REWRITES]
 
 
 def _clean(text: str) -> str:
     """The answer in one spelling, with the private characters of the top of this file."""
     text = text.translate(_UNICODE)
-    for pattern, replacement in _COMPILED:
-        text = pattern.sub(replacement, text)
-    text = text.lstrip(" ,;:=≈").rstrip(" .,;:")
-    return _ADVERB.sub("", text)
-
-
-_ADVERB = re.compile(
-    r"(?i)(?<=[^\s,])(?:[ ,]*‹?(?:altogether|in total|in all|overall|combined|total)"
-    r"|, ?‹?(?:respectively|exactly|precisely|only|each|so far|now|of course))›?\Z"
-)
-
-
-def _joined(text: str) -> str:
-    """1,234 -> 1234, not (1,234).
-
-    Rule: a comma before three digits joins them; between brackets only before a 0, as in {1,000}.
-    """
-
-    def join(match):
-        before = text[: match.start()]
-        opened = sum(map(before.count, "([⦃")) > sum(map(before.count, ")]⦄"))
-        return match[0] if opened and ",0" not in match[0] else match[0].replace(",", "")
-
-    return re.sub(r"(?<![\d,.])\d{1,3}(?:,\d{3})+(?!\d|,\d)", join, text)
+    for pattern, replacement in _REWRITES:
+        text = re.sub(pattern, replacement, text)
+    return text.lstrip(" ,;:=≈").rstrip(" .,;:")
 
 
 # ------------------------------------------------------------------------------- reading an answer
 
 _LETTER = "[A-Za-zΑ-Ωα-ορ-ω]"  # without pi
-_NAME = rf"{_LETTER}(?:_(?:\w|\{{\w{{1,9}}\}})'*|'+)"
-_TOKEN = re.compile(
-    rf"""\s*(?:‹(?P<word>[^‹›]*)›
-    |(?P<number>\d+(?:\.\d+)?(?:[eE][+-]?\d{{1,3}}(?![\w^]))?|\.\d+)
-    |(?P<name>{_NAME})|(?P<letters>{_LETTER}+)|(?P<command>\\[A-Za-z]+)|(?P<sign>\S))""",
-    re.VERBOSE,
-)
-_SIDE_NAME = re.compile(  # of an equation: x, m + n, a/b, sin A, f(2), (x, y); not 2x, x + 1, x^2
-    rf"(?!-)(?:(?!log|ln|exp)(?:{_NAME}|{_LETTER})(?:\(-?\d[\d./]*\))?|\\frac|[-+*/(),|{{}}⟦⟧⏎&])+"
-)
-_NUMBER_WORD = re.compile(  # what changes the number before it, and is no unit of it
-    r"""hal(?:f|fs|ves?)|thirds?|quarters?|(?:four|fif|six|seven|eigh|nin|ten|eleven|twelf|\w+teen
+_INDEX = r"(?:_(?:\w|\{\w{1,9}\})'*|'+)"
+_NAME = rf"(?:{_LETTER}{_INDEX}|P\s?\([^(),]*(?:[=<>≤≥|∪‹]|\\cap)[^(),]*\))"  # x_1, x', P(X = 2)
+_CALL = rf"""(?:[fgFG]{_INDEX}?(?:\^(?:\{{-?\w+\}}|\w))?(?=\s*\()  # f(x + 1), f^{{-1}}(2), P(x)
+    |(?![ei]\s*\(){_LETTER}{_INDEX}?(?=\s*\(\s*(?:[\d.]+|{_LETTER}{_INDEX}?)\s*\)))"""
+_TOKEN = re.compile(rf"""(?x)  # a number may have groups of three digits: 1,234 or 1 234
+    \s*(?:(?P<and>[,;&]|(?i:‹?\s*(?:and|or)(?![A-Za-z])\s*›?))
+    |‹(?P<word>[^‹›]*)›
+    |(?P<number>(?:(?<![\d.,^_])\d{{1,3}}(?:(?:,\d{{3}})+(?!,?\d)|(?:[ ]\d{{3}})+(?![\d/,]|[ ]\d))
+        |\d+)(?:\.\d+)?(?:[eE][+-]?\d{{1,3}}(?![\w^]))?|\.\d+)
+    |(?P<function>(?i:{"|".join(_FUNCTIONS)})(?![A-Za-z]))
+    |(?P<name>{_NAME}|[π∞])|(?P<call>{_CALL})|(?P<letters>(?:(?!{_CALL}){_LETTER})+)
+    |(?P<command>\\[A-Za-z]+)|(?P<close>[}}⦄)\]⟧⏎])|(?P<sign>\S))""")
+_SIDE_NAME = re.compile(rf"""(?x)  # x, m + n, a/b, sin A, f^{{-1}}(2), [ABC]; not 2x, x + 1, x^2
+    (?!-)(?:(?!log|ln|exp)(?:{_NAME}|{_LETTER})(?:\^\{{-1\}}(?=\())?(?:\(-?\d[\d./]*\))?
+    |\\frac|[-+*/(),|{{}}⟦⟧⏎&[\]])+""")
+_NUMBER_WORD = re.compile(r"""(?x)  # not a unit: it changes the number before it, as in 3 halves
+    hal(?:f|fs|ves?)|thirds?|quarters?|(?:four|fif|six|seven|eigh|nin|ten|eleven|twelf|\w+teen
     |\w+tie|hundred|thousand|\w+illion)ths?|tens|dozens?|hundreds?|thousands?|[mbtr]+illions?|score
     |\w+(?:teen|ty)|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|twice|thrice
-    |squared|cubed|doubled|tripled|halved|factorial|plus|minus|negative|point|remainder""",
-    re.VERBOSE,
-)
+    |least|most|double|triple|squared|cubed|doubled|tripled|halved|factorial|plus|minus|negative|point|remainder""")
 _SCALES = {"hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9}
 _SCALES |= {"trillion": 10**12, "half": Fraction(1, 2), "halves": Fraction(1, 2), "dozen": 12}
+_FACTORS = "name", "call", "function", "command"  # what may be a factor without a sign before it
 _LINKS = "/ * - a an to by as at on for with than from".split()  # in a unit of several words
 
 
-class _Unreadable(ValueError):
-    """Not mathematics that this file reads, or too deep: the answer is then compared as text."""
+class _Node(NamedTuple):
+    """What an answer, or a part of it, was read as."""
 
-
-class _Value(NamedTuple):
-    numbers: tuple[Fraction | complex, ...]  # at the three points
-    unit: str = ""
-    kind = "value"  # this and the other two kinds are no fields
+    kind: str  # value, relation, text, ∪, ±; the brackets of a group, [] of a matrix, "" of a list
+    items: list | tuple  # of a value: three numbers, Fraction or complex; of a relation: its sides
+    unit: str = ""  # of a value
+    signs: str = ""  # of a relation: = ≠ < ≤ ≈ ∈; what was written with > and ≥ is turned around
+    text: str = ""  # as it was written
 
     @property
     def is_constant(self) -> bool:
-        return len(set(self.numbers)) == 1
+        return self.kind == "±" or self.kind == "value" and len(set(self.items)) == 1
 
-
-class _Group(NamedTuple):
-    kind: str  # its brackets; "" for a bare list; "∪", "matrix", "row"; "text" with a string
-    items: list
-
-
-class _Side(NamedTuple):
-    value: _Value | _Group
-    text: str
-    is_name: bool  # it only names what is asked for: see _SIDE_NAME
-
-
-class _Relation(NamedTuple):
-    sides: list
-    operators: list  # = ≠ < ≤ ≈ ∈; what was written with > and ≥ is turned round
-    kind = "relation"
+    @property
+    def is_name(self) -> bool:
+        """Whether it only names what is asked for."""
+        return self.kind == "text" or _SIDE_NAME.fullmatch(self.text) is not None
 
 
 def _tokens(text: str) -> list[tuple[str, str]]:
-    """Pairs of a kind (number, name, word, function, command, sign, close, and, end) and a text."""
-    tokens = [("and", "")]  # what begins a statement
+    """Pairs of a kind (a group of _TOKEN) and a text.
+
+    Rule: a comma before three digits joins them; between brackets only before a 0, as in {1,000}.
+    f, g, F, G before a bracket are functions, another letter before one with a single number or
+    letter.
+    """
+    tokens, opened = [("and", "")], 0  # what begins a statement
     for match in _TOKEN.finditer(text):
         kind, token = match.lastgroup, match[match.lastgroup].strip()
-        if kind == "sign":
-            kind = "close" if token in "}⦄)]⟧" else "and" if token in ",;" else kind
-        if token.lower() in ("and", "or"):
-            tokens.append(("and", token))
-        elif token.lower() in _FUNCTIONS:
-            tokens.append(("function", token.lower()))
-        elif kind == "letters":
+        opened += (token in "([⦃") - (token in ")]⦄")
+        if kind == "letters":
             tokens += _letters(token, *tokens[-1], match[0][0].isspace())
+        elif kind == "number":
+            apart = opened > 0 and ",0" not in token
+            for part in token.replace(" ", "").replace(",", "," if apart else "").split(","):
+                tokens += [("number", part), ("and", ",")]
+            tokens.pop()
         else:
             tokens.append((kind, token))
-    return tokens[1:] + [("end", "")]
+    return tokens[1:]
 
 
 def _letters(run: str, kind: str, before: str, spaced: bool) -> list[tuple[str, str]]:
-    """A run of letters, after a token of this kind: a word, or a product of variables.
+    """A run of letters after a token of this kind: a product of variables (dx is one), unless it is
+    a word.
 
     Rule: it is a word after a word; after a number if it is a known unit; after a number and a
-    space, or where a statement begins, if it looks like a word (see _is_wordlike). dx is one name.
+    space, or where a statement begins, if it looks like a word (see _is_wordlike).
     """
+    low, follows = run.lower(), kind in ("number", "close")
     if len(run) == 1 or run in ("dx", "dy", "dz", "dt", "du", "dv", "dr", "ds"):
         return [("name", run)]
-    known = run.lower() in _UNITS or run.lower().removesuffix("s") in _UNITS
-    if kind == "word" or known and (kind in ("number", "close") or kind == "name" and spaced):
-        return [("word", run)]
     begins = kind == "and" or before in "=<>≤≥≠≈∈([⦃"
-    if begins and run.lower() in ("no", "on", "is") or _is_wordlike(run):
-        if begins or spaced and kind in ("number", "close"):
-            return [("word", run)]
+    is_unit = low in _UNITS and (follows or kind == "name" and spaced)
+    is_word = (begins or follows and spaced) and _is_wordlike(run)
+    if kind == "word" or is_unit or is_word or begins and low in ("no", "on", "is"):
+        return [("word", run)]
     return [("name", letter) for letter in run]
 
 
 def _is_wordlike(run: str) -> bool:
-    """Rule: three letters or more, with a vowel, not in alphabetical order as factors are (abc)."""
+    """Three letters or more, with a vowel, not in alphabetical order as factors are (abc)."""
     low = run.lower()
     in_order = list(low) == sorted(set(low)) and not low.endswith("s")  # (but chips, films)
     return len(low) > 2 and re.search("[aeiou]", low) is not None and not in_order
 
 
 def _unit(text: str, constant: bool) -> str:
-    """One spelling for a unit: centimeters -> cm, square meters -> m^2, dollars -> $.
+    """One spelling for a unit: centimeters -> cm, m^2 -> sq m, dollars -> $.
 
-    Rule: after a number every word that looks like one is a unit, except number words; after an
+    Rule: after a number every word is one that looks like one, except number words; after an
     expression with variables only a known unit is.
     """
     words = []
     for word in re.sub(r"\bper\b|/", " / ", text.lower()).replace("^ ", "^").split():
         name, _, power = word.strip(".").partition("^")
-        singular = name.removesuffix("s")
-        known = _UNITS.get(name) or _UNITS.get(singular)
-        if _NUMBER_WORD.fullmatch(name):
-            raise _Unreadable("a number word")
-        if not known and name not in _LINKS:
-            if not constant or not all(map(_is_wordlike, name.split("-"))):
-                raise _Unreadable("no unit")
-        if words and words[-1] in ("sq", "cubic"):
-            power = "3" if words.pop() == "cubic" else "2"
-        words.append((known or singular) + (f"^{power}" if power else ""))
+        is_word = constant and all(map(_is_wordlike, name.split("-")))
+        if _NUMBER_WORD.fullmatch(name) or not (name in _UNITS or name in _LINKS or is_word):
+            raise ValueError("no unit")
+        prefix = {"": "", "2": "sq ", "3": "cubic "}.get(power, power)
+        words.append(prefix + _UNITS.get(name, name.removesuffix("s")))
     return " ".join(words).replace("mi / h", "mph")
 
 
-def _whole(node) -> int:
-    """A whole number up to 300."""
-    n = node.numbers[0] if node.kind == "value" else None
-    if not isinstance(n, Fraction) or n not in range(301):
-        raise _Unreadable("no small whole number")
-    return int(n)
-
-
 class _Reader:
-    """Recursive descent over the tokens of one answer, from lists down to single numbers.
-
-    items -> statement -> quantity -> sum -> product -> power -> atom: each method reads one of
-    these and leaves `at` on the token after it.
+    """Recursive descent over the tokens of one answer, from lists down to single numbers: items ->
+    statement -> quantity -> sum -> product -> power -> atom, each from `token` on.
     """
 
-    def __init__(self, text: str):
-        if len(text) > _MAX_LENGTH:
-            raise _Unreadable("too long")
-        self.tokens, self.at, self.depth = _tokens(text), 0, 0
+    kind = token = read = ""  # of the token that comes next; the texts of those before
+    depth = 0
 
-    @property
-    def kind(self) -> str:
-        return self.tokens[self.at][0]
+    def __init__(self, text: str):
+        self.tokens = iter(_tokens(text))
+        self.next()
 
     def next(self) -> str:
-        token = self.tokens[self.at][1]
-        self.at = min(self.at + 1, len(self.tokens) - 1)
+        token = self.token
+        self.read += token
+        self.kind, self.token = next(self.tokens, ("end", ""))
         return token
 
     def sees(self, signs: str) -> bool:
-        return self.kind in ("sign", "close") and self.tokens[self.at][1] in signs
+        return self.kind in ("sign", "close") and self.token in signs
 
     def accept(self, signs: str) -> str:
         return self.next() if self.sees(signs) else ""
 
     def fail(self):
-        raise _Unreadable(f"unexpected {self.tokens[self.at][1]!r}")
+        raise ValueError(f"unexpected {self.token!r}")
 
-    def items(self, end: str = "end") -> list:
+    def items(self, end: str = "end") -> list[_Node]:
         """Statements between commas, semicolons, `and`, `or`, up to the end or a bracket."""
-        items = [self.statement()]
-        while self.kind == "and":
-            while self.kind == "and":
+        items = []
+        while not items or self.kind == "and":
+            while items and self.kind == "and":
                 self.next()
             items.append(self.statement())
         return items if self.kind == end else self.fail()
 
-    def statement(self):
+    def statement(self) -> _Node:
         """A quantity, or a relation between several: x = 2, 1 < x < 3. `x ∈ A` is only A."""
-        sides, operators = [], []
+        sides, signs = [], ""
         while not sides or self.sees("=<>≤≥≠≈∈"):
-            operators += [self.next()] if sides else []
-            start, node = self.at, self.quantity()
-            text = "".join(token for _, token in self.tokens[start : self.at])
-            is_name = node.kind == "text" or _SIDE_NAME.fullmatch(text) is not None
-            sides.append(_Side(node, text, is_name))
-        if not operators:
-            return sides[0].value
-        if sides[0].is_name and operators == ["∈"]:
-            return sides[1].value
-        if sides[0].is_name and operators == ["="]:
-            if [side.value.kind for side in sides] == ["()", "()"]:
-                return _one_by_one(*sides)
-        if set(operators) <= {">", "≥"}:
-            sides.reverse()
-            operators = ["<" if operator == ">" else "≤" for operator in reversed(operators)]
-        return _Relation(sides, operators)
+            signs += self.next() if sides else ""
+            start, node = len(self.read), self.quantity()
+            sides.append(node._replace(text=self.read[start:]))
+        if not signs:
+            return sides[0]
+        if signs == "∈" and sides[0].is_name:
+            return sides[1]
+        if signs == "=" and sides[0].is_name and sides[0].kind == sides[1].kind == "()":
+            pairs = zip(sides[0].items, sides[1].items, strict=True)  # (x, y) = (1, 2)
+            return _Node("", [_Node("relation", pair, signs="=") for pair in pairs])
+        if set(signs) <= {*">≥"}:
+            sides, signs = sides[::-1], signs[::-1].translate({ord(">"): "<", ord("≥"): "≤"})
+        return _Node("relation", sides, signs=signs)
 
-    def quantity(self):
+    def quantity(self) -> _Node:
         """A sum with its unit, words, or brackets joined by ∪ or ∖."""
         if self.kind == "word":
             words = []
             while self.kind in ("word", "name") or self.sees("-"):
                 words.append(self.next())
-            return _Group("text", [" ".join(words)])
+            if self.sees("("):  # Area(ABC), gcd(4, 6)
+                start = len(self.read)
+                self.atom()
+                words.append(self.read[start:])
+            return _Node("text", [" ".join(words)])
         currency = self.accept("¤£€")
         node = self.sum()
-        if node.kind != "value":
-            while self.accept("∖"):
-                node = _without_points(node, self.sum())
-            parts = node.items if node.kind == "∪" else [node]
-            while self.accept("∪"):
-                parts = [*parts, self.sum()]
-            return node if len(parts) == 1 else _Group("∪", parts)
-        while self.kind == "word" and self.tokens[self.at][1].lower() in _SCALES:
+        if node.kind not in ("value", "±"):
+            while sign := self.accept("∪∖"):
+                parts, other = node.items if node.kind == "∪" else [node], self.sum()
+                node = _without_points(node, other) if sign == "∖" else _Node("∪", [*parts, other])
+            return node
+        while self.kind == "word" and self.token.lower() in _SCALES:
             node = _apply(mul, node, _number(_SCALES[self.next().lower()]))
         unit = ""  # words, signs like %, and powers and quotients of them: cm^2, m/s, °C
         while self.kind == "word" or self.sees("%°¤£€¢") or unit and self.sees("^/*{}-"):
@@ -585,198 +508,158 @@ class _Reader:
             if unit[-1] in {"number": "^{", "name": "/*°"}.get(self.kind, ""):
                 unit += self.next()
         unit = _unit(re.sub(r"[{}]", "", unit), node.is_constant)
-        return node._replace(unit=_UNITS.get(currency) or unit)
+        unit = _UNITS.get(currency) or unit
+        return _for_each_sign(lambda part: part._replace(unit=unit), [node])
 
-    def sum(self):
+    def sum(self) -> _Node:
         node = self.product()
-        while self.sees("+-"):
+        while self.sees("+-±"):
             node = _apply(_add, node, self.product())  # which begins with its sign
         return node
 
-    def product(self):
+    def product(self, signs: str = "*/(√{⟦[", kinds: tuple = _FACTORS) -> _Node:
         node = self.power()
-        while True:
-            if self.sees("*/"):
-                node = _apply(mul if self.next() == "*" else truediv, node, self.power())
-            elif self.kind in ("name", "function", "command") or self.sees("(√π∞{⟦["):
-                node = _apply(mul, node, self.power())
-            elif self.kind == "number" and self.after_power:  # 2^6 3^5
-                node = _apply(mul, node, self.power())
-            else:
-                return node
+        while self.sees(signs) or self.kind in (*kinds, self.also):
+            operation = truediv if self.accept("*/") == "/" else mul
+            node = _apply(operation, node, self.power())
+        return node
 
-    def power(self):
-        minus = False
-        while self.sees("+-"):
-            minus ^= self.next() == "-"
-        node, self.after_power = self.atom(), False
+    def power(self) -> _Node:
+        signs = ""
+        while self.sees("+-±"):
+            signs += self.next()
+        node, self.also = self.atom(), ""
         if self.accept("^"):  # once: 2^3^4 is not TeX, and may be read in two ways
-            node, self.after_power = _apply(_power, node, self.atom()), True
+            node = _apply(_power, node, self.power() if self.sees("-") else self.atom())
+            self.also = "number"  # which may be the next factor: 2^6 3^5, 8!2!
         while self.accept("!"):
-            node = _number(math.factorial(_whole(node)))
-        return _apply(neg, node) if minus else node
+            node = _apply(lambda n: Fraction(math.factorial(_small(n))), node)
+            self.also = "number"
+        node = _apply(neg, node) if signs.count("-") % 2 else node
+        return _Node("±", [node, _apply(neg, node)]) if "±" in signs else node
 
-    def atom(self):
-        self.depth += 1  # every recursion passes here
+    def atom(self) -> _Node:
+        self.depth += 1  # every recursion passes through here
         if self.depth > _MAX_DEPTH:
-            raise _Unreadable("too deep")
+            raise ValueError("too deep")
         kind, token = self.kind, self.next()
         if kind == "number":
             node = _number(token) if not self.sees("_") else self.fail()  # in another base
         elif kind == "name":
-            node = self.application(re.sub("[{}]", "", token))
-        elif token in ("π", "∞"):
-            node = _symbol(token)
+            node = _symbol(re.sub("[{} ]", "", token))
+        elif kind == "call":  # a variable named after the function and its argument
+            node = _apply(lambda x: _symbol(f"{token}({complex(x):.9g})").items[0], self.atom())
         elif kind == "function":
-            node = self.function(token)
-        elif token == r"\frac":
-            numerator = self.atom()
-            node = _apply(truediv, numerator, self.atom())
-        elif token == r"\binom":
-            node = _binomial(self.atom(), _whole(self.atom()))
-        elif token == "⟦":
-            node = self.matrix()
+            node = self.function(token.lower())
+        elif token in (r"\frac", r"\binom"):
+            node = _apply(truediv if token == r"\frac" else _binomial, self.atom(), self.atom())
         elif token == "√":
-            degree = _number(2)
-            if self.accept("["):
-                degree = self.sum()
-                self.accept("]") or self.fail()
+            degree = self.bracket(self.next()) if self.sees("[") else _number(2)
             node = _apply(_power, self.atom(), _apply(truediv, _number(1), degree))
         elif token == "|":
             node = _apply(abs, self.sum())
             self.accept("|") or self.fail()
+        elif token == "⟦":
+            node = self.matrix()
         else:
             node = self.bracket(token) if kind == "sign" and token in "([{⦃" else self.fail()
         self.depth -= 1
         return node
 
-    def application(self, name: str) -> _Value:
-        """A variable, or the value of a function, which is a variable named after its argument.
-
-        Rule: f, g, F, G (and f^{-1}) before a bracket are functions, every other letter is one
-        before a bracket with a single number or letter: P(x), a(3), not n(n+1).
-        """
-        start, exponent = self.at, ""
-        inside = [kind for kind, _ in self.tokens[start + 1 : start + 3]]
-        if name[0] in "fgFG" and self.accept("^"):
-            exponent = f"^{self.atom()}"
-        is_function = name[0] in "fgFG" or inside in (["number", "close"], ["name", "close"])
-        if name in _CONSTANTS or not is_function or not self.sees("("):
-            self.at = start
-            return _symbol(name)
-        argument = self.atom()
-        if argument.kind != "value":
-            self.fail()
-        points = [f"{complex(number):.9g}" for number in argument.numbers]
-        calls = [_symbol(f"{name}{exponent}({point})") for point in points]
-        return _Value(tuple(call.numbers[0] for call in calls))
-
-    def function(self, name: str) -> _Value:
+    def function(self, name: str) -> _Node:
+        """sin x, \\sin^2 x, \\log_2 x: without brackets its argument is a product of names."""
         scripts = {}
         while self.sees("^_"):
-            script = self.next()
-            scripts[script] = self.atom()
-        if self.sees("("):
-            argument = self.atom()
-        else:
-            argument = self.power()
-            while self.kind in ("name", "command") or self.sees("√π{"):
-                argument = _apply(mul, argument, self.power())
-        if argument.kind == "value" and argument.unit == "°" or self.accept("°"):
+            sign = self.next()
+            scripts[sign] = self.power() if self.sees("-") else self.atom()
+        argument = (
+            self.atom() if self.sees("(") else self.product("√{", ("name", "call", "command"))
+        )
+        if argument.unit == "°" or self.accept("°"):
             argument = _apply(truediv, _apply(mul, argument, _symbol("π")), _number(180))
-        if scripts.get("^") == _number(-1) and f"arc{name}" in _FUNCTIONS:  # \tan^{-1}
-            name = f"arc{name}"
-            del scripts["^"]
+        power = scripts.get("^", _number(1))
+        if f"arc{name}" in _FUNCTIONS and power.items[0] == -1:  # \tan^{-1}
+            name, power = f"arc{name}", _number(1)
         base = [scripts["_"]] if name == "log" and "_" in scripts else []
         result = _apply(functools.partial(_call, name), argument, *base)
-        return _apply(_power, result, scripts["^"]) if "^" in scripts else result
+        return _apply(_power, result, power)
 
-    def matrix(self) -> _Group:
-        rows = [[]]
+    def matrix(self) -> _Node:
+        rows = []
         while not self.accept("⟧"):
-            if self.accept("⏎"):
-                rows.append([])
-            elif not self.accept("&"):
-                rows[-1].append(self.quantity())
-        return _Group("matrix", [_Group("row", row) for row in rows if row])
+            rows.append(_Node("[]", self.items("close")))
+            self.accept("⏎") or self.sees("⟧") or self.fail()
+        return _Node("[]", rows)
 
-    def bracket(self, left: str):
-        items = self.items("close")
-        closing = {"(": ")]", "[": ")]", "{": "}", "⦃": "⦄"}[left]
-        kind = left + (self.accept(closing) or self.fail())
+    def bracket(self, left: str) -> _Node:
+        items = [] if self.kind == "close" else self.items("close")
+        kind = left + (self.accept({"{": "}", "⦃": "⦄"}.get(left, ")]")) or self.fail())
         if len(items) == 1 and kind in ("()", "[]", "{}"):
             return self.fail() if items[0].kind == "relation" else items[0]
-        if kind == "[]" and all(row.kind == "[]" for row in items):
-            return _Group("matrix", [_Group("row", row.items) for row in items])  # [[1, 2], [3, 4]]
-        return _Group("" if kind == "{}" else kind, items)
+        if kind == "⦃⦄":  # {±1, ±2} has four elements
+            items = sum((x.items if x.kind == "±" else [x] for x in items), [])
+        kind = "" if kind == "{}" else kind
+        return _for_each_sign(lambda *items: _Node(kind, items), items)
 
 
-def _one_by_one(left: _Side, right: _Side) -> _Group:
-    """(x, y) = (1, 2) -> x = 1, y = 2."""
-    relations = []
-    names = left.text[1:-1].split(",")
-    for name, x, y in zip(names, left.value.items, right.value.items, strict=True):
-        relations.append(_Relation([_Side(x, name, True), _Side(y, "", False)], ["="]))
-    return _Group("", relations)
+def _read(text: str) -> _Node:
+    """The parsed answer; one with ± in it is a set."""
+    if len(text) > _MAX_LENGTH:
+        raise ValueError("too long")
+    nodes, items = _Reader(text).items(), []
+    for node in nodes:
+        items += node.items if node.kind == "±" else [node]
+    return nodes[0] if len(nodes) == 1 else _Node("±" if len(items) > len(nodes) else "", items)
 
 
-def _read(text: str):
-    """The parsed answer. Each ± stands for both signs of its own."""
-    first, *pieces = text.split("±")
-    if not pieces:
-        items = _Reader(text).items()
-        return items[0] if len(items) == 1 else _Group("", items)
-    if len(pieces) > 4:
-        raise _Unreadable("too many ±")
-    values = []
-    for signs in itertools.product("+-", repeat=len(pieces)):
-        node = _read(first + "".join(sign + piece for sign, piece in zip(signs, pieces)))
-        for x in _Comparison(exact=False).meanings(node) or [node]:
-            values += x.items if x.kind in ("", "⦃⦄") else [x]
-    return _Group("⦃⦄", values)
+def _for_each_sign(function, nodes: list[_Node]) -> _Node:
+    """The function of some nodes. Each ± among them stands for both signs of its own."""
+    choices = [node.items if node.kind == "±" else [node] for node in nodes]
+    if math.prod(map(len, choices)) > 16:
+        raise ValueError("too many ±")
+    results = [function(*choice) for choice in itertools.product(*choices)]
+    return results[0] if len(results) == 1 else _Node("±", results)
 
 
 # --------------------------------------------------------------------------------------- the values
 
-_MAX_BITS, _MAX_LENGTH, _MAX_DEPTH = 2**13, 600, 24
+# With these limits no text takes 100 ms (measured); a number of 2^13 bits is near 10^2400.
+_MAX_LENGTH, _MAX_DEPTH, _MAX_BITS = 600, 24, 2**13
+# Floats have 16 digits. A sum of 1e-13 of its terms, or a sine of 1e-15 of its argument, is a
+# rounding error and 0; equal floats may differ by 1e-11 of their size, for functions lose digits.
 _CONSTANTS = {"π": complex(math.pi), "e": complex(math.e), "i": 1j}
 
 
-def _number(x) -> _Value:
-    return _Value((Fraction(x),) * 3)
+def _number(x) -> _Node:
+    return _Node("value", (Fraction(x),) * 3)
 
 
 @functools.lru_cache(maxsize=4096)
-def _symbol(name: str) -> _Value:
+def _symbol(name: str) -> _Node:
     """A constant, a variable or infinity. Variables have both signs, so that |x| is not x."""
     if name in _CONSTANTS:
-        return _Value((_CONSTANTS[name],) * 3)
+        return _Node("value", (_CONSTANTS[name],) * 3)
     draw = random.Random(name).randrange  # the same in every process
-    return _Value(tuple(Fraction(sign * draw(1, 10**6), 400_009) for sign in (1, -1, 1)))
+    return _Node("value", tuple(Fraction(sign * draw(1, 10**6), 400_009) for sign in (1, -1, 1)))
 
 
-def _apply(function, *arguments) -> _Value:
-    """The function at the three points.
-
-    Raises ArithmeticError or ValueError where it has no value: ZeroDivisionError, OverflowError.
-    """
-    for argument in arguments:
-        if argument.kind != "value":
-            raise _Unreadable("arithmetic on something other than a number")
-    points = [*zip(*(argument.numbers for argument in arguments))]
-    if points[0] == points[1] == points[2]:  # constants
-        return _Value((_checked(function(*points[0]), points[0]),) * 3)
-    return _Value(tuple(_checked(function(*point), point) for point in points))
-
-
-def _checked(x: Fraction | complex, operands: tuple) -> Fraction | complex:
-    """x, unless it is too large to go on with or a float that became zero by underflow."""
-    if isinstance(x, Fraction):
-        if max(x.numerator.bit_length(), x.denominator.bit_length()) > _MAX_BITS:
-            raise _Unreadable("too large")
-    elif not cmath.isfinite(x) or abs(x) < 1e-250 and all(operands):
-        raise _Unreadable("too large or too small")
-    return x
+def _apply(function, *arguments: _Node) -> _Node:
+    """The function at the three points; an ArithmeticError or ValueError where it has no value."""
+    if "±" in [argument.kind for argument in arguments]:
+        return _for_each_sign(functools.partial(_apply, function), arguments)
+    if any(argument.kind != "value" for argument in arguments):
+        raise ValueError("arithmetic on something other than a number")
+    points, numbers = [*zip(*(argument.items for argument in arguments))], []
+    for point in points[:1] if points[0] == points[1] == points[2] else points:
+        x = function(*point)
+        if isinstance(x, Fraction):
+            extreme = max(x.numerator.bit_length(), x.denominator.bit_length()) > _MAX_BITS
+        else:  # (a float that became zero by underflow would equal others)
+            extreme = not cmath.isfinite(x) or abs(x) < 1e-250 and all(point)
+        if extreme:
+            raise ValueError("too large or too small")
+        numbers.append(x)
+    return _Node("value", tuple(numbers) * (3 // len(numbers)))
 
 
 def _add(x: Fraction | complex, y: Fraction | complex) -> Fraction | complex:
@@ -788,20 +671,22 @@ def _add(x: Fraction | complex, y: Fraction | complex) -> Fraction | complex:
 
 def _power(x: Fraction | complex, y: Fraction | complex) -> Fraction | complex:
     """x^y, exact for whole y and for square roots of squares; real roots where there are any."""
-    if not isinstance(x, Fraction) or not isinstance(y, Fraction):
+    if not isinstance(y, Fraction):
         return complex(x) ** complex(y)
     n, degree = y.as_integer_ratio()
+    if degree % 2 and degree > 1 and x.imag == 0 > x.real:
+        return complex(-((-x.real) ** (1 / degree))) ** n
+    if not isinstance(x, Fraction):
+        return x ** (n / degree)
     size = max(abs(x.numerator), x.denominator) - 1  # 0 and 1 may have any power
     if size.bit_length() * abs(n) > 2 * _MAX_BITS * degree:
-        raise _Unreadable("too large")
+        raise ValueError("too large")
     if degree == 2 and x > 0:
         root = Fraction(math.isqrt(x.numerator), math.isqrt(x.denominator))
         if root * root == x:
             return root**n
     if degree == 1:
         return x**n
-    if x < 0 and degree % 2:
-        return complex(-((-x) ** (1 / degree))) ** n
     return complex(x) ** (n / degree)
 
 
@@ -811,14 +696,15 @@ def _call(name: str, x, *base) -> Fraction | complex:
     return Fraction(0) if abs(result) < 1e-15 * abs(x) and name != "exp" else result
 
 
-def _binomial(top: _Value, k: int) -> _Value:
-    if k > 20:  # of x it would grow long
-        return _number(math.comb(_whole(top), k))
+def _small(n: Fraction | complex) -> int:
+    if n not in range(301):
+        raise ValueError("no small whole number")
+    return int(n.real)
 
-    def choose(x):
-        return math.prod(((x - i) / Fraction(i + 1) for i in range(k)), start=Fraction(1))
 
-    return _apply(choose, top)
+def _binomial(n: Fraction | complex, k: Fraction | complex) -> Fraction | complex:
+    factors = [(n - i) / Fraction(i + 1) for i in range(_small(k))]
+    return math.prod(factors, start=Fraction(1))
 
 
 # -------------------------------------------------------------------------------- comparing answers
@@ -828,15 +714,11 @@ def _same_text(a: str, b: str) -> bool:
     """Whether two cleaned answers are the same text, or equal mathematics."""
     if not a or not b or _plain(a) == _plain(b):
         return bool(a and b)
-    a, b = _joined(a), _joined(b)
+    has_long_decimal = [re.search(r"\.0*[1-9]\d{6}", text) is not None for text in (a, b)]
     try:
-        exact = bool(_LONG_DECIMAL.search(a)) != bool(_LONG_DECIMAL.search(b))
-        return _Comparison(exact).same(_read(a), _read(b))
-    except (ValueError, ArithmeticError):  # unreadable, or no value
+        return _Comparison(exact=sum(has_long_decimal) == 1).same(_read(a), _read(b))
+    except (ValueError, ArithmeticError):  # not mathematics that this file reads, or without value
         return False
-
-
-_LONG_DECIMAL = re.compile(r"\.0*[1-9]\d{6}")  # which is no irrational number
 
 
 def _plain(text: str) -> str:
@@ -848,36 +730,34 @@ def _plain(text: str) -> str:
 
 
 class _Comparison:
-    """Compares parsed answers, with a bound on the work: lists in lists multiply it.
+    """Compares parsed answers, with a bound on the work, which lists in lists multiply.
 
     exact: one of the two has a long decimal, and floats equal nothing.
     """
 
     def __init__(self, exact: bool):
-        self.exact, self.left = exact, 2500
+        self.exact, self.left = exact, 2500  # comparisons, which take some 10 ms
 
-    def same(self, a, b) -> bool:
+    def same(self, a: _Node, b: _Node) -> bool:
         self.left -= 10 if a.kind == "relation" else 1
         if self.left < 0:
-            raise _Unreadable("too much to compare")
+            raise ValueError("too much to compare")
         if a.kind == b.kind == "relation":
-            return self.same_relation(self.without_steps(a), self.without_steps(b))
+            return self.same_relation(a, b)
         if a.kind == b.kind == "value":
-            return self.same_quantity(a, b)
-        if isinstance(a, _Group) and isinstance(b, _Group) and self.same_group(a, b):
+            return self.same_value(a, b)
+        if self.same_group(a, b):
             return True
         for x, y in ((a, b), (b, a)):
             if y.kind != "relation" and any(self.same(meaning, y) for meaning in self.meanings(x)):
                 return True
         return False
 
-    def same_group(self, a: _Group, b: _Group) -> bool:
-        """Whether two lists, sets, tuples, intervals, unions, matrices or words are the same.
-
-        Rule: lists, sets and unions have no order, unless only one of the two names its values; a
-        list may be the tuple of the same order.
+    def same_group(self, a: _Node, b: _Node) -> bool:
+        """Lists, sets and unions have no order, unless only one of the two names its values;
+        tuples, intervals and matrices have one; a list may be the tuple of the same order.
         """
-        kinds, x, y = {a.kind, b.kind}, a.items, b.items
+        kinds, x, y = {kind.replace("±", "⦃⦄") for kind in (a.kind, b.kind)}, a.items, b.items
         if kinds == {"text"}:
             return _plain(x[0]) == _plain(y[0])
         in_any_order = kinds <= {"", "⦃⦄"} or kinds == {"∪"}
@@ -890,181 +770,146 @@ class _Comparison:
         alike = a.kind == b.kind or kinds == {"", "()"}  # "1, 2" may be the point (1, 2)
         return alike and len(x) == len(y) and all(map(self.same, x, y))
 
-    def same_quantity(self, a: _Value, b: _Value) -> bool:
-        """Equal numbers, and no different units.
-
-        Rule: a percentage is a hundredth, and from 1% on also the bare number: 50% is 0.5 and 50.
+    def same_value(self, a: _Node, b: _Node) -> bool:
+        """Equal numbers, and no different units; a percentage is a hundredth, and from 1% on also
+        the bare number, since gold answers to "what percent" lack the sign: 50% is 0.5 and 50.
         """
         if a.unit and b.unit and a.unit != b.unit:
             return False
-        equal = all(map(self.close, a.numbers, b.numbers))
+        equal = all(map(self.close, a.items, b.items))
         if (a.unit == "%") == (b.unit == "%"):
             return equal
         percent, other = (a, b) if a.unit == "%" else (b, a)
-        if equal and abs(percent.numbers[0]) >= 1:
-            return True
-        return all(self.close(x, 100 * y) for x, y in zip(percent.numbers, other.numbers))
+        hundredth = all(self.close(x, 100 * y) for x, y in zip(percent.items, other.items))
+        return hundredth or equal and abs(percent.items[0]) >= 1
 
     def close(self, x: Fraction | complex, y: Fraction | complex) -> bool:
         if isinstance(x, Fraction) and isinstance(y, Fraction):
             return x == y
         return not self.exact and abs(x - y) <= 1e-11 * max(abs(x), abs(y))
 
-    def same_relation(self, a: _Relation, b: _Relation) -> bool:
-        """Equations up to a factor, inequalities up to a positive one; others side by side.
+    def same_relation(self, a: _Node, b: _Node) -> bool:
+        """Equations up to a constant factor, inequalities a positive one; others side by side.
 
-        Rule: without a variable in both differences, as in 1 + 1 = 2, every factor would do, and
-        the sides are compared. y = ... and f(x) = ... both name the values of a function.
+        Rule: two that name the same thing (also y and f(x)) are equal if the values are; without
+        a variable in both differences, as in 1 + 1 = 2, every factor would do, and none is tried.
         """
-        if a.operators != b.operators:
+        x, y, names = self.said(a), self.said(b), f"{a.items[0].text} {b.items[0].text}"
+        named = x and y and re.fullmatch(r"(.*) \1|y [a-zA-Z]\(x\)|[a-zA-Z]\(x\) y", names)
+        if named and self.same(x[0], y[0]):
+            return True
+        if a.signs != b.signs:
             return False
-        if re.fullmatch(r"y [a-zA-Z]\(x\)|[a-zA-Z]\(x\) y", f"{a.sides[0].text} {b.sides[0].text}"):
-            return self.same(a.sides[1].value, b.sides[1].value)
         x, y = _differences(a), _differences(b)
         if x and y:
-            return all(map(self.proportional, x, y, a.operators))
-        x, y = ([side.value for side in relation.sides] for relation in (a, b))
-        if all(map(self.same, x, y)):
-            return True
-        return a.operators in (["="], ["≠"]) and all(map(self.same, x, y[::-1]))
+            ratios = [_apply(truediv, left, right).items for left, right in zip(x, y)]
+            is_positive = all(c[0].real > 0 for c, sign in zip(ratios, a.signs) if sign not in "=≠")
+            return is_positive and all(self.close(c[0], x) for c in ratios for x in c)
+        turned = b.items[::-1] if a.signs in ("=", "≠") else b.items
+        return all(map(self.same, a.items, b.items)) or all(map(self.same, a.items, turned))
 
-    def proportional(self, a: _Value, b: _Value, operator: str) -> bool:
-        """Whether a = c b for one number c, greater than zero for an inequality."""
-        first, *others = _apply(truediv, a, b).numbers
-        return all(self.close(first, x) for x in others) and (operator in "=≠" or first.real > 0)
+    def said(self, chain: _Node) -> list[_Node]:
+        """What a chain of = and ≈ says: its exact value, and the last rounded one if any.
 
-    def without_steps(self, chain: _Relation) -> _Relation:
-        """x = 5 + 6 = 11 -> x = 11."""
-        sides = chain.sides
-        if len(sides) > 2 and sides[0].is_name and {*chain.operators} == {"="} and self.said(sides):
-            return _Relation([sides[0], sides[-1]], ["="])
-        return chain
-
-    def said(self, sides: list[_Side]) -> list:
-        """What a chain of equations says: its last side, in a list; nothing if it contradicts that.
-
-        Rule: every side before is a name or equal to the last; after a name it may also have
-        variables, as in A = pi r^2 = 9 pi. So 2x = 10 does not say 10.
+        Rule: the exact value is the last side before any ≈. Every side before it is a name, or
+        equal to it (2x = 10 does not say 10), or after a name has variables (A = pi r^2 = 9 pi).
+        Every side after ≈ is it rounded. Of x ≈ 2.5, where only names are before ≈, 2.5 is said.
         """
-        *before, (last, _, _) = sides
-        for value, _, is_name in before:
-            formula = sides[0].is_name and value.kind == "value" and not value.is_constant
-            if not (is_name or formula or self.same(value, last)):
+        n = (chain.signs + "≈").index("≈") + 1
+        sides, rounded = chain.items[:n], chain.items[n:]
+        if set(chain.signs) - {*"=≈"}:
+            return []
+        if rounded and all(side.is_name for side in sides):
+            return rounded if len(rounded) == 1 else []
+        for side in sides[:-1]:
+            formula = sides[0].is_name and side.kind == "value" and not side.is_constant
+            if not (side.is_name or formula or self.same(side, sides[-1])):
                 return []
-        return [last]
+        return [sides[-1], *rounded[-1:]] if all(_rounds(sides[-1], x) for x in rounded) else []
 
-    def meanings(self, node) -> list:
-        """What an answer may mean beside itself, when the other one is no relation.
-
-        {5} and x = 5 mean 5; x > 3 means (3, oo), x < 1 or x > 2 a union, x ≠ 0 all but 0.
-        Rule for 2/3 ≈ 0.67: either side, if what is after ≈ is the first one rounded.
+    def meanings(self, node: _Node) -> list[_Node]:
+        """What an answer may mean besides itself, when the other one is not a relation: {5},
+        x = 5, and 10/2 or 5 mean 5; x > 3 means (3, oo), x < 1 or x > 2 a union, x ≠ 0 all but 0.
         """
-        if node.kind == "⦃⦄" and len(node.items) == 1:
-            return node.items
-        if node.kind == "":
-            parts = [self.intervals(item) for item in node.items if item.kind == "relation"]
-            whole = len(parts) == len(node.items) and all(parts)
-            return [_Group("∪", sum(parts, []))] if whole else []
-        if node.kind != "relation":
+        if node.kind in ("", "⦃⦄") and node.items and node.items[0].kind != "⦃⦄":
+            if all(self.same(node.items[0], item) for item in node.items[1:]):
+                return node.items[:1]
+        relations = node.items if node.kind == "" else [node]
+        if any(item.kind != "relation" for item in relations):
             return []
-        sides, operators = node
-        if set(operators) == {"="}:
-            return self.said(sides)
-        if "≈" in operators and set(operators) <= {"=", "≈"}:
-            n = operators.index("≈") + 1
-            if all(side.is_name for side in sides[:n]):
-                return [sides[-1].value] if len(sides) == n + 1 else []
-            exact = self.said(sides[:n])
-            rounded = exact and all(_rounds(exact[0], side) for side in sides[n:])
-            return [*exact, sides[-1].value] if rounded else []
-        parts = self.intervals(node)
-        return parts if len(parts) < 2 else [_Group("∪", parts)]
+        parts = [self.intervals(item) for item in relations]
+        if not all(parts):
+            return self.said(node) if node.kind else []
+        pieces = sum(parts, [])
+        return pieces if len(pieces) == 1 else [_Node("∪", pieces)]
 
-    def intervals(self, node: _Relation) -> list:
-        """Of which numbers an inequality is true, if one of its sides is a variable."""
-        sides, operators = node
-        values, infinity = [side.value for side in sides], _symbol("∞")
-        if operators == ["≠"] and sides[0].is_name:
-            ends = [_apply(neg, infinity), values[1], infinity]
-            return [_Group("()", ends[:2]), _Group("()", ends[1:])]
-        if not set(operators) <= {"<", "≤"}:
-            return []
+    def intervals(self, node: _Node) -> list[_Node]:
+        """The numbers for which an inequality holds, if one of its sides is a variable."""
+        sides, signs, infinity = node.items, node.signs, _symbol("∞")
+        if signs == "≠" and sides[0].is_name:
+            return _without_points(_Node("()", [_apply(neg, infinity), infinity]), sides[1]).items
         if len(sides) == 2 and sides[0].is_name:  # x < 5
-            ends, operators = [_apply(neg, infinity), values[1]], ["<", *operators]
-        elif len(sides) == 2 and sides[1].is_name:  # 5 < x
-            ends, operators = [values[0], infinity], [*operators, "<"]
-        elif len(sides) == 3 and sides[1].is_name:
-            ends = [values[0], values[2]]
-        else:
+            sides, signs = [_apply(neg, infinity), *sides], "<" + signs
+        elif len(sides) == 2:  # 5 < x
+            sides, signs = [*sides, infinity], signs + "<"
+        if len(sides) > 3 or not sides[1].is_name or not set(signs) <= {*"<≤"}:
             return []
-        return [_Group("(["[operators[0] == "≤"] + ")]"[operators[1] == "≤"], ends)]
+        return [_Node("(["[signs[0] == "≤"] + ")]"[signs[1] == "≤"], sides[::2])]
 
 
-def _differences(relation: _Relation) -> list[_Value]:
-    """Left minus right side for every operator; none unless all are numbers with a variable."""
-    differences = []
-    for sides in itertools.pairwise(relation.sides):
-        left, right = (side.value for side in sides)
-        if {left.kind, right.kind} != {"value"} or left.unit or right.unit:
-            return []
-        differences.append(_apply(_add, left, _apply(neg, right)))
+def _differences(relation: _Node) -> list[_Node]:
+    """Left minus right side for every sign; none unless all are numbers with a variable."""
+    sides = relation.items
+    if any(side.kind != "value" or side.unit for side in sides):
+        return []
+    differences = [_apply(_add, x, _apply(neg, y)) for x, y in zip(sides, sides[1:])]
     return [] if any(x.is_constant for x in differences) else differences
 
 
-def _are_named(items: list) -> bool:
+def _are_named(items: list[_Node]) -> bool:
     """Whether the values of a list have different names (x = 1, y = 2) or units (3 m, 4 s)."""
     names = []
     for item in items:
-        if item.kind == "relation" and item.sides[0].is_name and item.operators[0] == "=":
-            names.append(item.sides[0].text)
-        else:
-            names.append(item.unit if item.kind == "value" else "")
+        named = item.kind == "relation" and item.items[0].is_name and item.signs[0] == "="
+        names.append(item.items[0].text if named else item.unit)
     return all(names) and len(set(names)) > 1
 
 
-def _rounds(exact, side: _Side) -> bool:
-    """Whether a side, as it was written, is the other one to its last place.
-
-    Rule: from the second decimal on it may be cut off (pi ≈ 3.1415), before it must be rounded.
-    """
+def _rounds(exact: _Node, rounded: _Node) -> bool:
+    """Whether a number, as it was written, is the other one rounded to its last place."""
     match = re.fullmatch(
-        r"[¤£€]?-?(?=\.?\d)\d*\.?(\d*)(?:\*10\^\{?(-?\d+)\}?)?[^\d+*/^-]*", side.text
+        r"[¤£€]?-?(?=\.?\d)\d*\.?(\d*)(?:\*10\^\{?(-?\d+)\}?)?[^\d+*/^-]*", rounded.text
     )
-    rounded = side.value
     if not match or not exact.kind == rounded.kind == "value" or not exact.is_constant:
         return False
-    x, y = exact.numbers[0], rounded.numbers[0]
+    x, y = exact.items[0], rounded.items[0]
     if rounded.unit == "%" != exact.unit:
         x = 100 * x
-    place = Fraction(10) ** (int(match[2] or 0) - len(match[1]))
-    return abs(x - y) < place * (1 if match[1][1:] else Fraction(1, 2))
+    return abs(x - y) <= Fraction(10) ** (int(match[2] or 0) - len(match[1])) / 2
 
 
-def _without_points(node, points) -> _Group:
+def _without_points(node: _Node, points: _Node) -> _Node:
     """An interval without a set of points: (-oo, oo) without {0} is (-oo, 0) ∪ (0, oo)."""
-    items = points.items if points.kind == "⦃⦄" else [points]
+    items = points.items if points.kind in ("⦃⦄", "±") else [points]
     is_interval = node.kind in ("()", "(]", "[)", "[]") and len(node.items) == 2
     if not is_interval or any(point.kind != "value" for point in items):
-        raise _Unreadable("no interval without points")
-    inner = sorted(items, key=lambda point: point.numbers[0].real)
-    ends = [node.items[0], *inner, node.items[1]]
-    brackets = node.kind[0] + ")(" * len(inner) + node.kind[1]
-    pieces = [_Group(brackets[2 * i : 2 * i + 2], ends[i : i + 2]) for i in range(len(ends) - 1)]
-    return _Group("∪", pieces)
+        raise ValueError("no interval without points")
+    inner = sorted(items, key=lambda point: point.items[0].real)
+    ends, kinds = [node.items[0], *inner, node.items[1]], node.kind[0] + ")(" * len(inner)
+    kinds = re.findall("..", kinds + node.kind[1])
+    return _Node("∪", [_Node(kind, pair) for kind, *pair in zip(kinds, ends, ends[1:])])
 
 
-_CHOICE = re.compile(  # and its text, in which no other choice may hide: A. 12, not (A) or (B)
-    r"(?:[Oo]ption |[Cc]hoice )?\(?\s*([A-J])(?:\s*[).:]+(?!\s*(?:or|and|not|[/,])(?!\w))"
-    r"(?!.*\([A-J]\)|\s*[A-J](?:[).:,]|$))\s*(.*))?"
-)
-_FILLER = re.compile(
-    r"(?i)(?:‹?\b(?:(?:the )?(?:final )?answer is|approximately|about|roughly|around|exactly|only"
-    r"|just|a total of|is|equals|equal to|either|both)\b›?\s*)+"
-)
-_LABEL = re.compile(  # Area = 5, total cost: 5, P(X = 2) = 5, A(1, 2)
-    r"\s*(?=[^=:\d]{0,60}?[A-Za-z]{3})[A-Za-z‹][^=:<>≤≥≠≈∈\d]{0,60}[=:](?!\s*$)"
-    r"|^P ?\([^()]{1,40}\) ?=|^[A-Z] ?(?=\([^()]*,)"
-)
+_CHOICE = re.compile(r"""(?x)  # and its text, with no other choice in it: A. 12, not (A) or (B)
+    (?:[Oo]ption\ |[Cc]hoice\ )?\(?\s*([A-J])(?:\s*[).:]+(?!\s*(?:or|and|not|[/,])(?!\w))
+    (?!.*\b[A-J]\s*[).:]|\s*[A-J](?:,|$))\s*(.*))?""")
+_FILLER = re.compile(r"""(?ix)  # words around an answer
+    ‹?\b(?:(?:the\ )?(?:final\ )?answer\ is|approximately|about|roughly|around|exactly|only|just
+    |a\ total\ of|is|equals|equal\ to|either|both)\b›?\s*
+    |(?<=[^\s,])(?:[ ,]*‹?(?:altogether|in\ total|in\ all|overall|combined|total)
+    |,\ ?‹?(?:respectively|exactly|precisely|only|each|so\ far|now|of\ course))›?\s*\Z""")
+_LABELLED = re.compile(r"""(?sx)  # total cost: 5, A(1, 2); the other answer needs no label
+    ((?=[^:\d]*[A-Za-z]{3})[A-Za-z‹][^=:<>≤≥≠≈∈\d]{0,60}:(?!\s*$)|[A-Z]\ ?(?=\([^()]*,)|)(.*)""")
 
 
 def _same_choice(a: str, b: str) -> bool | None:
@@ -1072,46 +917,28 @@ def _same_choice(a: str, b: str) -> bool | None:
 
     Rule for several letters: ABC is one word, in order; the list A, C, D has no order and is ACD.
     """
-    a, b = re.sub("[‹›{}]", "", a).strip(), re.sub("[‹›{}]", "", b).strip()
+    a, b = (re.sub("[‹›{}]", "", text).strip() for text in (a, b))
     x, y = _CHOICE.fullmatch(a), _CHOICE.fullmatch(b)
     if x and y:
         return x[1] == y[1] and (not x[2] or not y[2] or _same_text(x[2], y[2]))
     if x or y:
         choice, other = (x, b) if x else (y, a)
-        if other.strip("( )").upper() == choice[1]:
-            return True
-        return True if choice[2] and _same_text(choice[2], other) else None
+        says_it = other.strip("( )").upper() == choice[1] or _same_text(choice[2] or "", other)
+        return True if says_it else None
     letters = [re.sub(r"[\s,;()]|and", "", text) for text in (a, b)]
-    if letters == [a, b]:
-        return a == b if re.fullmatch("[A-Z]{2,}", a) and re.fullmatch("[A-Z]{2,}", b) else None
-    if not all(re.fullmatch("[A-J]{2,10}", text) for text in letters):
+    are_words = letters == [a, b]
+    if not all(re.fullmatch("[A-Z]{2,}" if are_words else "[A-J]{2,10}", x) for x in letters):
         return None
-    ordered = any(x == y != "".join(sorted(x)) for x, y in zip(letters, (a, b)))
-    return letters[0] == letters[1] or not ordered and sorted(letters[0]) == sorted(letters[1])
-
-
-def _without_labels(a: str, b: str) -> tuple[str, str]:
-    """Both answers without what introduces them: about 5, Area = 5, total cost: 5.
-
-    Rule: words before the only = or : are a label if the other answer has the same ones or none.
-    """
-    labels, rests = [], []
-    for text in (a, b):
-        text = _FILLER.sub("", text, count=1)
-        label = _LABEL.match(text)
-        labels.append(_plain(label[0]) if label else "")
-        rests.append(text[label.end() :] if label else text)
-    if any(labels) and "=" in rests[0] + rests[1] or all(labels) and labels[0] != labels[1]:
-        return "", ""
-    return rests[0], rests[1]
+    in_order = any(x == y and [*x] != sorted(x) for x, y in zip(letters, (a, b)))
+    if are_words or in_order:
+        return letters[0] == letters[1]
+    return sorted(letters[0]) == sorted(letters[1])
 
 
 # --------------------------------------------------------------------------------------------- code
 # verify_code starts a Python process for every input/output pair, or one for all statements. That
 # process is a launcher: it shuts itself off from the system, forks the one that runs the solution,
 # and kills whatever the solution started when that ends.
-
-_MAX_FILE, _MAX_PROCESSES = 16 << 20, 64  # bytes (of the output too), processes of a user
 
 
 def verify_code(response: str, tests: list, *, timeout: float = 5.0, memory: int = 1024) -> bool:
@@ -1122,20 +949,19 @@ def verify_code(response: str, tests: list, *, timeout: float = 5.0, memory: int
     strings, run in their order after the solution in one process.
     timeout: seconds of wall time and of CPU time for a process. memory: MiB of address space for a
     process. False without tests, and for a block that never closes. Raises what check_tests raises,
-    TypeError for a response that is no string, NotImplementedError elsewhere than on Linux, nothing
-    because of what the response holds.
+    TypeError for a response that is not a string, NotImplementedError outside Linux.
 
     The verdict is made in this process. Of `assert f(2) == 4` the child gets `f(2)` and sends back
-    plain data; the 4 never leaves this process. So an early exit, printing "passed", objects that
-    equal everything, patched built-ins and AssertionErrors fail. An assert of another form, such as
-    `assert isclose(f(2), 4)`, is evaluated in the child: objects with operators of their own, a
-    patched math module, or code that inspects frames can forge those.
+    its value as a text; the 4 never leaves this process. So an early exit, printing "passed",
+    objects that equal everything, patched built-ins and AssertionErrors fail. An assert of another
+    form, such as `assert isclose(f(2), 4)`, is evaluated in the child, where code can forge it.
 
-    The child has an empty environment, no inherited descriptors, an empty folder, and limits on
-    time, memory, processes and output. Where the kernel allows namespaces it also has no network,
-    sees no other process, and can write to that folder only; started by root it runs as nobody.
-    Elsewhere (many containers) network and the user's own files and processes are NOT protected.
-    Files that the user can read can be read everywhere. Run hostile code in a virtual machine.
+    The child has an environment and an empty folder of its own, no inherited descriptors and limits
+    on time, memory, processes and output; started by root it runs as nobody. Where the kernel
+    allows namespaces it has no network and sees no other process, and where it allows mounts in
+    them it writes to that folder only. Elsewhere (many containers) network and the user's own files
+    and processes are NOT protected. Files that the user can read can be read everywhere. Run
+    hostile code in a virtual machine.
     """
     if sys.platform != "linux":
         raise NotImplementedError("verify_code needs Linux")
@@ -1148,198 +974,112 @@ def verify_code(response: str, tests: list, *, timeout: float = 5.0, memory: int
         return False
     job = {"code": code, "timeout": timeout, "memory": memory << 20}
     if isinstance(tests[0], dict):
-        return all(_prints(job, test["input"], test["output"]) for test in tests)
-    steps, wanted = [], []  # what the child gets; the literal sides, which it does not get
-    for statement in _statements("\n".join(tests)):
+        return all(_lines(_run(job, test["input"])) == _lines(test["output"]) for test in tests)
+    token = secrets.token_hex(16)  # what the solution guesses and prints is no reply
+    steps, literals = [], []  # what the child gets; the literal sides, which it does not get
+    for statement in ast.parse("\n".join(tests)).body:
         test = statement.test if isinstance(statement, ast.Assert) else None
         if isinstance(test, ast.Compare) and [*map(type, test.ops)] == [ast.Eq]:
-            sides = [ast.unparse(side) for side in (test.left, test.comparators[0])]
-            wanted.append([_literal(side) for side in sides])
-            steps.append([None if value else side for value, side in zip(wanted[-1], sides)])
+            sides = [test.left, test.comparators[0]]
+            texts = [*map(_literal, sides)]
+            steps.append([not text and ast.unparse(side) for side, text in zip(sides, texts)])
+            literals += [text and f"{token} {text}" for text in texts]
         else:
-            wanted.append(None)
             steps.append(ast.unparse(statement))
-    token = secrets.token_hex(16)  # what the solution guesses and prints is no reply
-    replies = _run(job | {"asserts": True}, json.dumps([token, steps]).encode()) or b""
-    replies = replies.split(b"\n")[:-1]
-    return len(replies) == len(steps) and all(
-        _passed(reply, token, values) for reply, values in zip(replies, wanted)
-    )
+            literals += [None, None]
+    out = _run(job | {"steps": steps, "token": token})
+    replies = [] if out is None else out.split("\n")[:-1]
+    if out is None or len(replies) != len(literals):
+        return False
+    sides = [literal or reply for literal, reply in zip(literals, replies)]
+    return sides[::2] == sides[1::2] and all(reply.startswith(token) for reply in replies)
 
 
 def check_tests(tests: list) -> None:
     """Raise for tests that verify_code cannot use, without running anything.
 
-    TypeError for another form than verify_code documents, ValueError for no test at all and for a
-    statement that is no Python. Call it for every row of a data set before the first sample is
-    drawn: a malformed test would give the reward 0 for ever.
+    TypeError for a form other than verify_code documents, ValueError for no test and for one that
+    is not Python. Call it for every row before the first sample: the reward would be 0 forever.
     """
     form = 'tests must be a list of {"input": str, "output": str}, or of statements as strings'
     if not isinstance(tests, (list, tuple)):
         raise TypeError(f"{form}, not {type(tests).__name__}: {tests!r:.80}")
     if not tests:
         raise ValueError(f"{form}; the list is empty")
+    kind = dict if isinstance(tests[0], dict) else str
     for test in tests:
-        if isinstance(tests[0], dict):
-            values = [test.get("input"), test.get("output")] if isinstance(test, dict) else [None]
-        else:
-            values = [test]
-        if not all(isinstance(value, str) for value in values):
+        values = [test.get("input"), test.get("output")] if isinstance(test, dict) else [test]
+        if not isinstance(test, kind) or not all(isinstance(value, str) for value in values):
             raise TypeError(f"{form}; this is neither: {test!r:.80}")
-        if isinstance(test, str):
-            _statements(test)
+        try:
+            ast.parse(test if kind is str else "")
+        except (SyntaxError, ValueError, MemoryError, RecursionError) as error:
+            raise ValueError(f"a test that is not Python ({error}): {test!r:.80}") from error
 
 
-def _statements(source: str) -> list[ast.stmt]:
+def _literal(side: ast.expr) -> str | None:
+    """The text of a literal, as _spelled has it; None for an expression that must be evaluated."""
     try:
-        return ast.parse(source).body
-    except (SyntaxError, ValueError, MemoryError, RecursionError) as error:
-        raise ValueError(f"a test that is no Python ({error}): {source!r:.80}") from error
+        return _spelled(ast.literal_eval(side))
+    except (ValueError, TypeError, MemoryError, RecursionError):
+        return None
 
 
-_FENCE = re.compile(
-    r"(?P<indent>[ \t]*(?:(?:[-*+]|\d+[.)])[ \t]+)?)(?P<fence>`{3,}|~{3,})"
-    r"[ \t]*\{?\.?(?P<language>\w*)[^`]*"
-)
+def _lines(text: str | None) -> list[str] | None:
+    return None if text is None else [line.rstrip() for line in text.rstrip().split("\n")]
+
+
+_FENCE = re.compile(r"""(?x)
+    (?P<indent>[ \t]*(?:(?:[-*+]|\d+[.)])[ \t]+)?)(?P<fence>`{3,}|~{3,})
+    [ \t]*\{?\.?(?P<language>\w*)[^`]*""")
 
 
 def _code_block(response: str) -> str | None:
     """The last fenced block marked as Python, or without a language where none is marked.
 
-    None when there is none, or when it never closes. As in CommonMark a fence closes with as many
-    marks as it has or more, indented by three blanks more at most (a docstring's are deeper). The
-    indentation of a fence in a list item is taken from its lines.
+    None without one, or when it never closes. As in CommonMark a fence closes with as many marks or
+    more, indented by at most three blanks more (those in a docstring are deeper); a list item's
+    indentation is dropped.
     """
-    blocks, opening, lines = [], None, []
+    blocks, opening = {}, None  # the last block of each language
     for line in response.replace("\r\n", "\n").split("\n"):
         if opening is None:
-            opening, lines = _FENCE.fullmatch(line), []
+            if opening := _FENCE.fullmatch(line):
+                depth, lines = len(opening["indent"]), []
+                language = re.sub("^py(thon)?3?$", "python", opening["language"].lower())
+                blocks[language] = None  # until it closes
             continue
-        depth, fence = len(opening["indent"]), opening["fence"]
         closing = re.fullmatch(r"([ \t]*)(`{3,}|~{3,})[ \t]*(?:<[|/].*)?", line)
-        if closing and len(closing[1]) <= depth + 3 and closing[2].startswith(fence):
+        if closing and len(closing[1]) <= depth + 3 and closing[2].startswith(opening["fence"]):
             indents = [len(line) - len(line.lstrip(" \t")) for line in lines if line.strip()]
             indent = min([depth, *indents])  # (textwrap.dedent would change blanks in strings)
-            blocks.append((opening["language"].lower(), "\n".join(line[indent:] for line in lines)))
+            blocks[language] = "\n".join(line[indent:] for line in lines)
             opening = None
-        else:
-            lines.append(line)
-    if opening:
-        blocks.append((opening["language"].lower(), None))
-    marked = [code for language, code in blocks if language in ("python", "python3", "py", "py3")]
-    unmarked = [code for language, code in blocks if language == ""]
-    return (marked or unmarked or [None])[-1]
+        lines.append(line)
+    return blocks.get("python", blocks.get(""))
 
 
-def _prints(job: dict, given: str, wanted: str) -> bool:
-    """Whether the program, given this input, ends well and prints the wanted lines."""
-    out = _run(job, given.encode(errors="replace"))
-    return out is not None and _lines(out.decode(errors="replace")) == _lines(wanted)
-
-
-def _lines(text: str) -> list[str]:
-    return [line.rstrip() for line in text.rstrip().split("\n")]
-
-
-def _literal(source: str) -> tuple | None:
-    """The plain value that a source text spells, in a tuple; None when it spells none."""
-    try:
-        return (ast.literal_eval(source),)
-    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
-        return None
-
-
-def _passed(reply: bytes, token: str, wanted: list | None) -> bool:
-    """Whether the child's reply to one statement says that it passed.
-
-    wanted: the literal sides of an equality, None for another statement.
-    """
-    try:
-        answer, *values = json.loads(reply)
-        if answer != token:
-            return False
-        if values == [True]:  # it ran without an error, or two equal objects that are no plain data
-            return wanted in (None, [None, None])
-        left, right = (side or (_decoded(value),) for side, value in zip(wanted, values))
-        return left == right
-    except (ValueError, TypeError, RecursionError, KeyError, AttributeError):
-        return False
-
-
-def _encoded(value):
-    """A value for JSON: as it is, or the name of the built-in type that it equals and its contents.
-
-    So a Counter becomes a dict, d.keys() a set, a NumPy array a list. Runs in the child. Raises
-    TypeError for what equals no built-in value.
-    """
-    if value is None or isinstance(value, (str, float)):
-        return value
-    if isinstance(value, int):  # JSON has a limit on decimal digits
-        return ["int", int.__format__(value, "x")]
-    if isinstance(value, (bytes, bytearray, memoryview)):
-        return ["bytes", value.hex()]
-    if isinstance(value, complex):
-        return ["complex", [value.real, value.imag]]
-    if isinstance(value, Fraction) or isinstance(value, Decimal) and value.is_finite():
-        return ["Fraction", [*map(_encoded, value.as_integer_ratio())]]
-    if value is ...:
-        return ["Ellipsis", []]
-    sets = set, frozenset, type({}.keys()), type({}.items())
-    for name, kinds in (("dict", dict), ("list", list), ("tuple", tuple), ("frozenset", sets)):
-        if isinstance(value, kinds):
-            items = value.items() if name == "dict" else value
-            return [name, [*map(_encoded, items)]]
-    if hasattr(value, "tolist"):
-        return _encoded(value.tolist())
-    raise TypeError("no plain data")
-
-
-def _decoded(tree):
-    """The value that _encoded wrote down. Raises KeyError and the like for anything else."""
-    if not isinstance(tree, list):
-        return tree
-    name, contents = tree
-    if name == "int":
-        return int(contents, 16)
-    if name == "bytes":
-        return bytes.fromhex(contents)
-    items = [*map(_decoded, contents)]
-    if name in ("complex", "Fraction"):
-        return {"complex": complex, "Fraction": Fraction}[name](*items)
-    kinds = {"dict": dict, "list": list, "tuple": tuple, "frozenset": frozenset}
-    return ... if name == "Ellipsis" else kinds[name](items)
-
-
-def _run(job: dict, data: bytes) -> bytes | None:
-    """What a child, given `data`, wrote to standard output; None when it failed or was stopped."""
+def _run(job: dict, given: str = "") -> str | None:
+    """What a child, given this input, prints; None when it failed or was stopped."""
     with (
         tempfile.TemporaryDirectory(prefix="verifier_", ignore_cleanup_errors=True) as folder,
-        tempfile.TemporaryFile() as given,
         tempfile.TemporaryFile() as out,  # its limit is that on file size
     ):
         os.chmod(folder, 0o777)
         header = json.dumps(job | {"folder": folder}).encode()
-        given.write(b"%10d" % len(header) + header + data)
-        given.seek(0)
-        child = subprocess.Popen(
-            [sys.executable, "-I", "-c", _child_source()],
-            stdin=given,
-            stdout=out,
-            stderr=subprocess.DEVNULL,
-            cwd=folder,
-            env={},
-            start_new_session=True,
-        )
-        try:
-            status = child.wait(job["timeout"] + 5)  # the launcher stops it after `timeout`
-        except subprocess.TimeoutExpired:
-            status = None
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(child.pid, signal.SIGKILL)
-            child.wait()
+        command = [sys.executable, "-I", "-c", _child_source()]
+        pipes = {"stdin": subprocess.PIPE, "stdout": out, "stderr": subprocess.DEVNULL}
+        env = {"OMP_NUM_THREADS": "1"}  # NumPy's thread per core needs more than the memory
+        child = subprocess.Popen(command, **pipes, cwd=folder, env=env, start_new_session=True)
+        with child, contextlib.suppress(subprocess.TimeoutExpired):
+            try:  # the launcher stops it after `timeout`
+                data = b"%10d" % len(header) + header + given.encode(errors="replace")
+                child.communicate(data, job["timeout"] + 5)
+            finally:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(child.pid, signal.SIGKILL)
         out.seek(0)
-        return out.read() if status == 0 else None
+        return out.read().decode(errors="replace") if child.returncode == 0 else None
 
 
 # ----------------------------------------------------------------------- code: in the child process
@@ -1348,28 +1088,22 @@ def _run(job: dict, data: bytes) -> bytes | None:
 @functools.cache
 def _child_source() -> str:
     """The program of the child: the functions below. It works in a notebook's cell as well."""
-    functions = (_encoded, _launch, _kill_descendants, _isolate, _restrict, _solve)
+    imports = """import ast, builtins, contextlib, ctypes, glob, json, math, os, signal, sys
+from decimal import Decimal
+from fractions import Fraction"""
+    functions = _launch, _kill_descendants, _isolate, _restrict, _solve, _spelled
     try:
-        sources = [inspect.getsource(function) for function in functions]
+        return "\n".join([imports, *map(inspect.getsource, functions), "_launch()\n"])
     except (OSError, TypeError) as error:
-        raise TypeError(
-            "verify_code must read its own source for the child process: import verifier.py as a "
-            "file, or paste it into a notebook's cell, but do not exec its text"
-        ) from error
-    imports = "ast builtins contextlib ctypes glob json math os signal sys types".replace(" ", ", ")
-    imports = f"import {imports}\nfrom decimal import Decimal\nfrom fractions import Fraction\n"
-    limits = f"_MAX_FILE, _MAX_PROCESSES = {_MAX_FILE}, {_MAX_PROCESSES}\n"
-    return imports + limits + "\n".join(sources) + "\n_launch()\n"
+        where = "import verifier.py, or paste it into a notebook's cell, but do not exec its text"
+        raise TypeError(f"verify_code must read its own source for the child: {where}") from error
 
 
 def _launch() -> None:
-    """The launcher: reads its job from standard input, and leaves the rest to the solution.
-
-    The job is ten digits for its length, and JSON.
-    """
+    """Read the job from standard input (ten digits for its length, and JSON), and run it."""
     text, size = b"", int(os.read(0, 10))
     while len(text) < size:
-        text += os.read(0, size - len(text))
+        text += os.read(0, size - len(text))  # (the rest is the solution's)
     job, libc = json.loads(text), ctypes.CDLL(None)
     isolated = _isolate(libc, job["folder"].encode())
     # PR_SET_CHILD_SUBREAPER: what the solution's children leave behind becomes a child of this one
@@ -1387,22 +1121,18 @@ def _launch() -> None:
 
 
 def _kill_descendants() -> None:
-    """Stop them first: a stopped process forks no more, but counts towards the limit on processes.
-
-    So a fork bomb comes to its end.
-    """
-    stopped = set()
-    while True:
+    """Kill them all, even a fork bomb: stopped first, they fork no more and use up the limit."""
+    stopped, running = set(), {0}
+    while running:
         found = [os.getpid()]
         for parent in found:  # which grows meanwhile
             for file in glob.glob(f"/proc/{parent}/task/*/children"):
                 with contextlib.suppress(OSError), open(file) as children:  # (it may have ended)
                     found += map(int, children.read().split())
         running = {*found[1:]} - stopped
-        if not running:
-            break
         for pid in running:
-            os.kill(pid, signal.SIGSTOP)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGSTOP)
         stopped |= running
     for pid in found[1:]:
         os.kill(pid, signal.SIGKILL)
@@ -1412,29 +1142,26 @@ def _kill_descendants() -> None:
 
 
 def _isolate(libc, folder: bytes) -> bool:
-    """New namespaces: no network, no other processes, nothing writable but `folder`.
-
-    Returns whether the kernel allowed it.
+    """New namespaces: no network, no other processes, nothing writable but `folder`; False where
+    the kernel does not allow it.
     """
     uid, gid = os.getuid(), os.getgid()
     spaces = 0x40000000 | 0x20000000 | 0x20000 | 0x8000000  # CLONE_NEWNET, NEWPID, NEWNS, NEWIPC
-    new_user = 0x10000000  # CLONE_NEWUSER: how those who are not root get the others
-    for user in (0, new_user) if uid == 0 else (new_user,):
-        if libc.unshare(spaces | user) == 0:
-            break
-    else:
+    if uid != 0:  # (a root of such a namespace could not become nobody)
+        spaces |= 0x10000000  # CLONE_NEWUSER: how other users get the rest
+    if libc.unshare(spaces) != 0:
         return False
-    if user:
+    if uid != 0:
         maps = {"setgroups": "deny", "uid_map": f"{uid} {uid} 1", "gid_map": f"{gid} {gid} 1"}
         for name, text in maps.items():
-            with open(f"/proc/self/{name}", "w") as file:
+            # (AppArmor may forbid it)
+            with contextlib.suppress(OSError), open(f"/proc/self/{name}", "w") as file:
                 file.write(text)
     private, readonly = 1 << 18, 1
     if libc.mount(None, b"/", None, private | 1 << 14, None) == 0:  # seen in here only (MS_REC)
         attributes = (ctypes.c_uint64 * 4)(readonly, 0, 0, 0)
         libc.syscall(442, -100, b"/", 0x8000, attributes, 32)  # mount_setattr(AT_RECURSIVE)
-        options = b"size=%d,mode=777" % _MAX_FILE
-        libc.mount(b"tmpfs", folder, b"tmpfs", 6, options)  # MS_NOSUID | MS_NODEV
+        libc.mount(b"tmpfs", folder, b"tmpfs", 6, b"size=16m,mode=777")  # MS_NOSUID | MS_NODEV
         libc.mount(b"tmpfs", b"/proc", b"tmpfs", 6 | readonly, None)  # others' /proc/<pid>/environ
     return True
 
@@ -1459,41 +1186,65 @@ def _restrict(libc, job: dict) -> None:
     libc.capset(header, sets(capabilities, capabilities))
     libc.prctl(1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG: not without the launcher
     os.chdir(job["folder"])
-    limits = {"CPU": math.ceil(job["timeout"]), "AS": job["memory"], "NPROC": _MAX_PROCESSES}
-    limits |= {"FSIZE": _MAX_FILE, "CORE": 0, "NOFILE": 64}
-    for name, limit in limits.items():
+    limits = {"CPU": math.ceil(job["timeout"]), "AS": job["memory"], "FSIZE": 16 << 20, "CORE": 0}
+    for name, limit in (limits | {"NOFILE": 64, "NPROC": 64}).items():
         resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (limit, limit))
 
 
 def _solve(job: dict) -> None:
     """Run the solution: as a program, or loaded and then asked for the values of the tests."""
     sys.set_int_max_str_digits(0)
-    name = "solution" if "asserts" in job else "__main__"
-    module = types.ModuleType(name)
-    sys.modules["__main__"] = sys.modules[name] = module  # dataclasses and pickle look it up
-    namespace = vars(module)
-    code = compile(job["code"], "solution.py", "exec")
-    if "asserts" not in job:
+    module = type(sys)("solution" if "steps" in job else "__main__")
+    sys.modules["__main__"] = sys.modules[module.__name__] = module  # dataclasses look it up
+    namespace, code = vars(module), compile(job["code"], "solution.py", "exec")
+    if "steps" not in job:
         exec(code, namespace)
         return
-    requests, replies, null = os.dup(0), os.dup(1), os.open(os.devnull, os.O_RDWR)
+    replies, null = os.dup(1), os.open(os.devnull, os.O_RDWR)
     os.dup2(null, 0)
     os.dup2(null, 1)
     originals = dict(vars(builtins))
     exec(code, namespace)
     vars(builtins).update(originals)
-    with open(requests, "rb") as file:
-        token, steps = json.loads(file.read())
-    for step in steps:
+    for step in job["steps"]:
         if isinstance(step, str):
             exec(step, namespace)
-            values = [True]
+            texts = ["done", "done"]
         else:
-            sides = [side and eval(side, namespace) for side in step]
+            values = [side and eval(side, namespace) for side in step]
             try:
-                values = [source and _encoded(side) for source, side in zip(step, sides)]
-            except TypeError:  # two objects that are no plain data
-                left, right = sides
-                values = [None not in step and type(left) is type(right) and bool(left == right)]
-        os.write(replies, json.dumps([token, *values]).encode() + b"\n")
+                texts = [side and _spelled(value) for side, value in zip(step, values)]
+            except (TypeError, ValueError):  # objects that are no plain data
+                left, right = values
+                same = all(step) and type(left) is type(right) and bool(left == right)
+                texts = ["an object", "an object" if same else "another object"]
+        os.write(replies, "".join(f"{job['token']} {text}\n" for text in texts).encode())
     os._exit(0)
+
+
+def _spelled(value) -> str:
+    """Plain data as one line; equal values have equal texts: 2, 2.0 and Fraction(2); a Counter and
+    a dict; d.keys() and a set; a NumPy array and a list. Raises TypeError or ValueError for others.
+    """
+    if value is None or value is ... or isinstance(value, str):
+        return "..." if value is ... else json.dumps(value)
+    if isinstance(value, (bytes, bytearray, memoryview)):
+        return f"bytes {bytes(value).hex()}"
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if isinstance(value, complex):
+        real, imaginary = map(_spelled, (value.real, value.imag))
+        return real if value.imag == 0 else f"({real} + {imaginary} j)"
+    if isinstance(value, (int, float, Fraction, Decimal)):
+        if abs(value) == math.inf:
+            return str(float(value))
+        numerator, denominator = value.as_integer_ratio()
+        return f"{numerator:x}/{denominator:x}"  # hexadecimal, which has no limit on digits
+    if isinstance(value, dict):
+        return f"dict {_spelled(dict.items(value))}"
+    sets = set, frozenset, type({}.keys()), type({}.items())
+    for name, kinds in (("set", sets), ("list", list), ("tuple", tuple)):
+        if isinstance(value, kinds):
+            texts = [*map(_spelled, value)]
+            return f"{name}({', '.join(sorted({*texts}) if name == 'set' else texts)})"
+    raise TypeError("no plain data")

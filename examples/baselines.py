@@ -150,7 +150,7 @@ def collect(task: Task, args: Namespace, run: Run) -> list[Trace]:
         }
         run.log("collect", 1, counts)
         run.write(path.name, "".join(json.dumps(asdict(t)) + "\n" for t in traces))
-    gathered([])  # rank 0 has written it
+    gathered([])  # waits until rank 0 has written it
     return [Trace(**json.loads(line)) for line in open(path)]
 
 

@@ -665,6 +665,16 @@ def test_blocks_of_blocks():
     assert chi_square(counts, torch.arange(1.0, 9.0).double() / 36, 2000) < 4
 
 
+@pytest.mark.parametrize("size", [1500, 140_000, 151_669])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_row_with_nan_stays_inside_a_large_vocabulary(value, size):
+    """Its index reached into the padding of the blocks of blocks: on CUDA that ends the process."""
+    logits = torch.zeros(2, size, device=DEVICE)
+    logits[0, size // 3] = value
+    ids, logprobs = sample(logits, random_numbers(2))
+    assert ids.max() < size and logprobs.isnan().tolist() == [True, False]
+
+
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_logprobs_of_a_large_vocabulary(temperature):
     drawn, logprobs = sample(LARGE, random_numbers(3).cpu(), temperature)

@@ -204,3 +204,11 @@ def test_responses_that_may_not_fit_twice_are_announced(data, tmp_path, capsys):
     with contextlib.suppress(SystemExit):  # where all of them are too long
         call(sdzero, *FLAGS, *phrases, **flags, output=tmp_path / "out")
     assert "may not fit twice" in capsys.readouterr().err
+
+
+def test_a_machine_that_cannot_run_code_says_so(base, data, tmp_path, ended, monkeypatch):
+    """Where the sandbox itself fails, every program would get reward 0 without a word."""
+    monkeypatch.setattr(common.verifier, "verify_code", lambda response, tests: False)
+    flags = dict(model=base, dataset=data, output=tmp_path / "out", verifier="code")
+    code, _, err = ended(srt, *FLAGS, **flags)
+    assert code == 2 and "cannot run programs on this machine" in err.splitlines()[-1]

@@ -685,9 +685,9 @@ def test_slots_are_what_a_gpu_has_room_for(slots, capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (memory, memory))
     common.fit_memory(lm, args, problems)
     fitting = min(max(slots, 1), common.MAX_SLOTS)
-    assert common.fit_slots(args, parts["slot"], args.cache_bytes) == fitting
+    assert common.slots_that_fit(args, parts["slot"], args.cache_bytes) == fitting
     assert args.collect_bytes - args.cache_bytes == standing - parts["weights"]
-    assert common.fit_slots(memory_flags(slots=7), parts["slot"], args.cache_bytes) == 7
+    assert common.slots_that_fit(memory_flags(slots=7), parts["slot"], args.cache_bytes) == 7
     errors = capsys.readouterr().err
     training = standing + parts["gradients"] + parts["activations"] + parts["logits"]
     assert ("--micro-tokens" in errors) == (training > memory)

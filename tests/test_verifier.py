@@ -59,21 +59,40 @@ def test_equality_is_symmetric(category):
             assert is_equivalent(gold, answer) == is_equivalent(answer, gold), case
 
 
-def rewrite_examples() -> list[tuple[str, str]]:
+def rewrite_examples() -> list[str]:
     """The comments `# before -> after` of verifier._REWRITES, in their order."""
-    table = SOURCE[SOURCE.index("_REWRITES = [") : SOURCE.index("_COMPILED = [")]
-    return re.findall(r"#(?:[^\n]*:)? (\S[^\n]*?) -> ([^\n]*)", table)
+    table = SOURCE[SOURCE.index("_REWRITES = [") : SOURCE.index("def _clean")]
+    return re.findall(r"#(?:[^\n]*:)? (\S[^\n]* -> [^\n]*)", table)
 
 
 def test_every_rewrite_has_an_example():
     assert len(rewrite_examples()) == len(verifier._REWRITES)
 
 
-@pytest.mark.parametrize("example, rewrite", [*zip(rewrite_examples(), verifier._REWRITES)])
-def test_rewrites_do_what_their_comments_say(example, rewrite):
+@pytest.mark.parametrize("examples, rewrite", [*zip(rewrite_examples(), verifier._REWRITES)])
+def test_rewrites_do_what_their_comments_say(examples, rewrite):
     """An edited pattern, or a comment that was never true."""
-    before, after = example
-    assert re.sub(*rewrite, before).strip() == after
+    for example in examples.split("; "):
+        before, after = example.split(" -> ")
+        assert re.sub(*rewrite, before).strip() == after
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_order_of_the_rewrites(seed, monkeypatch):
+    """Where a comment says "in any order", the order changes no verdict: such rules do not meet."""
+    table = SOURCE[SOURCE.index("_REWRITES = [") : SOURCE.index("def _clean")]
+    rules, shuffled = iter(verifier._REWRITES), []
+    for heading, text in re.findall(
+        r"\n    # ([^\n>]*order)\n(.*?)(?=\n    # [^\n>]*order\n|\Z)", table, re.DOTALL
+    ):
+        group = [next(rules) for _ in re.findall(" -> .*", text)]
+        if "any" in heading:
+            random.Random(seed).shuffle(group)
+        shuffled += group
+    assert sorted(map(str, shuffled)) == sorted(map(str, verifier._REWRITES)) != shuffled
+    monkeypatch.setattr(verifier, "_REWRITES", shuffled)
+    for case in CASES:
+        assert verify(case["response"], case["gold"]) is case["correct"], case
 
 
 def test_the_worked_example_of_the_docstring():
@@ -84,9 +103,9 @@ def test_the_worked_example_of_the_docstring():
     value = verifier._read(cleaned)
     assert f"  _clean          {cleaned}\n" in SOURCE
     assert " ".join(" ".join(token) for token in verifier._tokens(cleaned)) == (
-        r"command \frac sign { number 1 close } sign { number 2 close } word cm end "
+        r"command \frac sign { number 1 close } sign { number 2 close } word cm"
     )
-    assert value == verifier._Value((0.5, 0.5, 0.5), "cm")
+    assert value == verifier._Node("value", (0.5, 0.5, 0.5), "cm", text=r"\frac{1}{2}cm")
     assert verify(response, gold) is True
 
 
@@ -107,7 +126,7 @@ def test_large_and_small_numbers():
 
 @pytest.mark.parametrize("value", [42, 1.5, None, ["42"], b"42"])
 def test_answers_of_another_type_raise(value):
-    """A gold answer that is a number would never be equal: the reward would be 0 for ever."""
+    """A gold answer that is a number would never be equal: the reward would be 0 forever."""
     for call in (
         lambda: verify(r"\boxed{42}", value),
         lambda: verify(value, "42"),
@@ -330,6 +349,15 @@ RIGHT = {
         "def f(): return [None, float('inf'), 1j, -0.0, ...]",
         ["assert f() == [None, float('inf'), 1j, 0, ...]", "assert f()[0] == None"],
     ),
+    "other types of the same value": (
+        "from decimal import Decimal\n"
+        "def f(): return [2 + 0j, Decimal('-inf'), memoryview(b'a'), {2.0: {1: [0]}.items()}]",
+        ["assert f() == [2, -float('inf'), b'a', {2: {1: [0]}.items()}]", "assert f()[0] == 2"],
+    ),
+    "the order of a dictionary and of a set": (
+        "def f(): return {1: {3, 2}, 'a': [2, 3]}",
+        ["assert f() == {'a': [2, 3], 1: {2, 3}}"],
+    ),
     "objects of one class": (
         "class P:\n    def __init__(self, x): self.x = x\n"
         "    def __eq__(self, other): return self.x == other.x",
@@ -367,6 +395,10 @@ WRONG = {
         "from enum import Enum\nclass E(Enum):\n    A = 'a'\ndef f(): return E.A",
         ["assert f() == 'a'"],
     ),
+    "an empty set for an empty dictionary": ("def f(): return set()", ["assert f() == {}"]),
+    "a string for a number": ("def f(): return '4/1'", ["assert f() == 4"]),
+    "a string like a list": ("def f(): return ['1, 2']", ["assert f() == ['1', '2']"]),
+    "not a number": ("def f(): return float('nan')", ["assert f() == f()"]),
     "another long integer": ("def f(n): return 10 ** n + 1", ["assert f(5000) == 10 ** 5000"]),
 }
 
@@ -431,7 +463,7 @@ def test_the_last_block_counts(response, passes):
     ],
 )
 def test_malformed_tests_raise(tests, error):
-    """They would give the reward 0 for ever, whatever the response."""
+    """They would give the reward 0 forever, whatever the response."""
     for call in (check_tests, lambda tests: verify_code("no block", tests)):
         with pytest.raises(error, match="test"):
             call(tests)
@@ -484,7 +516,7 @@ ATTACKS = {
         "class I(int):\n    def __format__(self, spec): return '4'\ndef f(x): return I(0)"
     ),
     "patched launcher": (
-        "import __main__\n__main__._encoded = lambda value: ['int', '4']\ndef f(x): return 0"
+        "import __main__\n__main__._spelled = lambda value: '4/1'\ndef f(x): return 0"
     ),
     "patched built-ins": (
         "import builtins as b\nb.repr = b.bool = b.eval = b.exec = b.type = lambda *a: 1\n"
@@ -539,8 +571,8 @@ def test_attacks_on_input_output_tests_fail(code):
 
 def printed(code: str) -> str:
     """What a program prints in the sandbox."""
-    out = verifier._run({"code": code, "timeout": 5, "memory": 1 << 30}, b"")
-    return "failed" if out is None else out.decode().strip()
+    out = verifier._run({"code": code, "timeout": 5, "memory": 1 << 30})
+    return "failed" if out is None else out.strip()
 
 
 PID = "import os; print(os.getpid())"
@@ -599,7 +631,7 @@ CALLER = """
 import os, verifier
 code = "import os\\nfor pid in (os.getppid(), %d):\\n    try: os.kill(pid, 9)" % os.getpid()
 code += "\\n    except OSError: pass"
-verifier._run({"code": code, "timeout": 2, "memory": 1 << 30}, b"")
+verifier._run({"code": code, "timeout": 2, "memory": 1 << 30})
 """
 
 
@@ -656,6 +688,28 @@ def test_a_fork_bomb_is_contained(namespaces, monkeypatch):
     while running(marker) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert running(marker) == 0
+
+
+def test_root_without_the_right_to_namespaces():
+    """As in many containers: a root of a namespace of its own could not become nobody."""
+    code = f"""
+import ctypes, os, sys
+if len(sys.argv) == 1:
+    ctypes.CDLL(None).prctl(24, 21, 0, 0, 0)  # PR_CAPBSET_DROP, CAP_SYS_ADMIN
+    os.execv(sys.executable, [*sys.orig_argv, "again"])
+import verifier
+print(verifier.verify_code({fenced(F)!r}, {SQUARE!r}))
+"""
+    folder = os.path.dirname(verifier.__file__)
+    command = [sys.executable, "-c", code]
+    assert subprocess.check_output(command, cwd=folder, text=True) == "True\n"
+
+
+def test_maps_of_a_user_namespace_that_cannot_be_written(monkeypatch):
+    """AppArmor refuses them to ordinary users of Ubuntu 24.04, the kernel those of another user."""
+    source = verifier._child_source().replace("os.getuid(), os.getgid()", "12345, 12345")
+    monkeypatch.setattr(verifier, "_child_source", lambda: source)
+    assert verify_code(fenced(F), SQUARE) is True
 
 
 def test_processes_are_limited():
