@@ -137,6 +137,8 @@ def entry(main: Callable) -> None:
         again = "--resume with " if Run.begun else ""
         fail(f"out of memory: {again}lower --slots (sampling) or --micro-tokens (training)", 1)
     except KeyboardInterrupt:
+        if rank_and_ranks()[0]:  # rank 0 says so, and torchrun waits for this one
+            raise SystemExit(130) from None
         again = "; the same command with --resume goes on from the last checkpoint"
         fail("interrupted" + (again if Run.begun else ""), 130)
 
@@ -287,20 +289,26 @@ def join_processes(args: Namespace) -> None:
     """Find the other processes of `torchrun --nproc-per-node N script.py ...`, if there are any."""
     if rank_and_ranks()[1] == 1:
         return
-    if args.device.startswith("cuda:"):
-        fail(f"--device {args.device} would be every process's: --device cuda gives each its own")
+    if args.device not in ("cpu", "cuda"):
+        fail(f"torchrun's processes take --device cuda, one GPU each, or cpu, not {args.device}")
     if args.device == "cuda":
+        there, wanted = torch.cuda.device_count(), int(os.environ["LOCAL_WORLD_SIZE"])
+        if there < wanted:
+            fail(f"each of {wanted} processes needs a GPU of its own, torch finds {there} here")
         args.device = f"cuda:{os.environ['LOCAL_RANK']}"
-        with explained(f"each process of torchrun needs a GPU, and there is no {args.device}"):
-            torch.cuda.set_device(args.device)
+        torch.cuda.set_device(args.device)
     # gloo for Python objects, which travel over the CPU. Waiting for the slowest one may take long.
     backend = "cpu:gloo,cuda:nccl" if args.device.startswith("cuda") else "gloo"
     dist.init_process_group(backend, timeout=timedelta(hours=6))
 
 
 def rank_and_ranks() -> tuple[int, int]:
-    """This process's number and how many there are, as torchrun says."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    """This process's number and how many there are, as torchrun says. Clusters set these variables
+    too, of jobs that are no torchrun's: who believed them would wait for processes that never come.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return 0, 1
+    return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
 
 def on_rank_0(function: Callable) -> Callable:
@@ -319,8 +327,9 @@ def meeting():
     try:
         yield
     except RuntimeError as error:
+        cause = re.sub(r"^\[.*?\] *", "", last_cause(error)).partition(". ")[0]  # no place in gloo
         ended = "another process of this run has ended, or cannot be reached"
-        fail(f"{ended}: {last_cause(error)}", 1, at_once=True)
+        fail(f"{ended} ({cause:.200})", 1, at_once=True)
 
 
 def gathered(part: list) -> list[list]:
@@ -1249,7 +1258,7 @@ class Run:
 
     @on_rank_0
     def append(self, text: str) -> None:
-        with open(self.folder / "metrics.jsonl", "a") as file:
+        with self.writing(), open(self.folder / "metrics.jsonl", "a") as file:
             file.write(text)
 
     def log(self, kind: str, step: int, values: dict) -> None:
@@ -1285,12 +1294,18 @@ class Run:
 
     # files and folders
 
+    def writing(self):
+        """Where the disk may be full; torch and safetensors have their own exceptions for that."""
+        full = f"cannot write to {self.folder}, make room and --resume"
+        return explained(full, OSError, RuntimeError, SafetensorError, code=1)
+
     @on_rank_0
     def write(self, name: str, text: str) -> None:
         """A small file, whole or not at all."""
         temporary = self.folder / f"{name}.tmp"
-        temporary.write_text(text)
-        os.replace(temporary, self.folder / name)
+        with self.writing():
+            temporary.write_text(text)
+            os.replace(temporary, self.folder / name)
 
     @on_rank_0
     def remove(self, name: str) -> None:
@@ -1310,8 +1325,7 @@ class Run:
         model beside an adapter_config.json for their base. A checkpoint has only the adapters.
         """
         temporary, model = self.folder / "saving", self.task.lm.model
-        full = f"cannot write to {self.folder}, make room and --resume"
-        with explained(full, OSError, RuntimeError, SafetensorError, code=1):
+        with self.writing():
             shutil.rmtree(temporary, ignore_errors=True)
             if self.args.lora:
                 (temporary / "adapter").mkdir(parents=True)

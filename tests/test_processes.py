@@ -17,6 +17,8 @@ import torch
 from test_scripts import ROWS, lines_of, log_of, save_model, save_rows
 from transformers import AutoModelForCausalLM
 
+import common
+
 ROOT = Path(__file__).resolve().parents[1]
 COMMON = (
     "--eval-problems 3 --eval-samples 2 --eval-every 2 --save-every 1 --max-new-tokens 6 --lr 1e-2 "
@@ -39,8 +41,6 @@ def work(script, argv, env, folder, patch):
         os.dup2(os.open(f"{name}{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
     sys.argv = [f"{script}.py", *argv]
     torch.set_num_threads(1)
-    import common
-
     module = __import__(script)
     if patch:
         patch(module, int(rank))
@@ -66,6 +66,7 @@ def together(tmp_path):
             free.bind(("127.0.0.1", 0))
             port = str(free.getsockname()[1])
         env = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, WORLD_SIZE=str(n))
+        env.update(LOCAL_WORLD_SIZE=str(n), TORCHELASTIC_RUN_ID="test")
         processes = []
         for rank in range(n):
             for name in ("out", "err"):
@@ -203,8 +204,6 @@ def raises_on_rank_1(module, rank):
 
 
 def fails_on_rank_1(module, rank):
-    import common
-
     if rank:
         module.micro_batches = lambda *args: common.fail("rank 1 cannot go on")
 
@@ -219,9 +218,11 @@ def test_nobody_waits_for_a_process_that_failed(script, patch, base, together, t
     assert "a fault of rank 1" in err[1] or "rank 1 cannot go on" in err[1]
 
 
-@pytest.mark.parametrize("victim", [0, 1])
-def test_nobody_waits_for_a_process_that_was_killed(victim, base, together, tmp_path):
-    """kill -9 in the middle of training: the other one ends within seconds, with one line."""
+@pytest.mark.parametrize("victims", [[0], [1], [0, 1]])
+def test_nobody_waits_for_a_process_that_was_killed(victims, base, together, tmp_path):
+    """kill -9 in the middle of training: the other one ends within seconds, with one line. So do
+    both after Ctrl-C, which torchrun hands on to all: rank 0 has the line."""
+    sent = signal.SIGINT if len(victims) == 2 else signal.SIGKILL
     many = OWN["sdzero"].replace("--problems 7", "--problems 7 --epochs 500")
     started = []
 
@@ -230,16 +231,62 @@ def test_nobody_waits_for_a_process_that_was_killed(victim, base, together, tmp_
         while not log.exists() or log.read_text().count('"train"') < 2:
             time.sleep(0.05)
             assert all(p.exitcode is None for p in processes)
-        os.kill(processes[victim].pid, signal.SIGKILL)
+        for victim in victims:
+            os.kill(processes[victim].pid, sent)
         started.append(time.time())
 
     codes, _, err = together(
         2, "sdzero", f"{base}{many} --output {tmp_path / 'out'}", kill=kill, seconds=100
     )
-    assert time.time() - started[0] < 10
+    assert time.time() - started[0] < (5 if sent == signal.SIGINT else 10)
+    assert "Traceback" not in err[0] + err[1]
+    if sent == signal.SIGINT:
+        assert codes == [130, 130] and not err[1]
+        assert err[0].count("interrupted; the same command with --resume") == 1
+        return
+    victim = victims[0]
     assert codes[victim] == -signal.SIGKILL and codes[1 - victim] == 1
-    assert err[1 - victim].count("another process of this run has ended") == 1
-    assert "Traceback" not in err[1 - victim]
+    assert (
+        err[1 - victim].count("another process of this run has ended, or cannot be reached (") == 1
+    )
+    assert "third_party" not in err[1 - victim]
+
+
+def full_disk(module, rank):
+    def opened(path, mode="r", **settings):
+        if mode == "a":
+            raise OSError(28, "No space left on device")
+        return open(path, mode, **settings)
+
+    common.open = opened
+
+
+def test_a_full_disk_is_said_in_one_line(base, together, tmp_path):
+    codes, _, err = together(
+        2, "srt", f"{base}{OWN['srt']} --output {tmp_path / 'out'}", patch=full_disk
+    )
+    assert codes == [1, 1] and "Traceback" not in err[0] + err[1]
+    assert "make room and --resume: [Errno 28] No space left" in err[0]
+
+
+def test_variables_that_a_cluster_left_are_not_believed(monkeypatch):
+    """It would wait for a second process, or as rank 1 write nothing."""
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    assert common.rank_and_ranks() == (0, 1)
+
+
+@pytest.mark.parametrize(
+    "device, why", [("cuda", "needs a GPU of its own"), ("cuda:0", "one GPU each")]
+)
+def test_fewer_gpus_than_processes(device, why, monkeypatch, capsys):
+    ranks = dict(WORLD_SIZE="99", LOCAL_WORLD_SIZE="99", RANK="0", LOCAL_RANK="0")
+    for name, value in (ranks | {"TORCHELASTIC_RUN_ID": "test"}).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit) as ended:
+        common.join_processes(common.Namespace(device=device))
+    assert ended.value.code == 2 and why in capsys.readouterr().err
 
 
 def test_bad_flags_are_said_once(base, together, tmp_path):
