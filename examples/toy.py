@@ -100,7 +100,7 @@ BASELINES = {  # method: (problems, flags)
     "rft": ("stage1", [*STAGE_1, "--warmup", 0.05, "--lr-schedule", "cosine"]),
     "grpo": ("both", [*GROUPS, "--lr", 1e-3]),
     "sdft": ("both", [*GROUPS, "--lr", 5e-5, "--solution-column", "solution"]),
-    "sdpo": ("both", [*GROUPS, "--lr", 5e-5]),
+    "sdpo": ("both", [*GROUPS, "--lr", 1e-4]),
 }
 COLUMNS = {  # of the table: key of an evaluation
     "accuracy, %": "accuracy",
