@@ -109,7 +109,7 @@ def draw(lines: list[dict], path: Path) -> None:
         last = {line["world"]: line for line in lines if line.get("run") == run}.values()
         lengths = [line["length"] for line in last]
         middle.scatter(lengths, values[-1], color=color, label=name, s=25)
-    middle.legend(loc="center left")  # of both: responses of these lengths there are none
+    middle.legend(loc="lower right")  # for both
     middle.set_xlim(left=0)
     kl = [line["kl"] for line in lines if "kl" in line]
     bars = [(student, verdict) for student in kl[0] for verdict in ("wrong", "right")]
