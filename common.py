@@ -76,6 +76,7 @@ ADAPTER = "adapter/adapter_model.safetensors"  # in a model's folder, what PEFT 
 DATA_FILES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 MAX_SLOTS = 64  # more sequences at once hardly decode faster
 VERDICTS = ("wrong", "right")  # of r
+FIRST_WORD = 5  # seconds that rank 0 has to say what went wrong, before the others do
 SHOW_EVERY = 10  # optimizer steps between two responses shown in the log
 
 
@@ -83,7 +84,7 @@ def fail(message: str, code: int = 2, at_once: bool = False) -> NoReturn:
     """End the program with one line on stderr. Code 2: the user's to mend; 1: the run broke."""
     if rank_and_ranks()[0] and not at_once:
         # Most failures are those of all processes: rank 0 says so, and torchrun ends the others.
-        time.sleep(5)
+        time.sleep(FIRST_WORD)
     print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
     raise SystemExit(code)
 

@@ -13,7 +13,7 @@ The base is a Llama of 0.35M parameters, with one token per word, pre-trained on
 The run begins by printing one page of each kind. This is what makes it a task for self-revision:
 
 - Seven goods carry a misconception: every first attempt gives the same wrong price, and the base's
-  samples the right one once or twice in a thousand, so that a group of eight is nearly always all
+  samples the right one 0.4 to 4 times in a thousand, so that a group of eight is nearly always all
   wrong and tells nothing. A writer who looks again is right three times in ten.
 - Four goods are disputed: half of the writers are right, at first and later. Here samples and the
   verifier's bit are enough. Over half of the problems name one of these eleven goods, so the base
