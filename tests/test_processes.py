@@ -40,6 +40,7 @@ def work(script, argv, env, folder, patch):
     for descriptor, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(f"{name}{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
     sys.argv = [f"{script}.py", *argv]
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in the background ignore it
     torch.set_num_threads(1)
     module = __import__(script)
     if patch:
