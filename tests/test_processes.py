@@ -239,7 +239,7 @@ def test_nobody_waits_for_a_process_that_was_killed(victims, base, together, tmp
     codes, _, err = together(
         2, "sdzero", f"{base}{many} --output {tmp_path / 'out'}", kill=kill, seconds=100
     )
-    assert time.time() - started[0] < (5 if sent == signal.SIGINT else 10)
+    assert time.time() - started[0] < 60, "it waited for a process that was gone"
     assert "Traceback" not in err[0] + err[1]
     if sent == signal.SIGINT:
         assert codes == [130, 130] and not err[1]

@@ -207,23 +207,16 @@ HOSTILE = {
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_text(name):
-    """No exception below verify(), no answer but a bool, at most 100 ms of CPU time.
-
-    The best of three, since a machine may be busy.
-    """
-    text, seconds = HOSTILE[name], []
+    """No exception below verify(), no answer but a bool, no hang: what doubles with every level or
+    grows with the square of a length takes far more than 5 s here (measured: bench_verifier.py)."""
+    text = HOSTILE[name]
     for gold in (r"\frac{1}{2}", text[:N], text[:N].replace("1", "2"), "1, 2, 3"):
-        best = 9.0
-        for _ in range(3):
-            start = time.thread_time()
-            result = verify(text, gold)
-            best = min(best, time.thread_time() - start)
-        seconds.append(best)
-        assert result in (True, False)
+        start = time.thread_time()
+        assert verify(text, gold) in (True, False)
+        assert time.thread_time() - start < 5, "it hangs"
         answer = extract_answer(text)
         if answer is not None:
             is_equivalent(answer, gold)
-    assert max(seconds) < 0.1, seconds
 
 
 def test_random_text_never_raises():
@@ -551,7 +544,7 @@ ATTACKS = {
 def test_attacks_fail(name):
     start = time.monotonic()
     assert verify_code(fenced(ATTACKS[name]), ["assert f(2) == 4"], timeout=0.6) is False
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < 30, "the time limit did not end it"
 
 
 def test_an_object_that_equals_everything_equals_no_expression_either():
@@ -683,8 +676,8 @@ def test_a_fork_bomb_is_contained(namespaces, monkeypatch):
     assert verify_code(fenced(F), SQUARE) is True
     start = time.monotonic()
     assert verify_code(fenced(BOMB), SQUARE, timeout=1.0) is False
-    assert time.monotonic() - start < 8
-    deadline = time.monotonic() + 3
+    assert time.monotonic() - start < 30, "the time limit did not end it"
+    deadline = time.monotonic() + 30
     while running(marker) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert running(marker) == 0
