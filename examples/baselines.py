@@ -4,6 +4,7 @@
         --dataset runs/toy/stage1.jsonl --max-new-tokens 64 --batch-size 16 --lr 5e-4 --warmup 5 \\
         --output runs/my-rft                                           (CPU, after examples/toy.py)
 
+- sft:  fine-tuning on the worked solutions of --solution-column, each with EOS.
 - rft:  rejection fine-tuning. Sample --group responses per problem once, keep the distinct right
         ones, fine-tune on them.
 - grpo: policy gradient. A response's advantage is its reward, normalised within the --group
@@ -64,26 +65,26 @@ from sdzero import BETAS, WEIGHT_DECAY, Example, distill_step
 from srt import Trace, plan, srt_step
 from teacher import Teacher
 
-GROUP = {"rft": 4, "grpo": 8, "sdft": 1, "sdpo": 8}  # the default of --group
+GROUP = {"sft": 1, "rft": 4, "grpo": 8, "sdft": 1, "sdpo": 8}  # the default of --group
 FLAGS = [
     ("method", list(GROUP), REQUIRED, "see the top of the file"),
-    ("group", count, None, "responses per problem (default: rft 4, grpo and sdpo 8, sdft 1)"),
+    ("group", count, None, "responses per problem (default: rft 4, grpo and sdpo 8)"),
     (
         "generations",
         count,
         None,
-        "all but rft: responses in all, --batch-size per step, over as many passes as needed "
-        "(default: one pass)",
+        "grpo, sdft, sdpo: responses in all, --batch-size per step, over as many passes as "
+        "needed (default: one pass)",
     ),
-    ("epochs", count, None, "rft: passes over what was kept (default: 3)"),
-    ("solution-column", str, None, "sdft: what the teacher is shown (default: the gold answers)"),
+    ("epochs", count, None, "sft, rft: passes over what is trained on (default: 3)"),
+    ("solution-column", str, None, "sft, sdft: worked solutions (default: the gold answers)"),
     ("teacher", ["base", "live", "ema"], None, "sdft, sdpo: see sdzero.py (default: ema)"),
     ("teacher-rate", share, None, "sdft, sdpo: of ema, at every step (default: 0.05)"),
 ]
 BELONGS_TO = {  # flag: methods; elsewhere it would do nothing
     "generations": ("grpo", "sdft", "sdpo"),
-    "epochs": ("rft",),
-    "solution_column": ("sdft",),
+    "epochs": ("sft", "rft"),
+    "solution_column": ("sft", "sdft"),
     "teacher": ("sdft", "sdpo"),
     "teacher_rate": ("sdft", "sdpo"),
 }
@@ -108,29 +109,45 @@ def sample_groups(task: Task, problems: list[Problem], purpose: tuple) -> list[G
     return groups
 
 
-# --------------------------------------------------------------------------------------------- RFT
+# ------------------------------------------------------------------------------------- SFT and RFT
+
+
+def without_attempt(lm: LM, problem: Problem, ids: list[int], finished: bool) -> Trace:
+    """A response as stage 1 trains on it: a trace without a first attempt and without a phrase."""
+    return Trace(
+        problem=problem.text,
+        answer=problem.answer,
+        reward=1,
+        phrase="",
+        init_text="",
+        revision_text=lm.text(ids),
+        finished=finished,
+        prompt_ids=problem.prompt_ids,
+        init_ids=[],
+        phrase_ids=[],
+        revision_ids=ids,
+    )
+
+
+def worked_solutions(task: Task, args: Namespace) -> list[Trace]:
+    solutions, eos = load_solutions(task, args), task.lm.tokenizer.eos_token_id
+    traces = []
+    for problem in task.problems:
+        ids = solutions[problem.key] + [eos]
+        if len(problem.prompt_ids) + len(ids) > task.lm.context:
+            fail(f"a worked solution of {len(ids)} tokens does not fit the context")
+        traces.append(without_attempt(task.lm, problem, ids, True))
+    return traces
 
 
 def right_responses(lm: LM, groups: list[Group]) -> list[Trace]:
-    """The distinct right responses, as stage 1 trains on them: a trace without a first attempt and
-    without a phrase."""
+    """The distinct right responses."""
     traces = {}
     for g in groups:
         for y, r in zip(g.responses, g.rewards):
             if r:
-                traces[g.problem.key, tuple(y.ids), y.finished] = Trace(
-                    problem=g.problem.text,
-                    answer=g.problem.answer,
-                    reward=1,
-                    phrase="",
-                    init_text="",
-                    revision_text=lm.text(y.ids),
-                    finished=y.finished,
-                    prompt_ids=g.problem.prompt_ids,
-                    init_ids=[],
-                    phrase_ids=[],
-                    revision_ids=y.ids,
-                )
+                same = g.problem.key, tuple(y.ids), y.finished
+                traces[same] = without_attempt(lm, g.problem, y.ids, y.finished)
     return list(traces.values())
 
 
@@ -154,10 +171,12 @@ def collect(task: Task, args: Namespace, run: Run) -> list[Trace]:
     return [Trace(**json.loads(line)) for line in open(path)]
 
 
-def rft(task: Task, args: Namespace, run: Run) -> None:
+def fine_tune(task: Task, args: Namespace, run: Run) -> None:
+    """sft and rft."""
     run.evaluate(0)
     args.terms = "generation"
-    model, steps = task.lm.model, plan(args, collect(task, args, run))
+    traces = worked_solutions(task, args) if args.method == "sft" else collect(task, args, run)
+    model, steps = task.lm.model, plan(args, traces)
     layer = OutputLayer(model, task.lm.vocab_size)
 
     def learn(step: int) -> dict:
@@ -261,7 +280,7 @@ def sdpo_examples(groups: list[Group], phrase_ids: list[int]) -> list[Shown]:
 
 
 def load_solutions(task: Task, args: Namespace) -> dict[str, list[int]]:
-    """What SDFT's teacher is shown, ids by the problem's key: gold answers, or another column."""
+    """Worked solutions, ids by the problem's key: gold answers, or another column."""
     texts = {p.key: p.answer for p in task.problems}
     if args.solution_column:
         # a worked solution is text, whatever the verifier wants of an answer
@@ -370,7 +389,7 @@ def parse_arguments(argv: list[str] | None = None) -> Namespace:
         if getattr(args, name) is not None and args.method not in methods:
             fail(f"--{name.replace('_', '-')} belongs to --method {' and '.join(methods)}")
     args.group = args.group or GROUP[args.method]
-    if args.method != "rft" and args.batch_size % args.group:
+    if args.batch_size % args.group and args.method != "rft":
         fail(f"--batch-size {args.batch_size} responses are not whole groups of {args.group}")
     if args.method in ("grpo", "sdpo") and args.group == 1:
         fail(f"--group 1 has no other response that --method {args.method} could learn from")
@@ -393,8 +412,8 @@ def main(argv: list[str] | None = None) -> None:
     run = Run(task)
     if run.complete:
         return
-    if args.method == "rft":
-        rft(task, args, run)
+    if args.method in ("sft", "rft"):
+        fine_tune(task, args, run)
     elif args.method == "grpo":
         grpo(task, args, run)
     elif args.method == "sdft":
