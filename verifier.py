@@ -21,7 +21,7 @@ Claimed equal (accuracy by category: tests/bench_verifier.py):
   fractions    a/b, \frac, \dfrac, \tfrac, mixed numbers; lowest terms or not
   percentages  50% = 0.5 = 1/2; and 50% = 50, since gold answers to "what percent" lack the sign
   powers       2^{10} = 1024; scientific notation 1.5 \times 10^3 = 1.5e3; 5!, \binom{5}{2}
-  irrationals  roots, pi, e, i, logarithms and trigonometric functions to 11 digits
+  irrationals  roots, pi, e, i, logarithms and trigonometric functions to 11 digits or more
   units        dropped when one side has none, else equal (cm = centimeters, $ = dollars, degrees)
   assignments  x = 5, f(2) = 5, m + n = 5, Area = 5 for 5; not 2x = 10 for 10
   tuples       in order; intervals with their brackets; vectors and matrices entry by entry
@@ -96,7 +96,7 @@ def is_equivalent(answer: str, gold: str) -> bool:
     of them is not a string.
     """
     _require_strings(answer=answer, gold=gold)
-    if max(len(answer), len(gold)) > 4000:
+    if max(len(answer), len(gold)) > _MAX_ANSWER:
         return answer.strip() == gold.strip()
     a, b = _clean(answer), _clean(gold)
     same = _same_choice(a, b)
@@ -143,11 +143,12 @@ def _require_strings(**arguments) -> None:
 
 # ------------------------------------------------------------------------------ finding the answer
 
+_MAX_ANSWER = 4000  # characters
 _MARKER = re.compile(r"""(?ix)
     (?P<box>\\f?box(?:ed)?(?:\s*(?:\{|\Z)|\s?(?P<digits>\d+)))
     |(?P<hash>\#{4,})
     |(?P<phrase>\b(?<!</)answers?\b(?:
-        (?:[^\n.:=\\]|\\(?!f?box)){0,60}?\s(?:is|are|was|equals|(?:would|should|will|must|to)\s+be)\b
+        (?:[^\n.:=\\a]|\\(?!f?box)|a(?!nswer)){0,60}?\s(?:is|are|was|equals|(?:would|should|will|must|to)\s+be)\b
             (?:\s+(?:therefore|thus|simply|then|just|indeed|actually|still|probably)\b)?[*:\s]*
             (?:(?<=\n)-\ )?         # the answer, in dollars, is therefore (a list of one)
         |>\s*                       # <answer>
@@ -160,17 +161,15 @@ _REMARK_BEFORE = re.compile(r"""(?ix)  # a common wrong answer is \boxed{13}; 12
     |not|instead\ of|rather\ than)[\s$*:(\\]*\Z""")
 _REMARK_AFTER = re.compile(r"""(?x)  # \boxed{13} is a common mistake
     [\s$)}\\]*(?:is|was|would\ be)\ (?:\w+\ ){0,2}(?:wrong|incorrect|not|mistake|error)\b""")
-_CONCLUSION = re.compile(r"""(?ix)  # before "answer"; where another word is an earlier box counts
-    [\s*_\#>"'($\\-]*(?:(?:so|thus|hence|therefore|then|and|now|wait|actually|finally|that|this|which
-    |it|we|means?|gives?|get|have|find|see|conclude|shows?|follows|is|in|the|our|my|its|final|correct
-    |right|required|desired|numerical|exact|simplified|revised|corrected|new|true|actual|overall
-    |short|text|boxed|conclusion|<think>|</think>|<)[\s*_]*)*""")
+_CONCLUDING = set("""so thus hence therefore then and now wait actually finally this that we it
+means gives get have conclude is the our my its final correct right required desired exact numerical
+simplified revised corrected new true actual think""".split())
 _EMPTY = re.compile(r"""(?isx)  # no answer in a box, or after a phrase; #### Step 2
     (?:\\text\{)?
         (?:\s|\.|…|\\[lc]?dots|\\[,;\ ]|_|\?|your|the|final|answer|number|letter|here)*\}?
     |(?:step|verif\w+|check\w*|solution|conclusion|explanation|note|analysis|case|part|summary)\b.*""")
 _REASON = re.compile(r"""(?ix)  # what may follow the answer in its sentence
-    [,;]?\s*\(?\b(?:because|since|which|where|when|so|as|if|but|hence|thus|therefore|after|from
+    \b(?:because|since|which|where|when|so|as|if|but|hence|thus|therefore|after|from
     |given|not|by|using|see|and\ (?:we|this|that|it|so|not))\b""")
 _FORMULA = re.compile(r"""(?x)  # in its delimiters, alone or before a unit, and no item of a list
     (?:\$\$?|\\[(\[])((?:[^$\\]|\\[^)\]])+)(?:\$\$?|\\[)\]])
@@ -180,9 +179,9 @@ _BOLD = re.compile(r"[A-Z][a-z]* [^\n*.]{3,100}\*\*([^*\n]{1,60})\*\*")  # It ta
 
 
 def _boxed(text: str, start: int) -> str | None:
-    """The content of the box that opens before `start`; None when it never closes."""
-    depth = 1
-    for match in re.compile(r"(?s)\\.|[{}]").finditer(text, start):  # (an escaped one is a set's)
+    """The content of the box that opens before `start`; None when it does not close."""
+    depth = 1  # of braces; escaped ones are those of a set
+    for match in re.compile(r"(?s)\\.|[{}]").finditer(text, start, start + _MAX_ANSWER):
         depth += {"{": 1, "}": -1}.get(match[0], 0)
         if depth == 0:
             return text[start : match.start()]
@@ -198,21 +197,21 @@ def _stated(text: str) -> str:
     if formula := _FORMULA.match(text):
         return " ".join(filter(None, formula.groups()))
     sentence = re.split(r"[.!?](?=[\s*]|$)|(?<=\w)\*\*(?!\w)|\n|<[|/]", text, maxsplit=1)[0]
-    stated = _REASON.split(sentence, maxsplit=1)[0].strip(" *,;:")
+    stated = _REASON.split(sentence, maxsplit=1)[0].strip(" *,;:").rstrip(" ,;(")
     return re.sub(r"\s\([A-Za-z][A-Za-z -]{3,}\)$", "", stated)  # 42 (forty-two)
 
 
 def _is_final(before: str, phrase: str, content: str) -> bool:
     """Whether a phrase states the final answer, whatever is boxed before it.
 
-    Rule: only words of conclusion are before "answer" in its clause (so the final answer is), no
-    word of doubt is in its sentence, and its content is mathematics, or at most three words of
-    which the first is not an ordinary one (positive, even).
+    Rule: every word before "answer" in its clause is one of _CONCLUDING (so the final answer is;
+    not: a wrong answer is), no word of doubt is in its sentence, and its content is mathematics,
+    or at most three words of which the first is not an ordinary one (positive, even).
     """
     sentence = re.split(r"[.!?]\s|\n", before)[-1]
-    clause = re.split(r"[.,;:—]", sentence)[-1]
+    clause = re.split(r"[.,;:—]", sentence)[-1].lower()
     in_doubt = re.search(r"\b(?:if|would|similar|other|previous)\b", sentence + phrase)
-    if in_doubt or not _CONCLUSION.fullmatch(clause):
+    if in_doubt or not {*re.findall(r"[^\W_]+", clause)} <= _CONCLUDING:
         return False
     if re.match(r"[-+$¤£€\\({\[.\d]", content):
         return True
@@ -246,11 +245,13 @@ and land wedge, < lt, > gt, ≤ le leq leqslant, ≥ ge geq geqslant, ≠ ne neq
 _IGNORED = r"""left right big Big bigl bigr Bigl Bigr bigg Bigg displaystyle textstyle quad qquad
 limits boxed mathit mathbb mathcal boldsymbol bm vec overrightarrow angle triangle hline bf rm it
 checkmark , ; : ! > ( ) [ ]"""  # these become a space
+_OPERATORS = "gcd lcm max min det"  # words, as in \\text{gcd}
 _GREEK = """alpha α beta β gamma γ delta δ epsilon ε varepsilon ε eta η theta θ lambda λ mu μ nu ν
 rho ρ sigma σ tau τ phi φ psi ψ omega ω Delta Δ Gamma Γ Omega Ω""".split()
 _COMMANDS = dict.fromkeys([" ", "\n", *_IGNORED.split()], " ")
 _COMMANDS.update((name, f" {name} ") for name in _FUNCTIONS)
 _COMMANDS.update((name, f" {letter} ") for name, letter in zip(_GREEK[::2], _GREEK[1::2]))
+_COMMANDS.update((name, f" ‹{name}› ") for name in _OPERATORS.split())
 for _line in re.split(", |\n", _SPELLINGS):
     _COMMANDS.update(dict.fromkeys(_line.split()[1:], f" {_line.split()[0]} "))
 
@@ -304,6 +305,8 @@ _REWRITES = [  # tests check every example, and every "in any order"
     # in any order
     (r"\*\*|__|\$", " "),  # **5** -> 5
     (r"-\s*([¤£€])", r"\1-"),  # -¤5 -> ¤-5
+    (r"([\w)]\^(?:\{[^{}]*\}|\w(?=\s))|!)\s*(?=\d)", r"\1*"),  # 2^6 3^5 -> 2^6*3^5; 8!2! -> 8!*2!
+    (r"(?i)\A[\s‹]*no (?:real )?solutions?[\s›]*\Z", "⦃⦄"),  # ‹No solution› -> ⦃⦄
 ]
 
 
@@ -478,6 +481,8 @@ class _Reader:
         if signs == "=" and sides[0].is_name and sides[0].kind == sides[1].kind == "()":
             pairs = zip(sides[0].items, sides[1].items, strict=True)  # (x, y) = (1, 2)
             return _Node("", [_Node("relation", pair, signs="=") for pair in pairs])
+        if signs == "=" and sides[1].is_name and not sides[0].is_name:  # 5 = x is x = 5
+            sides.reverse()
         if set(signs) <= {*">≥"}:
             sides, signs = sides[::-1], signs[::-1].translate({ord(">"): "<", ord("≥"): "≤"})
         return _Node("relation", sides, signs=signs)
@@ -519,7 +524,7 @@ class _Reader:
 
     def product(self, signs: str = "*/(√{⟦[", kinds: tuple = _FACTORS) -> _Node:
         node = self.power()
-        while self.sees(signs) or self.kind in (*kinds, self.also):
+        while self.sees(signs) or self.kind in kinds:
             operation = truediv if self.accept("*/") == "/" else mul
             node = _apply(operation, node, self.power())
         return node
@@ -528,13 +533,11 @@ class _Reader:
         signs = ""
         while self.sees("+-±"):
             signs += self.next()
-        node, self.also = self.atom(), ""
+        node = self.atom()
         if self.accept("^"):  # once: 2^3^4 is not TeX, and may be read in two ways
             node = _apply(_power, node, self.power() if self.sees("-") else self.atom())
-            self.also = "number"  # which may be the next factor: 2^6 3^5, 8!2!
         while self.accept("!"):
             node = _apply(lambda n: Fraction(math.factorial(_small(n))), node)
-            self.also = "number"
         node = _apply(neg, node) if signs.count("-") % 2 else node
         return _Node("±", [node, _apply(neg, node)]) if "±" in signs else node
 
@@ -603,13 +606,21 @@ class _Reader:
 
 
 def _read(text: str) -> _Node:
-    """The parsed answer; one with ± in it is a set."""
+    """The parsed answer; one with ± in it is a set.
+
+    Rule: inequalities joined by `and` hold together, and are not those joined by `or`.
+    """
     if len(text) > _MAX_LENGTH:
         raise ValueError("too long")
     nodes, items = _Reader(text).items(), []
     for node in nodes:
         items += node.items if node.kind == "±" else [node]
-    return nodes[0] if len(nodes) == 1 else _Node("±" if len(items) > len(nodes) else "", items)
+    if len(nodes) == 1:
+        return nodes[0]
+    joined = re.search(r"(?i)\b(?:and|or)\b", text)
+    if joined and any(set(node.signs) & {*"<≤≠"} for node in nodes):
+        return _Node(joined[0].lower(), nodes)
+    return _Node("±" if len(items) > len(nodes) else "", items)
 
 
 def _for_each_sign(function, nodes: list[_Node]) -> _Node:
@@ -626,7 +637,7 @@ def _for_each_sign(function, nodes: list[_Node]) -> _Node:
 # With these limits no text takes 100 ms (measured); a number of 2^13 bits is near 10^2400.
 _MAX_LENGTH, _MAX_DEPTH, _MAX_BITS = 600, 24, 2**13
 # Floats have 16 digits. A sum of 1e-13 of its terms, or a sine of 1e-15 of its argument, is a
-# rounding error and 0; equal floats may differ by 1e-11 of their size, for functions lose digits.
+# rounding error and 0. Which floats are equal: see _close.
 _CONSTANTS = {"π": complex(math.pi), "e": complex(math.e), "i": 1j}
 
 
@@ -714,9 +725,8 @@ def _same_text(a: str, b: str) -> bool:
     """Whether two cleaned answers are the same text, or equal mathematics."""
     if not a or not b or _plain(a) == _plain(b):
         return bool(a and b)
-    has_long_decimal = [re.search(r"\.0*[1-9]\d{6}", text) is not None for text in (a, b)]
     try:
-        return _Comparison(exact=sum(has_long_decimal) == 1).same(_read(a), _read(b))
+        return _Comparison().same(_read(a), _read(b))
     except (ValueError, ArithmeticError):  # not mathematics that this file reads, or without value
         return False
 
@@ -729,14 +739,13 @@ def _plain(text: str) -> str:
     return text.lower() if text.isalpha() and (len(text) > 2 or text.lower() == "no") else text
 
 
+_UNORDERED = {"", "⦃⦄"}, {"", "and"}, {"", "or"}, {"∪"}  # kinds that may be equal to each other
+
+
 class _Comparison:
-    """Compares parsed answers, with a bound on the work, which lists in lists multiply.
+    """Compares parsed answers, with a bound on the work, which lists in lists multiply."""
 
-    exact: one of the two has a long decimal, and floats equal nothing.
-    """
-
-    def __init__(self, exact: bool):
-        self.exact, self.left = exact, 2500  # comparisons, which take some 10 ms
+    left = 2500  # comparisons, which take some 10 ms
 
     def same(self, a: _Node, b: _Node) -> bool:
         self.left -= 10 if a.kind == "relation" else 1
@@ -760,7 +769,7 @@ class _Comparison:
         kinds, x, y = {kind.replace("±", "⦃⦄") for kind in (a.kind, b.kind)}, a.items, b.items
         if kinds == {"text"}:
             return _plain(x[0]) == _plain(y[0])
-        in_any_order = kinds <= {"", "⦃⦄"} or kinds == {"∪"}
+        in_any_order = any(kinds <= unordered for unordered in _UNORDERED)
         if in_any_order and _are_named(x) == _are_named(y):
             table = [[self.same(item, other) for other in y] for item in x]
             if "⦃⦄" in kinds:
@@ -776,17 +785,12 @@ class _Comparison:
         """
         if a.unit and b.unit and a.unit != b.unit:
             return False
-        equal = all(map(self.close, a.items, b.items))
+        equal = all(map(_close, a.items, b.items))
         if (a.unit == "%") == (b.unit == "%"):
             return equal
         percent, other = (a, b) if a.unit == "%" else (b, a)
-        hundredth = all(self.close(x, 100 * y) for x, y in zip(percent.items, other.items))
+        hundredth = all(_close(x, 100 * y) for x, y in zip(percent.items, other.items))
         return hundredth or equal and abs(percent.items[0]) >= 1
-
-    def close(self, x: Fraction | complex, y: Fraction | complex) -> bool:
-        if isinstance(x, Fraction) and isinstance(y, Fraction):
-            return x == y
-        return not self.exact and abs(x - y) <= 1e-11 * max(abs(x), abs(y))
 
     def same_relation(self, a: _Node, b: _Node) -> bool:
         """Equations up to a constant factor, inequalities a positive one; others side by side.
@@ -804,7 +808,7 @@ class _Comparison:
         if x and y:
             ratios = [_apply(truediv, left, right).items for left, right in zip(x, y)]
             is_positive = all(c[0].real > 0 for c, sign in zip(ratios, a.signs) if sign not in "=≠")
-            return is_positive and all(self.close(c[0], x) for c in ratios for x in c)
+            return is_positive and all(_close(c[0], x) for c in ratios for x in c)
         turned = b.items[::-1] if a.signs in ("=", "≠") else b.items
         return all(map(self.same, a.items, b.items)) or all(map(self.same, a.items, turned))
 
@@ -834,12 +838,12 @@ class _Comparison:
         if node.kind in ("", "⦃⦄") and node.items and node.items[0].kind != "⦃⦄":
             if all(self.same(node.items[0], item) for item in node.items[1:]):
                 return node.items[:1]
-        relations = node.items if node.kind == "" else [node]
+        relations = node.items if node.kind in ("", "or") else [node]
         if any(item.kind != "relation" for item in relations):
             return []
         parts = [self.intervals(item) for item in relations]
         if not all(parts):
-            return self.said(node) if node.kind else []
+            return self.said(node) if node.kind == "relation" else []
         pieces = sum(parts, [])
         return pieces if len(pieces) == 1 else [_Node("∪", pieces)]
 
@@ -855,6 +859,20 @@ class _Comparison:
         if len(sides) > 3 or not sides[1].is_name or not set(signs) <= {*"<≤"}:
             return []
         return [_Node("(["[signs[0] == "≤"] + ")]"[signs[1] == "≤"], sides[::2])]
+
+
+def _close(x: Fraction | complex, y: Fraction | complex) -> bool:
+    """Whether exact numbers are equal, or floats to 11 digits, or one of each to 13.
+
+    Rule: a float equals no decimal of four places or more, which would be an irrational number
+    rounded (1.41421356237309 is not the root of 2).
+    """
+    exact = [number for number in (x, y) if isinstance(number, Fraction)]
+    if len(exact) == 2:
+        return x == y
+    if any(number.denominator > 1024 and 10**400 % number.denominator == 0 for number in exact):
+        return False
+    return abs(x - y) <= (1e-13 if exact else 1e-11) * max(abs(x), abs(y))
 
 
 def _differences(relation: _Node) -> list[_Node]:
@@ -883,6 +901,8 @@ def _rounds(exact: _Node, rounded: _Node) -> bool:
     if not match or not exact.kind == rounded.kind == "value" or not exact.is_constant:
         return False
     x, y = exact.items[0], rounded.items[0]
+    if len(re.sub(r"\*.*|\D", "", rounded.text).lstrip("0")) < 2 and x != y:
+        return False
     if rounded.unit == "%" != exact.unit:
         x = 100 * x
     return abs(x - y) <= Fraction(10) ** (int(match[2] or 0) - len(match[1])) / 2
