@@ -161,9 +161,11 @@ _REMARK_BEFORE = re.compile(r"""(?ix)  # a common wrong answer is \boxed{13}; 12
     |not|instead\ of|rather\ than)[\s$*:(\\]*\Z""")
 _REMARK_AFTER = re.compile(r"""(?x)  # \boxed{13} is a common mistake
     [\s$)}\\]*(?:is|was|would\ be)\ (?:\w+\ ){0,2}(?:wrong|incorrect|not|mistake|error)\b""")
-_CONCLUDING = set("""so thus hence therefore then and now wait actually finally this that we it
+_CONCLUDING = set(
+    """so thus hence therefore then and now wait actually finally this that we it
 means gives get have conclude is the our my its final correct right required desired exact numerical
-simplified revised corrected new true actual think""".split())
+simplified revised corrected new true actual think""".split()
+)
 _EMPTY = re.compile(r"""(?isx)  # no answer in a box, or after a phrase; #### Step 2
     (?:\\text\{)?
         (?:\s|\.|…|\\[lc]?dots|\\[,;\ ]|_|\?|your|the|final|answer|number|letter|here)*\}?
@@ -210,7 +212,7 @@ def _is_final(before: str, phrase: str, content: str) -> bool:
     """
     sentence = re.split(r"[.!?]\s|\n", before)[-1]
     clause = re.split(r"[.,;:—]", sentence)[-1].lower()
-    in_doubt = re.search(r"\b(?:if|would|similar|other|previous)\b", sentence + phrase)
+    in_doubt = re.search(r"(?i)\b(?:if|would|similar|other|previous)\b", sentence + phrase)
     if in_doubt or not {*re.findall(r"[^\W_]+", clause)} <= _CONCLUDING:
         return False
     if re.match(r"[-+$¤£€\\({\[.\d]", content):
@@ -322,27 +324,26 @@ def _clean(text: str) -> str:
 
 _LETTER = "[A-Za-zΑ-Ωα-ορ-ω]"  # without pi
 _INDEX = r"(?:_(?:\w|\{\w{1,9}\})'*|'+)"
-_NAME = rf"(?:{_LETTER}{_INDEX}|P\s?\([^(),]*(?:[=<>≤≥|∪‹]|\\cap)[^(),]*\))"  # x_1, x', P(X = 2)
-_CALL = rf"""(?:[fgFG]{_INDEX}?(?:\^(?:\{{-?\w+\}}|\w))?(?=\s*\()  # f(x + 1), f^{{-1}}(2), P(x)
-    |(?![ei]\s*\(){_LETTER}{_INDEX}?(?=\s*\(\s*(?:[\d.]+|{_LETTER}{_INDEX}?)\s*\)))"""
+_NAME = rf"(?:{_LETTER}{_INDEX}|P\([^()]*(?:[=<>≤≥|∪‹]|\\cap)[^()]*\))"  # x_1, x', P(X = 2)
+_CALL = rf"""(?:[fgFG]{_INDEX}?(?:\^\{{-?\w+\}})?(?=\s*\()  # f(x + 1), f^{{-1}}(2), P(x)
+    |{_LETTER}{_INDEX}?(?=\s*\(\s*(?:[\d.]+|{_LETTER}{_INDEX}?)\s*\)))"""
 _TOKEN = re.compile(rf"""(?x)  # a number may have groups of three digits: 1,234 or 1 234
     \s*(?:(?P<and>[,;&]|(?i:‹?\s*(?:and|or)(?![A-Za-z])\s*›?))
-    |‹(?P<word>[^‹›]*)›
-    |(?P<number>(?:(?<![\d.,^_])\d{{1,3}}(?:(?:,\d{{3}})+(?!,?\d)|(?:[ ]\d{{3}})+(?![\d/,]|[ ]\d))
-        |\d+)(?:\.\d+)?(?:[eE][+-]?\d{{1,3}}(?![\w^]))?|\.\d+)
-    |(?P<function>(?i:{"|".join(_FUNCTIONS)})(?![A-Za-z]))
+    |‹(?P<word>[^›]*)›
+    |(?P<number>(?:(?<![\^_])\d{{1,3}}(?:(?:,\d{{3}})+|(?:[ ]\d{{3}})+)(?![, ]?\d)
+        |\d+)(?:\.\d+)?(?:[eE][+-]?\d{{1,3}})?|\.\d+)
+    |(?P<function>(?:{"|".join(_FUNCTIONS)})(?![A-Za-z]))
     |(?P<name>{_NAME}|[π∞])|(?P<call>{_CALL})|(?P<letters>(?:(?!{_CALL}){_LETTER})+)
     |(?P<command>\\[A-Za-z]+)|(?P<close>[}}⦄)\]⟧⏎])|(?P<sign>\S))""")
 _SIDE_NAME = re.compile(rf"""(?x)  # x, m + n, a/b, sin A, f^{{-1}}(2), [ABC]; not 2x, x + 1, x^2
-    (?!-)(?:(?!log|ln|exp)(?:{_NAME}|{_LETTER})(?:\^\{{-1\}}(?=\())?(?:\(-?\d[\d./]*\))?
-    |\\frac|[-+*/(),|{{}}⟦⟧⏎&[\]])+""")
+    (?!-)(?:(?!log|ln|exp)(?:{_NAME}|{_LETTER})(?:\^\{{-1\}}(?=\())?(?:\(-?\d+\))?
+    |\\frac|[-+*/(),|{{}}⟦⟧⏎[\]])+""")
 _NUMBER_WORD = re.compile(r"""(?x)  # not a unit: it changes the number before it, as in 3 halves
     hal(?:f|fs|ves?)|thirds?|quarters?|(?:four|fif|six|seven|eigh|nin|ten|eleven|twelf|\w+teen
     |\w+tie|hundred|thousand|\w+illion)ths?|tens|dozens?|hundreds?|thousands?|[mbtr]+illions?|score
     |\w+(?:teen|ty)|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|twice|thrice
     |least|most|double|triple|squared|cubed|doubled|tripled|halved|factorial|plus|minus|negative|point|remainder""")
-_SCALES = {"hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9}
-_SCALES |= {"trillion": 10**12, "half": Fraction(1, 2), "halves": Fraction(1, 2), "dozen": 12}
+_SCALES = {"thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 _FACTORS = "name", "call", "function", "command"  # what may be a factor without a sign before it
 _LINKS = "/ * - a an to by as at on for with than from".split()  # in a unit of several words
 
@@ -375,7 +376,7 @@ def _tokens(text: str) -> list[tuple[str, str]]:
     """
     tokens, opened = [("and", "")], 0  # what begins a statement
     for match in _TOKEN.finditer(text):
-        kind, token = match.lastgroup, match[match.lastgroup].strip()
+        kind, token = match.lastgroup, match[match.lastgroup]
         opened += (token in "([⦃") - (token in ")]⦄")
         if kind == "letters":
             tokens += _letters(token, *tokens[-1], match[0][0].isspace())
@@ -400,18 +401,17 @@ def _letters(run: str, kind: str, before: str, spaced: bool) -> list[tuple[str, 
     if len(run) == 1 or run in ("dx", "dy", "dz", "dt", "du", "dv", "dr", "ds"):
         return [("name", run)]
     begins = kind == "and" or before in "=<>≤≥≠≈∈([⦃"
-    is_unit = low in _UNITS and (follows or kind == "name" and spaced)
-    is_word = (begins or follows and spaced) and _is_wordlike(run)
-    if kind == "word" or is_unit or is_word or begins and low in ("no", "on", "is"):
+    is_unit = low in _UNITS and kind in ("number", "close", "name")
+    is_word = (begins or follows and spaced) and _is_wordlike(low)
+    if kind == "word" or is_unit or is_word or low in ("no", "on", "is"):
         return [("word", run)]
     return [("name", letter) for letter in run]
 
 
-def _is_wordlike(run: str) -> bool:
+def _is_wordlike(word: str) -> bool:
     """Three letters or more, with a vowel, not in alphabetical order as factors are (abc)."""
-    low = run.lower()
-    in_order = list(low) == sorted(set(low)) and not low.endswith("s")  # (but chips, films)
-    return len(low) > 2 and re.search("[aeiou]", low) is not None and not in_order
+    in_order = list(word) == sorted(set(word)) and not word.endswith("s")  # (but chips, films)
+    return len(word) > 2 and re.search("[aeiou]", word) is not None and not in_order
 
 
 def _unit(text: str, constant: bool) -> str:
@@ -421,12 +421,12 @@ def _unit(text: str, constant: bool) -> str:
     expression with variables only a known unit is.
     """
     words = []
-    for word in re.sub(r"\bper\b|/", " / ", text.lower()).replace("^ ", "^").split():
+    for word in re.sub(r"\bper\b|/", " / ", text.lower()).split():
         name, _, power = word.strip(".").partition("^")
         is_word = constant and all(map(_is_wordlike, name.split("-")))
         if _NUMBER_WORD.fullmatch(name) or not (name in _UNITS or name in _LINKS or is_word):
             raise ValueError("no unit")
-        prefix = {"": "", "2": "sq ", "3": "cubic "}.get(power, power)
+        prefix = {"2": "sq ", "3": "cubic "}.get(power, power)
         words.append(prefix + _UNITS.get(name, name.removesuffix("s")))
     return " ".join(words).replace("mi / h", "mph")
 
@@ -462,7 +462,7 @@ class _Reader:
         """Statements between commas, semicolons, `and`, `or`, up to the end or a bracket."""
         items = []
         while not items or self.kind == "and":
-            while items and self.kind == "and":
+            while self.kind == "and":
                 self.next()
             items.append(self.statement())
         return items if self.kind == end else self.fail()
@@ -478,11 +478,11 @@ class _Reader:
             return sides[0]
         if signs == "∈" and sides[0].is_name:
             return sides[1]
-        if signs == "=" and sides[0].is_name and sides[0].kind == sides[1].kind == "()":
-            pairs = zip(sides[0].items, sides[1].items, strict=True)  # (x, y) = (1, 2)
-            return _Node("", [_Node("relation", pair, signs="=") for pair in pairs])
         if signs == "=" and sides[1].is_name and not sides[0].is_name:  # 5 = x is x = 5
             sides.reverse()
+        if signs == "=" and sides[0].kind == sides[1].kind == "()":
+            pairs = zip(sides[0].items, sides[1].items, strict=True)  # (x, y) = (1, 2)
+            return _Node("", [_Node("relation", pair, signs="=") for pair in pairs])
         if set(signs) <= {*">≥"}:
             sides, signs = sides[::-1], signs[::-1].translate({ord(">"): "<", ord("≥"): "≤"})
         return _Node("relation", sides, signs=signs)
@@ -491,7 +491,7 @@ class _Reader:
         """A sum with its unit, words, or brackets joined by ∪ or ∖."""
         if self.kind == "word":
             words = []
-            while self.kind in ("word", "name") or self.sees("-"):
+            while self.kind in ("word", "name"):
                 words.append(self.next())
             if self.sees("("):  # Area(ABC), gcd(4, 6)
                 start = len(self.read)
@@ -505,8 +505,8 @@ class _Reader:
                 parts, other = node.items if node.kind == "∪" else [node], self.sum()
                 node = _without_points(node, other) if sign == "∖" else _Node("∪", [*parts, other])
             return node
-        while self.kind == "word" and self.token.lower() in _SCALES:
-            node = _apply(mul, node, _number(_SCALES[self.next().lower()]))
+        while self.token in _SCALES:
+            node = _apply(mul, node, _number(_SCALES[self.next()]))
         unit = ""  # words, signs like %, and powers and quotients of them: cm^2, m/s, °C
         while self.kind == "word" or self.sees("%°¤£€¢") or unit and self.sees("^/*{}-"):
             unit += " " * (self.kind == "word") + self.next()
@@ -547,13 +547,13 @@ class _Reader:
             raise ValueError("too deep")
         kind, token = self.kind, self.next()
         if kind == "number":
-            node = _number(token) if not self.sees("_") else self.fail()  # in another base
+            node = _number(token)
         elif kind == "name":
             node = _symbol(re.sub("[{} ]", "", token))
         elif kind == "call":  # a variable named after the function and its argument
             node = _apply(lambda x: _symbol(f"{token}({complex(x):.9g})").items[0], self.atom())
         elif kind == "function":
-            node = self.function(token.lower())
+            node = self.function(token)
         elif token in (r"\frac", r"\binom"):
             node = _apply(truediv if token == r"\frac" else _binomial, self.atom(), self.atom())
         elif token == "√":
@@ -574,7 +574,7 @@ class _Reader:
         scripts = {}
         while self.sees("^_"):
             sign = self.next()
-            scripts[sign] = self.power() if self.sees("-") else self.atom()
+            scripts[sign] = self.atom()
         argument = (
             self.atom() if self.sees("(") else self.product("√{", ("name", "call", "command"))
         )
@@ -595,10 +595,10 @@ class _Reader:
         return _Node("[]", rows)
 
     def bracket(self, left: str) -> _Node:
-        items = [] if self.kind == "close" else self.items("close")
+        items = self.items("close")
         kind = left + (self.accept({"{": "}", "⦃": "⦄"}.get(left, ")]")) or self.fail())
         if len(items) == 1 and kind in ("()", "[]", "{}"):
-            return self.fail() if items[0].kind == "relation" else items[0]
+            return items[0]
         if kind == "⦃⦄":  # {±1, ±2} has four elements
             items = sum((x.items if x.kind == "±" else [x] for x in items), [])
         kind = "" if kind == "{}" else kind
@@ -723,8 +723,8 @@ def _binomial(n: Fraction | complex, k: Fraction | complex) -> Fraction | comple
 
 def _same_text(a: str, b: str) -> bool:
     """Whether two cleaned answers are the same text, or equal mathematics."""
-    if not a or not b or _plain(a) == _plain(b):
-        return bool(a and b)
+    if _plain(a) == _plain(b):
+        return a != ""
     try:
         return _Comparison().same(_read(a), _read(b))
     except (ValueError, ArithmeticError):  # not mathematics that this file reads, or without value
@@ -733,9 +733,8 @@ def _same_text(a: str, b: str) -> bool:
 
 def _plain(text: str) -> str:
     """Text without spaces, a leading article and a full stop; words also without case."""
-    text = re.sub(r"(?i)^(?:the|an|a)\s(?=[a-z]{3})", "", re.sub("[‹›]", "", text).strip())
-    text = re.sub(r"(?<!\d)\s+|\s+(?!\d)", "", re.sub(r"\{(\w)\}(?!\w)", r"\1", text))
-    text = re.sub(r"^[,;:]+|[.,;:]+$", "", text)  # a leading point is a decimal point
+    text = re.sub(r"(?i)^(?:the|an|a)\s(?=[a-z]{3})", "", re.sub("[‹›]", "", text))
+    text = re.sub(r"\s+(?!\d)", "", re.sub(r"\{(\w)\}", r"\1", text))
     return text.lower() if text.isalpha() and (len(text) > 2 or text.lower() == "no") else text
 
 
@@ -758,7 +757,7 @@ class _Comparison:
         if self.same_group(a, b):
             return True
         for x, y in ((a, b), (b, a)):
-            if y.kind != "relation" and any(self.same(meaning, y) for meaning in self.meanings(x)):
+            if any(self.same(meaning, y) for meaning in self.meanings(x)):
                 return True
         return False
 
@@ -772,10 +771,7 @@ class _Comparison:
         in_any_order = any(kinds <= unordered for unordered in _UNORDERED)
         if in_any_order and _are_named(x) == _are_named(y):
             table = [[self.same(item, other) for other in y] for item in x]
-            if "⦃⦄" in kinds:
-                return all(map(any, table)) and all(map(any, zip(*table))) and bool(x) == bool(y)
-            # as often in one as in the other
-            return len(x) == len(y) and all(0 < sum(row) == table.count(row) for row in table)
+            return all(map(any, table)) and all(map(any, zip(*table)))
         alike = a.kind == b.kind or kinds == {"", "()"}  # "1, 2" may be the point (1, 2)
         return alike and len(x) == len(y) and all(map(self.same, x, y))
 
@@ -799,7 +795,7 @@ class _Comparison:
         a variable in both differences, as in 1 + 1 = 2, every factor would do, and none is tried.
         """
         x, y, names = self.said(a), self.said(b), f"{a.items[0].text} {b.items[0].text}"
-        named = x and y and re.fullmatch(r"(.*) \1|y [a-zA-Z]\(x\)|[a-zA-Z]\(x\) y", names)
+        named = x and y and re.fullmatch(r"(.*) \1|y \w\(x\)|\w\(x\) y", names)
         if named and self.same(x[0], y[0]):
             return True
         if a.signs != b.signs:
@@ -888,7 +884,7 @@ def _are_named(items: list[_Node]) -> bool:
     """Whether the values of a list have different names (x = 1, y = 2) or units (3 m, 4 s)."""
     names = []
     for item in items:
-        named = item.kind == "relation" and item.items[0].is_name and item.signs[0] == "="
+        named = item.kind == "relation"
         names.append(item.items[0].text if named else item.unit)
     return all(names) and len(set(names)) > 1
 
@@ -896,7 +892,7 @@ def _are_named(items: list[_Node]) -> bool:
 def _rounds(exact: _Node, rounded: _Node) -> bool:
     """Whether a number, as it was written, is the other one rounded to its last place."""
     match = re.fullmatch(
-        r"[¤£€]?-?(?=\.?\d)\d*\.?(\d*)(?:\*10\^\{?(-?\d+)\}?)?[^\d+*/^-]*", rounded.text
+        r"[¤£€]?-?(?=\.?\d)\d*\.?(\d*)(?:\*10\^\{?(-?\d+)\}?)?[^\d*/^]*", rounded.text
     )
     if not match or not exact.kind == rounded.kind == "value" or not exact.is_constant:
         return False
@@ -921,13 +917,13 @@ def _without_points(node: _Node, points: _Node) -> _Node:
 
 
 _CHOICE = re.compile(r"""(?x)  # and its text, with no other choice in it: A. 12, not (A) or (B)
-    (?:[Oo]ption\ |[Cc]hoice\ )?\(?\s*([A-J])(?:\s*[).:]+(?!\s*(?:or|and|not|[/,])(?!\w))
-    (?!.*\b[A-J]\s*[).:]|\s*[A-J](?:,|$))\s*(.*))?""")
+    (?:(?i:option|choice)\ )?\(?\s*([A-J])(?:\s*[).:]+(?!\s*(?:or|and|not|[/,]))
+    (?!.*\b[A-J]\s*[).:])\s*(.*))?""")
 _FILLER = re.compile(r"""(?ix)  # words around an answer
-    ‹?\b(?:(?:the\ )?(?:final\ )?answer\ is|approximately|about|roughly|around|exactly|only|just
-    |a\ total\ of|is|equals|equal\ to|either|both)\b›?\s*
+    ‹?\b(?:(?:the\ )?(?:final\ )?answer\ is|approximately|about|exactly
+    |a\ total\ of|is|equals|equal\ to|either|both)\b\ ?›?\s*
     |(?<=[^\s,])(?:[ ,]*‹?(?:altogether|in\ total|in\ all|overall|combined|total)
-    |,\ ?‹?(?:respectively|exactly|precisely|only|each|so\ far|now|of\ course))›?\s*\Z""")
+    |,\ ?‹?(?:respectively|exactly|precisely|each|so\ far|now|of\ course))›?\s*\Z""")
 _LABELLED = re.compile(r"""(?sx)  # total cost: 5, A(1, 2); the other answer needs no label
     ((?=[^:\d]*[A-Za-z]{3})[A-Za-z‹][^=:<>≤≥≠≈∈\d]{0,60}:(?!\s*$)|[A-Z]\ ?(?=\([^()]*,)|)(.*)""")
 

@@ -265,6 +265,19 @@ def fuzz(seconds: float, seed: int) -> None:
         runs += 1
     print(f"{runs} inputs, {failures.total()} exceptions {dict(failures)}")
     print(f"slowest {slowest[0] * 1000:.0f} ms: {len(slowest[1])} characters, {slowest[1][:120]!r}")
+    hostile_times()
+
+
+def hostile_times() -> None:
+    """The slowest of the hostile texts of the tests, in CPU time, the best of three runs."""
+    from test_verifier import HOSTILE  # which needs pytest
+
+    times = {}
+    for name, text in HOSTILE.items():
+        golds = (r"\frac{1}{2}", "1, 2, 3", text.replace("1", "2"))
+        times[name] = max(min(timed(text, gold) for _ in range(3)) for gold in golds)
+    slowest = sorted(times.items(), key=lambda item: -item[1])[:5]
+    print("hostile texts:", ", ".join(f"{name} {1000 * t:.0f} ms" for name, t in slowest))
 
 
 def timed(text: str, gold: str) -> float:
