@@ -25,15 +25,17 @@ Claimed equal (accuracy by category: tests/bench_verifier.py):
   units        dropped when one side has none, else equal (cm = centimeters, $ = dollars, degrees)
   assignments  x = 5, f(2) = 5, m + n = 5, Area = 5 for 5; not 2x = 10 for 10
   tuples       in order; intervals with their brackets; vectors and matrices entry by entry
-  sets, lists  in any order, but 2, 1 is not x = 1, y = 2; {1, 2} is not (1, 2)
+  sets, lists  in any order and however often; 2, 1 is not x = 1, y = 2; {1, 2} is not (1, 2)
   expressions  polynomial and rational ones: 2(x+1) = 2x+2. The case of a letter counts.
   relations    equations up to a constant factor, inequalities a positive one; x > 3 = (3, \infty)
   choices      (B) = B = \text{B} = B. 12; ACD = A, C, D; words as they are spelled, in any case
-Not claimed: conversion of units, number words, decimal commas, multiples of matrices, determinants,
+Not claimed: conversion of units, number words (but thousand, million), decimal commas, multiples of matrices, determinants,
 set-builder notation, \mp, \choose (but \binom), sets after a minus (but \setminus), conditions that
-hold together as intervals (x > 0 and x < 1; x \ne 1, x \ne 2), the environments cases and aligned,
-answers longer than 600 characters, numbers beyond 10^2400; ratios (3:4), congruences (3 \pmod 7),
-times and numbers in other bases count as written.
+hold together as intervals (x > 0 and x < 1; x \ne 1, x \ne 2), "5 or so", decimals of more than ten
+right digits that are multiplied by an irrational number (0.33333333333\pi for \pi/3), the
+environments cases and aligned, answers longer than 600 characters, numbers beyond 10^2400; ratios
+(3:4), congruences (3 \pmod 7), times and numbers in other bases count as written. A word after a
+number is taken for its unit whatever it means: 5 wrong is 5, and 5 apples is not 5 pears.
 
 One answer through all steps: verify(r"So it is \boxed{\frac{1}{2}\text{ cm}}.", "0.5")
   extract_answer  \frac{1}{2}\text{ cm}
@@ -92,6 +94,8 @@ def verify(response: str, gold: str) -> bool:
 def is_equivalent(answer: str, gold: str) -> bool:
     """Whether two bare answers are equal, by the categories at the top of this file.
 
+    Rule: what is before a colon (total cost: 5), or a capital letter before a tuple (A(1, 2)), is a
+    label: it may be missing on one side, and is the same text if it is on both.
     Answers of more than 4,000 characters are equal only when identical. Raises TypeError when one
     of them is not a string.
     """
@@ -148,7 +152,8 @@ _MARKER = re.compile(r"""(?ix)
     (?P<box>\\f?box(?:ed)?(?:\s*(?:\{|\Z)|\s?(?P<digits>\d+)))
     |(?P<hash>\#{4,})
     |(?P<phrase>\b(?<!</)answers?\b(?:
-        (?:[^\n.:=\\a]|\\(?!f?box)|a(?!nswer)){0,60}?\s(?:is|are|was|equals|(?:would|should|will|must|to)\s+be)\b
+        (?:[^\n.:=\\a]|\\(?!f?box)|a(?!nswer)){0,60}?
+            \s(?:is|are|was|equals|(?:would|should|will|must|to)\s+be)\b
             (?:\s+(?:therefore|thus|simply|then|just|indeed|actually|still|probably)\b)?[*:\s]*
             (?:(?<=\n)-\ )?         # the answer, in dollars, is therefore (a list of one)
         |>\s*                       # <answer>
@@ -161,11 +166,9 @@ _REMARK_BEFORE = re.compile(r"""(?ix)  # a common wrong answer is \boxed{13}; 12
     |not|instead\ of|rather\ than)[\s$*:(\\]*\Z""")
 _REMARK_AFTER = re.compile(r"""(?x)  # \boxed{13} is a common mistake
     [\s$)}\\]*(?:is|was|would\ be)\ (?:\w+\ ){0,2}(?:wrong|incorrect|not|mistake|error)\b""")
-_CONCLUDING = set(
-    """so thus hence therefore then and now wait actually finally this that we it
-means gives get have conclude is the our my its final correct right required desired exact numerical
-simplified revised corrected new true actual think""".split()
-)
+_CONCLUDING = """so thus hence therefore then and now wait actually finally this that we it means gives
+get have conclude is the our my its final correct right required desired exact numerical simplified
+revised corrected new true actual think""".split()
 _EMPTY = re.compile(r"""(?isx)  # no answer in a box, or after a phrase; #### Step 2
     (?:\\text\{)?
         (?:\s|\.|…|\\[lc]?dots|\\[,;\ ]|_|\?|your|the|final|answer|number|letter|here)*\}?
@@ -213,7 +216,7 @@ def _is_final(before: str, phrase: str, content: str) -> bool:
     sentence = re.split(r"[.!?]\s|\n", before)[-1]
     clause = re.split(r"[.,;:—]", sentence)[-1].lower()
     in_doubt = re.search(r"(?i)\b(?:if|would|similar|other|previous)\b", sentence + phrase)
-    if in_doubt or not {*re.findall(r"[^\W_]+", clause)} <= _CONCLUDING:
+    if in_doubt or not set(re.findall(r"[^\W_]+", clause)) <= set(_CONCLUDING):
         return False
     if re.match(r"[-+$¤£€\\({\[.\d]", content):
         return True
@@ -247,7 +250,7 @@ and land wedge, < lt, > gt, ≤ le leq leqslant, ≥ ge geq geqslant, ≠ ne neq
 _IGNORED = r"""left right big Big bigl bigr Bigl Bigr bigg Bigg displaystyle textstyle quad qquad
 limits boxed mathit mathbb mathcal boldsymbol bm vec overrightarrow angle triangle hline bf rm it
 checkmark , ; : ! > ( ) [ ]"""  # these become a space
-_OPERATORS = "gcd lcm max min det"  # words, as in \\text{gcd}
+_OPERATORS = "gcd lcm max min det"  # words, as in \text{gcd}
 _GREEK = """alpha α beta β gamma γ delta δ epsilon ε varepsilon ε eta η theta θ lambda λ mu μ nu ν
 rho ρ sigma σ tau τ phi φ psi ψ omega ω Delta Δ Gamma Γ Omega Ω""".split()
 _COMMANDS = dict.fromkeys([" ", "\n", *_IGNORED.split()], " ")
@@ -330,7 +333,7 @@ _CALL = rf"""(?:[fgFG]{_INDEX}?(?:\^\{{-?\w+\}})?(?=\s*\()  # f(x + 1), f^{{-1}}
 _TOKEN = re.compile(rf"""(?x)  # a number may have groups of three digits: 1,234 or 1 234
     \s*(?:(?P<and>[,;&]|(?i:‹?\s*(?:and|or)(?![A-Za-z])\s*›?))
     |‹(?P<word>[^›]*)›
-    |(?P<number>(?:(?<![\^_])\d{{1,3}}(?:(?:,\d{{3}})+|(?:[ ]\d{{3}})+)(?![, ]?\d)
+    |(?P<number>(?:(?<![,^_])\d{{1,3}}(?:(?:,\d{{3}})+|(?:[ ]\d{{3}})+)(?![, ]?\d)
         |\d+)(?:\.\d+)?(?:[eE][+-]?\d{{1,3}})?|\.\d+)
     |(?P<function>(?:{"|".join(_FUNCTIONS)})(?![A-Za-z]))
     |(?P<name>{_NAME}|[π∞])|(?P<call>{_CALL})|(?P<letters>(?:(?!{_CALL}){_LETTER})+)
@@ -342,7 +345,8 @@ _NUMBER_WORD = re.compile(r"""(?x)  # not a unit: it changes the number before i
     hal(?:f|fs|ves?)|thirds?|quarters?|(?:four|fif|six|seven|eigh|nin|ten|eleven|twelf|\w+teen
     |\w+tie|hundred|thousand|\w+illion)ths?|tens|dozens?|hundreds?|thousands?|[mbtr]+illions?|score
     |\w+(?:teen|ty)|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|twice|thrice
-    |least|most|double|triple|squared|cubed|doubled|tripled|halved|factorial|plus|minus|negative|point|remainder""")
+    |least|most|double|triple|squared|cubed|doubled|tripled|halved
+    |factorial|plus|minus|negative|point|remainder""")
 _SCALES = {"thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 _FACTORS = "name", "call", "function", "command"  # what may be a factor without a sign before it
 _LINKS = "/ * - a an to by as at on for with than from".split()  # in a unit of several words
@@ -363,7 +367,10 @@ class _Node(NamedTuple):
 
     @property
     def is_name(self) -> bool:
-        """Whether it only names what is asked for."""
+        """Whether it only names what is asked for.
+
+        Rule: words, or letters joined by + - * / and brackets, without numbers, powers, ln or exp.
+        """
         return self.kind == "text" or _SIDE_NAME.fullmatch(self.text) is not None
 
 
@@ -403,7 +410,7 @@ def _letters(run: str, kind: str, before: str, spaced: bool) -> list[tuple[str, 
     begins = kind == "and" or before in "=<>≤≥≠≈∈([⦃"
     is_unit = low in _UNITS and kind in ("number", "close", "name")
     is_word = (begins or follows and spaced) and _is_wordlike(low)
-    if kind == "word" or is_unit or is_word or low in ("no", "on", "is"):
+    if kind == "word" or is_unit or is_word or begins and low in ("no", "on", "is"):
         return [("word", run)]
     return [("name", letter) for letter in run]
 
@@ -468,7 +475,10 @@ class _Reader:
         return items if self.kind == end else self.fail()
 
     def statement(self) -> _Node:
-        """A quantity, or a relation between several: x = 2, 1 < x < 3. `x ∈ A` is only A."""
+        """A quantity, or a relation between several: x = 2, 1 < x < 3.
+
+        Rule: `x ∈ A` is only A, and what has a name only on its right (5 = x) is turned around.
+        """
         sides, signs = [], ""
         while not sides or self.sees("=<>≤≥≠≈∈"):
             signs += self.next() if sides else ""
@@ -478,7 +488,7 @@ class _Reader:
             return sides[0]
         if signs == "∈" and sides[0].is_name:
             return sides[1]
-        if signs == "=" and sides[1].is_name and not sides[0].is_name:  # 5 = x is x = 5
+        if signs == "=" and sides[1].is_name and not sides[0].is_name:
             sides.reverse()
         if signs == "=" and sides[0].kind == sides[1].kind == "()":
             pairs = zip(sides[0].items, sides[1].items, strict=True)  # (x, y) = (1, 2)
@@ -881,7 +891,7 @@ def _differences(relation: _Node) -> list[_Node]:
 
 
 def _are_named(items: list[_Node]) -> bool:
-    """Whether the values of a list have different names (x = 1, y = 2) or units (3 m, 4 s)."""
+    """Whether every item of a list has a name (x = 1, y = 2) or a unit (3 m, 4 s), not all one."""
     names = []
     for item in items:
         named = item.kind == "relation"
@@ -890,9 +900,12 @@ def _are_named(items: list[_Node]) -> bool:
 
 
 def _rounds(exact: _Node, rounded: _Node) -> bool:
-    """Whether a number, as it was written, is the other one rounded to its last place."""
+    """Whether a number, as it was written, is the other one rounded to its last place.
+
+    Rule: a rounded number has two digits or more, for 1/3 ≈ 0 would be an answer and a guess.
+    """
     match = re.fullmatch(
-        r"[¤£€]?-?(?=\.?\d)\d*\.?(\d*)(?:\*10\^\{?(-?\d+)\}?)?[^\d*/^]*", rounded.text
+        r"[¤£€]?-?(?=\.?\d)\d*\.?(\d*)(?:\*10\^\{?(-?\d+)\}?)?[^\d+*/^-]*", rounded.text
     )
     if not match or not exact.kind == rounded.kind == "value" or not exact.is_constant:
         return False
@@ -924,7 +937,7 @@ _FILLER = re.compile(r"""(?ix)  # words around an answer
     |a\ total\ of|is|equals|equal\ to|either|both)\b\ ?›?\s*
     |(?<=[^\s,])(?:[ ,]*‹?(?:altogether|in\ total|in\ all|overall|combined|total)
     |,\ ?‹?(?:respectively|exactly|precisely|each|so\ far|now|of\ course))›?\s*\Z""")
-_LABELLED = re.compile(r"""(?sx)  # total cost: 5, A(1, 2); the other answer needs no label
+_LABELLED = re.compile(r"""(?sx)  # total cost: 5, A(1, 2); the label may be empty
     ((?=[^:\d]*[A-Za-z]{3})[A-Za-z‹][^=:<>≤≥≠≈∈\d]{0,60}:(?!\s*$)|[A-Z]\ ?(?=\([^()]*,)|)(.*)""")
 
 
