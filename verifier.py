@@ -29,13 +29,13 @@ Claimed equal (accuracy by category: tests/bench_verifier.py):
   expressions  polynomial and rational ones: 2(x+1) = 2x+2. The case of a letter counts.
   relations    equations up to a constant factor, inequalities a positive one; x > 3 = (3, \infty)
   choices      (B) = B = \text{B} = B. 12; ACD = A, C, D; words as they are spelled, in any case
-Not claimed: conversion of units, number words (but thousand, million), decimal commas, multiples of matrices, determinants,
-set-builder notation, \mp, \choose (but \binom), sets after a minus (but \setminus), conditions that
-hold together as intervals (x > 0 and x < 1; x \ne 1, x \ne 2), "5 or so", decimals of more than ten
-right digits that are multiplied by an irrational number (0.33333333333\pi for \pi/3), the
-environments cases and aligned, answers longer than 600 characters, numbers beyond 10^2400; ratios
-(3:4), congruences (3 \pmod 7), times and numbers in other bases count as written. A word after a
-number is taken for its unit whatever it means: 5 wrong is 5, and 5 apples is not 5 pears.
+Not claimed: conversion of units, number words (but thousand, million), decimal commas, multiples of
+matrices, determinants, set-builder notation, \mp, \choose (but \binom), sets after a minus (but
+\setminus), conditions that hold together as intervals (x > 0 and x < 1; x \ne 1, x \ne 2), "5 or
+so", the environments cases and aligned, answers longer than 600 characters, numbers beyond 10^2400.
+Ratios (3:4), congruences (3 \pmod 7), times and numbers in other bases count as written. A word
+after a number is its unit whatever it means: 5 wrong is 5, and 5 apples is not 5 pears. Decimals of
+more than ten right digits are not found out beside an irrational number (0.33333333333\pi).
 
 One answer through all steps: verify(r"So it is \boxed{\frac{1}{2}\text{ cm}}.", "0.5")
   extract_answer  \frac{1}{2}\text{ cm}
@@ -166,13 +166,14 @@ _REMARK_BEFORE = re.compile(r"""(?ix)  # a common wrong answer is \boxed{13}; 12
     |not|instead\ of|rather\ than)[\s$*:(\\]*\Z""")
 _REMARK_AFTER = re.compile(r"""(?x)  # \boxed{13} is a common mistake
     [\s$)}\\]*(?:is|was|would\ be)\ (?:\w+\ ){0,2}(?:wrong|incorrect|not|mistake|error)\b""")
-_CONCLUDING = """so thus hence therefore then and now wait actually finally this that we it means gives
-get have conclude is the our my its final correct right required desired exact numerical simplified
-revised corrected new true actual think""".split()
+_CONCLUDING = """so thus hence therefore then and now wait actually finally this that we it means
+gives get have conclude is the our my its final correct right required desired exact numerical
+simplified revised corrected new true actual think""".split()
 _EMPTY = re.compile(r"""(?isx)  # no answer in a box, or after a phrase; #### Step 2
     (?:\\text\{)?
         (?:\s|\.|…|\\[lc]?dots|\\[,;\ ]|_|\?|your|the|final|answer|number|letter|here)*\}?
-    |(?:step|verif\w+|check\w*|solution|conclusion|explanation|note|analysis|case|part|summary)\b.*""")
+    |(?:step|verif\w+|check\w*|solution|conclusion|explanation|note|analysis|case|part|summary)\b
+    .*""")
 _REASON = re.compile(r"""(?ix)  # what may follow the answer in its sentence
     \b(?:because|since|which|where|when|so|as|if|but|hence|thus|therefore|after|from
     |given|not|by|using|see|and\ (?:we|this|that|it|so|not))\b""")
