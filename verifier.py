@@ -147,7 +147,7 @@ def _require_strings(**arguments) -> None:
 
 # ------------------------------------------------------------------------------ finding the answer
 
-_MAX_ANSWER = 4000  # characters
+_MAX_ANSWER = 4000  # characters; a longer box counts as one that never closes
 _MARKER = re.compile(r"""(?ix)
     (?P<box>\\f?box(?:ed)?(?:\s*(?:\{|\Z)|\s?(?P<digits>\d+)))
     |(?P<hash>\#{4,})
