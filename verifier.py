@@ -586,9 +586,8 @@ class _Reader:
         while self.sees("^_"):
             sign = self.next()
             scripts[sign] = self.atom()
-        argument = (
-            self.atom() if self.sees("(") else self.product("√{", ("name", "call", "command"))
-        )
+        names = "name", "call", "command"
+        argument = self.atom() if self.sees("(") else self.product("√{", names)
         if argument.unit == "°" or self.accept("°"):
             argument = _apply(truediv, _apply(mul, argument, _symbol("π")), _number(180))
         power = scripts.get("^", _number(1))
@@ -619,7 +618,7 @@ class _Reader:
 def _read(text: str) -> _Node:
     """The parsed answer; one with ± in it is a set.
 
-    Rule: inequalities joined by `and` hold together, and are not those joined by `or`.
+    Rule: inequalities joined by `and` are not those joined by `or`; a comma may mean either.
     """
     if len(text) > _MAX_LENGTH:
         raise ValueError("too long")
@@ -743,7 +742,7 @@ def _same_text(a: str, b: str) -> bool:
 
 
 def _plain(text: str) -> str:
-    """Text without spaces, a leading article and a full stop; words also without case."""
+    """Text without spaces and a leading article; words also without case."""
     text = re.sub(r"(?i)^(?:the|an|a)\s(?=[a-z]{3})", "", re.sub("[‹›]", "", text))
     text = re.sub(r"\s+(?!\d)", "", re.sub(r"\{(\w)\}", r"\1", text))
     return text.lower() if text.isalpha() and (len(text) > 2 or text.lower() == "no") else text
@@ -755,7 +754,7 @@ _UNORDERED = {"", "⦃⦄"}, {"", "and"}, {"", "or"}, {"∪"}  # kinds that may 
 class _Comparison:
     """Compares parsed answers, with a bound on the work, which lists in lists multiply."""
 
-    left = 2500  # comparisons, which take some 10 ms
+    left = 2500  # comparisons that may still be made; all of them take some 10 ms
 
     def same(self, a: _Node, b: _Node) -> bool:
         self.left -= 10 if a.kind == "relation" else 1
