@@ -311,7 +311,8 @@ _REWRITES = [  # tests check every example, and every "in any order"
     # in any order
     (r"\*\*|__|\$", " "),  # **5** -> 5
     (r"-\s*([¤£€])", r"\1-"),  # -¤5 -> ¤-5
-    (r"([\w)]\^(?:\{[^{}]*\}|\w(?=\s))|!)\s*(?=\d)", r"\1*"),  # 2^6 3^5 -> 2^6*3^5; 8!2! -> 8!*2!
+    # a number after a power is a factor: 2^6 3^5 -> 2^6*3^5; 8!2! -> 8!*2!
+    (r"((?<!_)[\w)]\^(?:\{[^{}]*\}|\w(?=\s))|!)\s*(?=\d)", r"\1*"),
     (r"(?i)\A[\s‹]*no (?:real )?solutions?[\s›]*\Z", "⦃⦄"),  # ‹No solution› -> ⦃⦄
 ]
 
@@ -329,8 +330,8 @@ def _clean(text: str) -> str:
 _LETTER = "[A-Za-zΑ-Ωα-ορ-ω]"  # without pi
 _INDEX = r"(?:_(?:\w|\{\w{1,9}\})'*|'+)"
 _NAME = rf"(?:{_LETTER}{_INDEX}|P\([^()]*(?:[=<>≤≥|∪‹]|\\cap)[^()]*\))"  # x_1, x', P(X = 2)
-_CALL = rf"""(?:[fgFG]{_INDEX}?(?:\^\{{-?\w+\}})?(?=\s*\()  # f(x + 1), f^{{-1}}(2), P(x)
-    |{_LETTER}{_INDEX}?(?=\s*\(\s*(?:[\d.]+|{_LETTER}{_INDEX}?)\s*\)))"""
+_CALL = rf"""(?:[fgFG]{_INDEX}?(?:\^(?:\{{-?\w+\}}|\w))?(?=\s*\()  # f(x + 1), f^{{-1}}(2), P(x)
+    |(?![ei]\s*\(){_LETTER}{_INDEX}?(?=\s*\(\s*(?:[\d.]+|{_LETTER}{_INDEX}?)\s*\)))"""
 _TOKEN = re.compile(rf"""(?x)  # a number may have groups of three digits: 1,234 or 1 234
     \s*(?:(?P<and>[,;&]|(?i:‹?\s*(?:and|or)(?![A-Za-z])\s*›?))
     |‹(?P<word>[^›]*)›
@@ -516,8 +517,8 @@ class _Reader:
                 parts, other = node.items if node.kind == "∪" else [node], self.sum()
                 node = _without_points(node, other) if sign == "∖" else _Node("∪", [*parts, other])
             return node
-        while self.token in _SCALES:
-            node = _apply(mul, node, _number(_SCALES[self.next()]))
+        while self.token.lower() in _SCALES:
+            node = _apply(mul, node, _number(_SCALES[self.next().lower()]))
         unit = ""  # words, signs like %, and powers and quotients of them: cm^2, m/s, °C
         while self.kind == "word" or self.sees("%°¤£€¢") or unit and self.sees("^/*{}-"):
             unit += " " * (self.kind == "word") + self.next()
@@ -605,7 +606,7 @@ class _Reader:
         return _Node("[]", rows)
 
     def bracket(self, left: str) -> _Node:
-        items = self.items("close")
+        items = [] if self.kind == "close" else self.items("close")
         kind = left + (self.accept({"{": "}", "⦃": "⦄"}.get(left, ")]")) or self.fail())
         if len(items) == 1 and kind in ("()", "[]", "{}"):
             return items[0]
@@ -781,7 +782,7 @@ class _Comparison:
         in_any_order = any(kinds <= unordered for unordered in _UNORDERED)
         if in_any_order and _are_named(x) == _are_named(y):
             table = [[self.same(item, other) for other in y] for item in x]
-            return all(map(any, table)) and all(map(any, zip(*table)))
+            return all(map(any, table)) and all(map(any, zip(*table))) and bool(x) == bool(y)
         alike = a.kind == b.kind or kinds == {"", "()"}  # "1, 2" may be the point (1, 2)
         return alike and len(x) == len(y) and all(map(self.same, x, y))
 
