@@ -25,7 +25,7 @@ Claimed equal (accuracy by category: tests/bench_verifier.py):
   units        dropped when one side has none, else equal (cm = centimeters, $ = dollars, degrees)
   assignments  x = 5, f(2) = 5, m + n = 5, Area = 5 for 5; not 2x = 10 for 10
   tuples       in order; intervals with their brackets; vectors and matrices entry by entry
-  sets, lists  in any order and however often; 2, 1 is not x = 1, y = 2; {1, 2} is not (1, 2)
+  sets, lists  in any order; 1, 1, 2 is not 1, 2; 2, 1 is not x = 1, y = 2; {1, 2} is not (1, 2)
   expressions  polynomial and rational ones: 2(x+1) = 2x+2. The case of a letter counts.
   relations    equations up to a constant factor, inequalities a positive one; x > 3 = (3, \infty)
   choices      (B) = B = \text{B} = B. 12; ACD = A, C, D; words as they are spelled, in any case
@@ -782,7 +782,10 @@ class _Comparison:
         in_any_order = any(kinds <= unordered for unordered in _UNORDERED)
         if in_any_order and _are_named(x) == _are_named(y):
             table = [[self.same(item, other) for other in y] for item in x]
-            return all(map(any, table)) and all(map(any, zip(*table))) and bool(x) == bool(y)
+            if "⦃⦄" in kinds:
+                return all(map(any, table)) and all(map(any, zip(*table))) and bool(x) == bool(y)
+            # as often in one as in the other
+            return len(x) == len(y) and all(0 < sum(row) == table.count(row) for row in table)
         alike = a.kind == b.kind or kinds == {"", "()"}  # "1, 2" may be the point (1, 2)
         return alike and len(x) == len(y) and all(map(self.same, x, y))
 
