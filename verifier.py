@@ -21,19 +21,21 @@ Claimed equal (accuracy by category: tests/bench_verifier.py):
   fractions    a/b, \frac, \dfrac, \tfrac, mixed numbers; lowest terms or not
   percentages  50% = 0.5 = 1/2; and 50% = 50, since gold answers to "what percent" lack the sign
   powers       2^{10} = 1024; scientific notation 1.5 \times 10^3 = 1.5e3; 5!, \binom{5}{2}
-  irrationals  roots, pi, e, i, logarithms and trigonometric functions to 11 digits
+  irrationals  roots, pi, e, i, logarithms and trigonometric functions to 11 digits or more
   units        dropped when one side has none, else equal (cm = centimeters, $ = dollars, degrees)
   assignments  x = 5, f(2) = 5, m + n = 5, Area = 5 for 5; not 2x = 10 for 10
   tuples       in order; intervals with their brackets; vectors and matrices entry by entry
-  sets, lists  in any order, but 2, 1 is not x = 1, y = 2; {1, 2} is not (1, 2)
+  sets, lists  in any order; 1, 1, 2 is not 1, 2; 2, 1 is not x = 1, y = 2; {1, 2} is not (1, 2)
   expressions  polynomial and rational ones: 2(x+1) = 2x+2. The case of a letter counts.
   relations    equations up to a constant factor, inequalities a positive one; x > 3 = (3, \infty)
   choices      (B) = B = \text{B} = B. 12; ACD = A, C, D; words as they are spelled, in any case
-Not claimed: conversion of units, number words, decimal commas, multiples of matrices, determinants,
-set-builder notation, \mp, \choose (but \binom), sets after a minus (but \setminus), conditions that
-hold together as intervals (x > 0 and x < 1; x \ne 1, x \ne 2), the environments cases and aligned,
-answers longer than 600 characters, numbers beyond 10^2400; ratios (3:4), congruences (3 \pmod 7),
-times and numbers in other bases count as written.
+Not claimed: conversion of units, number words (but thousand, million), decimal commas, multiples of
+matrices, determinants, set-builder notation, \mp, \choose (but \binom), sets after a minus (but
+\setminus), conditions that hold together as intervals (x > 0 and x < 1; x \ne 1, x \ne 2), "5 or
+so", the environments cases and aligned, answers longer than 600 characters, numbers beyond 10^2400.
+Ratios (3:4), congruences (3 \pmod 7), times and numbers in other bases count as written. A word
+after a number is its unit whatever it means: 5 wrong is 5, and 5 apples is not 5 pears. Decimals of
+more than ten right digits are not found out beside an irrational number (0.33333333333\pi).
 
 One answer through all steps: verify(r"So it is \boxed{\frac{1}{2}\text{ cm}}.", "0.5")
   extract_answer  \frac{1}{2}\text{ cm}
@@ -92,11 +94,13 @@ def verify(response: str, gold: str) -> bool:
 def is_equivalent(answer: str, gold: str) -> bool:
     """Whether two bare answers are equal, by the categories at the top of this file.
 
+    Rule: what is before a colon (total cost: 5), or a capital letter before a tuple (A(1, 2)), is a
+    label: it may be missing on one side, and is the same text if it is on both.
     Answers of more than 4,000 characters are equal only when identical. Raises TypeError when one
     of them is not a string.
     """
     _require_strings(answer=answer, gold=gold)
-    if max(len(answer), len(gold)) > 4000:
+    if max(len(answer), len(gold)) > _MAX_ANSWER:
         return answer.strip() == gold.strip()
     a, b = _clean(answer), _clean(gold)
     same = _same_choice(a, b)
@@ -143,11 +147,13 @@ def _require_strings(**arguments) -> None:
 
 # ------------------------------------------------------------------------------ finding the answer
 
+_MAX_ANSWER = 4000  # characters; a longer box counts as one that never closes
 _MARKER = re.compile(r"""(?ix)
     (?P<box>\\f?box(?:ed)?(?:\s*(?:\{|\Z)|\s?(?P<digits>\d+)))
     |(?P<hash>\#{4,})
     |(?P<phrase>\b(?<!</)answers?\b(?:
-        (?:[^\n.:=\\]|\\(?!f?box)){0,60}?\s(?:is|are|was|equals|(?:would|should|will|must|to)\s+be)\b
+        (?:[^\n.:=\\a]|\\(?!f?box)|a(?!nswer)){0,60}?
+            \s(?:is|are|was|equals|(?:would|should|will|must|to)\s+be)\b
             (?:\s+(?:therefore|thus|simply|then|just|indeed|actually|still|probably)\b)?[*:\s]*
             (?:(?<=\n)-\ )?         # the answer, in dollars, is therefore (a list of one)
         |>\s*                       # <answer>
@@ -160,17 +166,16 @@ _REMARK_BEFORE = re.compile(r"""(?ix)  # a common wrong answer is \boxed{13}; 12
     |not|instead\ of|rather\ than)[\s$*:(\\]*\Z""")
 _REMARK_AFTER = re.compile(r"""(?x)  # \boxed{13} is a common mistake
     [\s$)}\\]*(?:is|was|would\ be)\ (?:\w+\ ){0,2}(?:wrong|incorrect|not|mistake|error)\b""")
-_CONCLUSION = re.compile(r"""(?ix)  # before "answer"; where another word is an earlier box counts
-    [\s*_\#>"'($\\-]*(?:(?:so|thus|hence|therefore|then|and|now|wait|actually|finally|that|this|which
-    |it|we|means?|gives?|get|have|find|see|conclude|shows?|follows|is|in|the|our|my|its|final|correct
-    |right|required|desired|numerical|exact|simplified|revised|corrected|new|true|actual|overall
-    |short|text|boxed|conclusion|<think>|</think>|<)[\s*_]*)*""")
+_CONCLUDING = """so thus hence therefore then and now wait actually finally this that we it means
+gives get have conclude is the our my its final correct right required desired exact numerical
+simplified revised corrected new true actual think""".split()
 _EMPTY = re.compile(r"""(?isx)  # no answer in a box, or after a phrase; #### Step 2
     (?:\\text\{)?
         (?:\s|\.|…|\\[lc]?dots|\\[,;\ ]|_|\?|your|the|final|answer|number|letter|here)*\}?
-    |(?:step|verif\w+|check\w*|solution|conclusion|explanation|note|analysis|case|part|summary)\b.*""")
+    |(?:step|verif\w+|check\w*|solution|conclusion|explanation|note|analysis|case|part|summary)\b
+    .*""")
 _REASON = re.compile(r"""(?ix)  # what may follow the answer in its sentence
-    [,;]?\s*\(?\b(?:because|since|which|where|when|so|as|if|but|hence|thus|therefore|after|from
+    \b(?:because|since|which|where|when|so|as|if|but|hence|thus|therefore|after|from
     |given|not|by|using|see|and\ (?:we|this|that|it|so|not))\b""")
 _FORMULA = re.compile(r"""(?x)  # in its delimiters, alone or before a unit, and no item of a list
     (?:\$\$?|\\[(\[])((?:[^$\\]|\\[^)\]])+)(?:\$\$?|\\[)\]])
@@ -180,9 +185,9 @@ _BOLD = re.compile(r"[A-Z][a-z]* [^\n*.]{3,100}\*\*([^*\n]{1,60})\*\*")  # It ta
 
 
 def _boxed(text: str, start: int) -> str | None:
-    """The content of the box that opens before `start`; None when it never closes."""
-    depth = 1
-    for match in re.compile(r"(?s)\\.|[{}]").finditer(text, start):  # (an escaped one is a set's)
+    """The content of the box that opens before `start`; None when it does not close."""
+    depth = 1  # of braces; escaped ones are those of a set
+    for match in re.compile(r"(?s)\\.|[{}]").finditer(text, start, start + _MAX_ANSWER):
         depth += {"{": 1, "}": -1}.get(match[0], 0)
         if depth == 0:
             return text[start : match.start()]
@@ -198,21 +203,21 @@ def _stated(text: str) -> str:
     if formula := _FORMULA.match(text):
         return " ".join(filter(None, formula.groups()))
     sentence = re.split(r"[.!?](?=[\s*]|$)|(?<=\w)\*\*(?!\w)|\n|<[|/]", text, maxsplit=1)[0]
-    stated = _REASON.split(sentence, maxsplit=1)[0].strip(" *,;:")
+    stated = _REASON.split(sentence, maxsplit=1)[0].strip(" *,;:").rstrip(" ,;(")
     return re.sub(r"\s\([A-Za-z][A-Za-z -]{3,}\)$", "", stated)  # 42 (forty-two)
 
 
 def _is_final(before: str, phrase: str, content: str) -> bool:
     """Whether a phrase states the final answer, whatever is boxed before it.
 
-    Rule: only words of conclusion are before "answer" in its clause (so the final answer is), no
-    word of doubt is in its sentence, and its content is mathematics, or at most three words of
-    which the first is not an ordinary one (positive, even).
+    Rule: every word before "answer" in its clause is one of _CONCLUDING (so the final answer is;
+    not: a wrong answer is), no word of doubt is in its sentence, and its content is mathematics,
+    or at most three words of which the first is not an ordinary one (positive, even).
     """
     sentence = re.split(r"[.!?]\s|\n", before)[-1]
-    clause = re.split(r"[.,;:—]", sentence)[-1]
-    in_doubt = re.search(r"\b(?:if|would|similar|other|previous)\b", sentence + phrase)
-    if in_doubt or not _CONCLUSION.fullmatch(clause):
+    clause = re.split(r"[.,;:—]", sentence)[-1].lower()
+    in_doubt = re.search(r"(?i)\b(?:if|would|similar|other|previous)\b", sentence + phrase)
+    if in_doubt or not set(re.findall(r"[^\W_]+", clause)) <= set(_CONCLUDING):
         return False
     if re.match(r"[-+$¤£€\\({\[.\d]", content):
         return True
@@ -246,11 +251,13 @@ and land wedge, < lt, > gt, ≤ le leq leqslant, ≥ ge geq geqslant, ≠ ne neq
 _IGNORED = r"""left right big Big bigl bigr Bigl Bigr bigg Bigg displaystyle textstyle quad qquad
 limits boxed mathit mathbb mathcal boldsymbol bm vec overrightarrow angle triangle hline bf rm it
 checkmark , ; : ! > ( ) [ ]"""  # these become a space
+_OPERATORS = "gcd lcm max min det"  # words, as in \text{gcd}
 _GREEK = """alpha α beta β gamma γ delta δ epsilon ε varepsilon ε eta η theta θ lambda λ mu μ nu ν
 rho ρ sigma σ tau τ phi φ psi ψ omega ω Delta Δ Gamma Γ Omega Ω""".split()
 _COMMANDS = dict.fromkeys([" ", "\n", *_IGNORED.split()], " ")
 _COMMANDS.update((name, f" {name} ") for name in _FUNCTIONS)
 _COMMANDS.update((name, f" {letter} ") for name, letter in zip(_GREEK[::2], _GREEK[1::2]))
+_COMMANDS.update((name, f" ‹{name}› ") for name in _OPERATORS.split())
 for _line in re.split(", |\n", _SPELLINGS):
     _COMMANDS.update(dict.fromkeys(_line.split()[1:], f" {_line.split()[0]} "))
 
@@ -304,6 +311,9 @@ _REWRITES = [  # tests check every example, and every "in any order"
     # in any order
     (r"\*\*|__|\$", " "),  # **5** -> 5
     (r"-\s*([¤£€])", r"\1-"),  # -¤5 -> ¤-5
+    # a number after a power is a factor: 2^6 3^5 -> 2^6*3^5; 8!2! -> 8!*2!
+    (r"((?<!_)[\w)]\^(?:\{[^{}]*\}|\w(?=\s))|!)\s*(?=\d)", r"\1*"),
+    (r"(?i)\A[\s‹]*no (?:real )?solutions?[\s›]*\Z", "⦃⦄"),  # ‹No solution› -> ⦃⦄
 ]
 
 
@@ -319,27 +329,27 @@ def _clean(text: str) -> str:
 
 _LETTER = "[A-Za-zΑ-Ωα-ορ-ω]"  # without pi
 _INDEX = r"(?:_(?:\w|\{\w{1,9}\})'*|'+)"
-_NAME = rf"(?:{_LETTER}{_INDEX}|P\s?\([^(),]*(?:[=<>≤≥|∪‹]|\\cap)[^(),]*\))"  # x_1, x', P(X = 2)
+_NAME = rf"(?:{_LETTER}{_INDEX}|P\([^()]*(?:[=<>≤≥|∪‹]|\\cap)[^()]*\))"  # x_1, x', P(X = 2)
 _CALL = rf"""(?:[fgFG]{_INDEX}?(?:\^(?:\{{-?\w+\}}|\w))?(?=\s*\()  # f(x + 1), f^{{-1}}(2), P(x)
     |(?![ei]\s*\(){_LETTER}{_INDEX}?(?=\s*\(\s*(?:[\d.]+|{_LETTER}{_INDEX}?)\s*\)))"""
 _TOKEN = re.compile(rf"""(?x)  # a number may have groups of three digits: 1,234 or 1 234
     \s*(?:(?P<and>[,;&]|(?i:‹?\s*(?:and|or)(?![A-Za-z])\s*›?))
-    |‹(?P<word>[^‹›]*)›
-    |(?P<number>(?:(?<![\d.,^_])\d{{1,3}}(?:(?:,\d{{3}})+(?!,?\d)|(?:[ ]\d{{3}})+(?![\d/,]|[ ]\d))
-        |\d+)(?:\.\d+)?(?:[eE][+-]?\d{{1,3}}(?![\w^]))?|\.\d+)
-    |(?P<function>(?i:{"|".join(_FUNCTIONS)})(?![A-Za-z]))
+    |‹(?P<word>[^›]*)›
+    |(?P<number>(?:(?<![,^_])\d{{1,3}}(?:(?:,\d{{3}})+|(?:[ ]\d{{3}})+)(?![, ]?\d)
+        |\d+)(?:\.\d+)?(?:[eE][+-]?\d{{1,3}})?|\.\d+)
+    |(?P<function>(?:{"|".join(_FUNCTIONS)})(?![A-Za-z]))
     |(?P<name>{_NAME}|[π∞])|(?P<call>{_CALL})|(?P<letters>(?:(?!{_CALL}){_LETTER})+)
     |(?P<command>\\[A-Za-z]+)|(?P<close>[}}⦄)\]⟧⏎])|(?P<sign>\S))""")
 _SIDE_NAME = re.compile(rf"""(?x)  # x, m + n, a/b, sin A, f^{{-1}}(2), [ABC]; not 2x, x + 1, x^2
-    (?!-)(?:(?!log|ln|exp)(?:{_NAME}|{_LETTER})(?:\^\{{-1\}}(?=\())?(?:\(-?\d[\d./]*\))?
-    |\\frac|[-+*/(),|{{}}⟦⟧⏎&[\]])+""")
+    (?!-)(?:(?!log|ln|exp)(?:{_NAME}|{_LETTER})(?:\^\{{-1\}}(?=\())?(?:\(-?\d+\))?
+    |\\frac|[-+*/(),|{{}}⟦⟧⏎[\]])+""")
 _NUMBER_WORD = re.compile(r"""(?x)  # not a unit: it changes the number before it, as in 3 halves
     hal(?:f|fs|ves?)|thirds?|quarters?|(?:four|fif|six|seven|eigh|nin|ten|eleven|twelf|\w+teen
     |\w+tie|hundred|thousand|\w+illion)ths?|tens|dozens?|hundreds?|thousands?|[mbtr]+illions?|score
     |\w+(?:teen|ty)|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|twice|thrice
-    |least|most|double|triple|squared|cubed|doubled|tripled|halved|factorial|plus|minus|negative|point|remainder""")
-_SCALES = {"hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9}
-_SCALES |= {"trillion": 10**12, "half": Fraction(1, 2), "halves": Fraction(1, 2), "dozen": 12}
+    |least|most|double|triple|squared|cubed|doubled|tripled|halved
+    |factorial|plus|minus|negative|point|remainder""")
+_SCALES = {"thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 _FACTORS = "name", "call", "function", "command"  # what may be a factor without a sign before it
 _LINKS = "/ * - a an to by as at on for with than from".split()  # in a unit of several words
 
@@ -359,7 +369,10 @@ class _Node(NamedTuple):
 
     @property
     def is_name(self) -> bool:
-        """Whether it only names what is asked for."""
+        """Whether it only names what is asked for.
+
+        Rule: words, or letters joined by + - * / and brackets, without numbers, powers, ln or exp.
+        """
         return self.kind == "text" or _SIDE_NAME.fullmatch(self.text) is not None
 
 
@@ -372,7 +385,7 @@ def _tokens(text: str) -> list[tuple[str, str]]:
     """
     tokens, opened = [("and", "")], 0  # what begins a statement
     for match in _TOKEN.finditer(text):
-        kind, token = match.lastgroup, match[match.lastgroup].strip()
+        kind, token = match.lastgroup, match[match.lastgroup]
         opened += (token in "([⦃") - (token in ")]⦄")
         if kind == "letters":
             tokens += _letters(token, *tokens[-1], match[0][0].isspace())
@@ -397,18 +410,17 @@ def _letters(run: str, kind: str, before: str, spaced: bool) -> list[tuple[str, 
     if len(run) == 1 or run in ("dx", "dy", "dz", "dt", "du", "dv", "dr", "ds"):
         return [("name", run)]
     begins = kind == "and" or before in "=<>≤≥≠≈∈([⦃"
-    is_unit = low in _UNITS and (follows or kind == "name" and spaced)
-    is_word = (begins or follows and spaced) and _is_wordlike(run)
+    is_unit = low in _UNITS and kind in ("number", "close", "name")
+    is_word = (begins or follows and spaced) and _is_wordlike(low)
     if kind == "word" or is_unit or is_word or begins and low in ("no", "on", "is"):
         return [("word", run)]
     return [("name", letter) for letter in run]
 
 
-def _is_wordlike(run: str) -> bool:
+def _is_wordlike(word: str) -> bool:
     """Three letters or more, with a vowel, not in alphabetical order as factors are (abc)."""
-    low = run.lower()
-    in_order = list(low) == sorted(set(low)) and not low.endswith("s")  # (but chips, films)
-    return len(low) > 2 and re.search("[aeiou]", low) is not None and not in_order
+    in_order = list(word) == sorted(set(word)) and not word.endswith("s")  # (but chips, films)
+    return len(word) > 2 and re.search("[aeiou]", word) is not None and not in_order
 
 
 def _unit(text: str, constant: bool) -> str:
@@ -418,12 +430,12 @@ def _unit(text: str, constant: bool) -> str:
     expression with variables only a known unit is.
     """
     words = []
-    for word in re.sub(r"\bper\b|/", " / ", text.lower()).replace("^ ", "^").split():
+    for word in re.sub(r"\bper\b|/", " / ", text.lower()).split():
         name, _, power = word.strip(".").partition("^")
         is_word = constant and all(map(_is_wordlike, name.split("-")))
         if _NUMBER_WORD.fullmatch(name) or not (name in _UNITS or name in _LINKS or is_word):
             raise ValueError("no unit")
-        prefix = {"": "", "2": "sq ", "3": "cubic "}.get(power, power)
+        prefix = {"2": "sq ", "3": "cubic "}.get(power, power)
         words.append(prefix + _UNITS.get(name, name.removesuffix("s")))
     return " ".join(words).replace("mi / h", "mph")
 
@@ -459,13 +471,16 @@ class _Reader:
         """Statements between commas, semicolons, `and`, `or`, up to the end or a bracket."""
         items = []
         while not items or self.kind == "and":
-            while items and self.kind == "and":
+            while self.kind == "and":
                 self.next()
             items.append(self.statement())
         return items if self.kind == end else self.fail()
 
     def statement(self) -> _Node:
-        """A quantity, or a relation between several: x = 2, 1 < x < 3. `x ∈ A` is only A."""
+        """A quantity, or a relation between several: x = 2, 1 < x < 3.
+
+        Rule: `x ∈ A` is only A, and what has a name only on its right (5 = x) is turned around.
+        """
         sides, signs = [], ""
         while not sides or self.sees("=<>≤≥≠≈∈"):
             signs += self.next() if sides else ""
@@ -475,7 +490,9 @@ class _Reader:
             return sides[0]
         if signs == "∈" and sides[0].is_name:
             return sides[1]
-        if signs == "=" and sides[0].is_name and sides[0].kind == sides[1].kind == "()":
+        if signs == "=" and sides[1].is_name and not sides[0].is_name:
+            sides.reverse()
+        if signs == "=" and sides[0].kind == sides[1].kind == "()":
             pairs = zip(sides[0].items, sides[1].items, strict=True)  # (x, y) = (1, 2)
             return _Node("", [_Node("relation", pair, signs="=") for pair in pairs])
         if set(signs) <= {*">≥"}:
@@ -486,7 +503,7 @@ class _Reader:
         """A sum with its unit, words, or brackets joined by ∪ or ∖."""
         if self.kind == "word":
             words = []
-            while self.kind in ("word", "name") or self.sees("-"):
+            while self.kind in ("word", "name"):
                 words.append(self.next())
             if self.sees("("):  # Area(ABC), gcd(4, 6)
                 start = len(self.read)
@@ -500,7 +517,7 @@ class _Reader:
                 parts, other = node.items if node.kind == "∪" else [node], self.sum()
                 node = _without_points(node, other) if sign == "∖" else _Node("∪", [*parts, other])
             return node
-        while self.kind == "word" and self.token.lower() in _SCALES:
+        while self.token.lower() in _SCALES:
             node = _apply(mul, node, _number(_SCALES[self.next().lower()]))
         unit = ""  # words, signs like %, and powers and quotients of them: cm^2, m/s, °C
         while self.kind == "word" or self.sees("%°¤£€¢") or unit and self.sees("^/*{}-"):
@@ -519,7 +536,7 @@ class _Reader:
 
     def product(self, signs: str = "*/(√{⟦[", kinds: tuple = _FACTORS) -> _Node:
         node = self.power()
-        while self.sees(signs) or self.kind in (*kinds, self.also):
+        while self.sees(signs) or self.kind in kinds:
             operation = truediv if self.accept("*/") == "/" else mul
             node = _apply(operation, node, self.power())
         return node
@@ -528,13 +545,11 @@ class _Reader:
         signs = ""
         while self.sees("+-±"):
             signs += self.next()
-        node, self.also = self.atom(), ""
+        node = self.atom()
         if self.accept("^"):  # once: 2^3^4 is not TeX, and may be read in two ways
             node = _apply(_power, node, self.power() if self.sees("-") else self.atom())
-            self.also = "number"  # which may be the next factor: 2^6 3^5, 8!2!
         while self.accept("!"):
             node = _apply(lambda n: Fraction(math.factorial(_small(n))), node)
-            self.also = "number"
         node = _apply(neg, node) if signs.count("-") % 2 else node
         return _Node("±", [node, _apply(neg, node)]) if "±" in signs else node
 
@@ -544,13 +559,13 @@ class _Reader:
             raise ValueError("too deep")
         kind, token = self.kind, self.next()
         if kind == "number":
-            node = _number(token) if not self.sees("_") else self.fail()  # in another base
+            node = _number(token)
         elif kind == "name":
             node = _symbol(re.sub("[{} ]", "", token))
         elif kind == "call":  # a variable named after the function and its argument
             node = _apply(lambda x: _symbol(f"{token}({complex(x):.9g})").items[0], self.atom())
         elif kind == "function":
-            node = self.function(token.lower())
+            node = self.function(token)
         elif token in (r"\frac", r"\binom"):
             node = _apply(truediv if token == r"\frac" else _binomial, self.atom(), self.atom())
         elif token == "√":
@@ -571,10 +586,9 @@ class _Reader:
         scripts = {}
         while self.sees("^_"):
             sign = self.next()
-            scripts[sign] = self.power() if self.sees("-") else self.atom()
-        argument = (
-            self.atom() if self.sees("(") else self.product("√{", ("name", "call", "command"))
-        )
+            scripts[sign] = self.atom()
+        names = "name", "call", "command"
+        argument = self.atom() if self.sees("(") else self.product("√{", names)
         if argument.unit == "°" or self.accept("°"):
             argument = _apply(truediv, _apply(mul, argument, _symbol("π")), _number(180))
         power = scripts.get("^", _number(1))
@@ -595,7 +609,7 @@ class _Reader:
         items = [] if self.kind == "close" else self.items("close")
         kind = left + (self.accept({"{": "}", "⦃": "⦄"}.get(left, ")]")) or self.fail())
         if len(items) == 1 and kind in ("()", "[]", "{}"):
-            return self.fail() if items[0].kind == "relation" else items[0]
+            return items[0]
         if kind == "⦃⦄":  # {±1, ±2} has four elements
             items = sum((x.items if x.kind == "±" else [x] for x in items), [])
         kind = "" if kind == "{}" else kind
@@ -603,13 +617,21 @@ class _Reader:
 
 
 def _read(text: str) -> _Node:
-    """The parsed answer; one with ± in it is a set."""
+    """The parsed answer; one with ± in it is a set.
+
+    Rule: inequalities joined by `and` are not those joined by `or`; a comma may mean either.
+    """
     if len(text) > _MAX_LENGTH:
         raise ValueError("too long")
     nodes, items = _Reader(text).items(), []
     for node in nodes:
         items += node.items if node.kind == "±" else [node]
-    return nodes[0] if len(nodes) == 1 else _Node("±" if len(items) > len(nodes) else "", items)
+    if len(nodes) == 1:
+        return nodes[0]
+    joined = re.search(r"(?i)\b(?:and|or)\b", text)
+    if joined and any(set(node.signs) & {*"<≤≠"} for node in nodes):
+        return _Node(joined[0].lower(), nodes)
+    return _Node("±" if len(items) > len(nodes) else "", items)
 
 
 def _for_each_sign(function, nodes: list[_Node]) -> _Node:
@@ -626,7 +648,7 @@ def _for_each_sign(function, nodes: list[_Node]) -> _Node:
 # With these limits no text takes 100 ms (measured); a number of 2^13 bits is near 10^2400.
 _MAX_LENGTH, _MAX_DEPTH, _MAX_BITS = 600, 24, 2**13
 # Floats have 16 digits. A sum of 1e-13 of its terms, or a sine of 1e-15 of its argument, is a
-# rounding error and 0; equal floats may differ by 1e-11 of their size, for functions lose digits.
+# rounding error and 0. Which floats are equal: see _close.
 _CONSTANTS = {"π": complex(math.pi), "e": complex(math.e), "i": 1j}
 
 
@@ -712,31 +734,28 @@ def _binomial(n: Fraction | complex, k: Fraction | complex) -> Fraction | comple
 
 def _same_text(a: str, b: str) -> bool:
     """Whether two cleaned answers are the same text, or equal mathematics."""
-    if not a or not b or _plain(a) == _plain(b):
-        return bool(a and b)
-    has_long_decimal = [re.search(r"\.0*[1-9]\d{6}", text) is not None for text in (a, b)]
+    if _plain(a) == _plain(b):
+        return a != ""
     try:
-        return _Comparison(exact=sum(has_long_decimal) == 1).same(_read(a), _read(b))
+        return _Comparison().same(_read(a), _read(b))
     except (ValueError, ArithmeticError):  # not mathematics that this file reads, or without value
         return False
 
 
 def _plain(text: str) -> str:
-    """Text without spaces, a leading article and a full stop; words also without case."""
-    text = re.sub(r"(?i)^(?:the|an|a)\s(?=[a-z]{3})", "", re.sub("[‹›]", "", text).strip())
-    text = re.sub(r"(?<!\d)\s+|\s+(?!\d)", "", re.sub(r"\{(\w)\}(?!\w)", r"\1", text))
-    text = re.sub(r"^[,;:]+|[.,;:]+$", "", text)  # a leading point is a decimal point
+    """Text without spaces and a leading article; words also without case."""
+    text = re.sub(r"(?i)^(?:the|an|a)\s(?=[a-z]{3})", "", re.sub("[‹›]", "", text))
+    text = re.sub(r"\s+(?!\d)", "", re.sub(r"\{(\w)\}", r"\1", text))
     return text.lower() if text.isalpha() and (len(text) > 2 or text.lower() == "no") else text
 
 
+_UNORDERED = {"", "⦃⦄"}, {"", "and"}, {"", "or"}, {"∪"}  # kinds that may be equal to each other
+
+
 class _Comparison:
-    """Compares parsed answers, with a bound on the work, which lists in lists multiply.
+    """Compares parsed answers, with a bound on the work, which lists in lists multiply."""
 
-    exact: one of the two has a long decimal, and floats equal nothing.
-    """
-
-    def __init__(self, exact: bool):
-        self.exact, self.left = exact, 2500  # comparisons, which take some 10 ms
+    left = 2500  # comparisons that may still be made; all of them take some 10 ms
 
     def same(self, a: _Node, b: _Node) -> bool:
         self.left -= 10 if a.kind == "relation" else 1
@@ -749,7 +768,7 @@ class _Comparison:
         if self.same_group(a, b):
             return True
         for x, y in ((a, b), (b, a)):
-            if y.kind != "relation" and any(self.same(meaning, y) for meaning in self.meanings(x)):
+            if any(self.same(meaning, y) for meaning in self.meanings(x)):
                 return True
         return False
 
@@ -760,7 +779,7 @@ class _Comparison:
         kinds, x, y = {kind.replace("±", "⦃⦄") for kind in (a.kind, b.kind)}, a.items, b.items
         if kinds == {"text"}:
             return _plain(x[0]) == _plain(y[0])
-        in_any_order = kinds <= {"", "⦃⦄"} or kinds == {"∪"}
+        in_any_order = any(kinds <= unordered for unordered in _UNORDERED)
         if in_any_order and _are_named(x) == _are_named(y):
             table = [[self.same(item, other) for other in y] for item in x]
             if "⦃⦄" in kinds:
@@ -776,17 +795,12 @@ class _Comparison:
         """
         if a.unit and b.unit and a.unit != b.unit:
             return False
-        equal = all(map(self.close, a.items, b.items))
+        equal = all(map(_close, a.items, b.items))
         if (a.unit == "%") == (b.unit == "%"):
             return equal
         percent, other = (a, b) if a.unit == "%" else (b, a)
-        hundredth = all(self.close(x, 100 * y) for x, y in zip(percent.items, other.items))
+        hundredth = all(_close(x, 100 * y) for x, y in zip(percent.items, other.items))
         return hundredth or equal and abs(percent.items[0]) >= 1
-
-    def close(self, x: Fraction | complex, y: Fraction | complex) -> bool:
-        if isinstance(x, Fraction) and isinstance(y, Fraction):
-            return x == y
-        return not self.exact and abs(x - y) <= 1e-11 * max(abs(x), abs(y))
 
     def same_relation(self, a: _Node, b: _Node) -> bool:
         """Equations up to a constant factor, inequalities a positive one; others side by side.
@@ -795,7 +809,7 @@ class _Comparison:
         a variable in both differences, as in 1 + 1 = 2, every factor would do, and none is tried.
         """
         x, y, names = self.said(a), self.said(b), f"{a.items[0].text} {b.items[0].text}"
-        named = x and y and re.fullmatch(r"(.*) \1|y [a-zA-Z]\(x\)|[a-zA-Z]\(x\) y", names)
+        named = x and y and re.fullmatch(r"(.*) \1|y \w\(x\)|\w\(x\) y", names)
         if named and self.same(x[0], y[0]):
             return True
         if a.signs != b.signs:
@@ -804,7 +818,7 @@ class _Comparison:
         if x and y:
             ratios = [_apply(truediv, left, right).items for left, right in zip(x, y)]
             is_positive = all(c[0].real > 0 for c, sign in zip(ratios, a.signs) if sign not in "=≠")
-            return is_positive and all(self.close(c[0], x) for c in ratios for x in c)
+            return is_positive and all(_close(c[0], x) for c in ratios for x in c)
         turned = b.items[::-1] if a.signs in ("=", "≠") else b.items
         return all(map(self.same, a.items, b.items)) or all(map(self.same, a.items, turned))
 
@@ -834,12 +848,12 @@ class _Comparison:
         if node.kind in ("", "⦃⦄") and node.items and node.items[0].kind != "⦃⦄":
             if all(self.same(node.items[0], item) for item in node.items[1:]):
                 return node.items[:1]
-        relations = node.items if node.kind == "" else [node]
+        relations = node.items if node.kind in ("", "or") else [node]
         if any(item.kind != "relation" for item in relations):
             return []
         parts = [self.intervals(item) for item in relations]
         if not all(parts):
-            return self.said(node) if node.kind else []
+            return self.said(node) if node.kind == "relation" else []
         pieces = sum(parts, [])
         return pieces if len(pieces) == 1 else [_Node("∪", pieces)]
 
@@ -857,6 +871,20 @@ class _Comparison:
         return [_Node("(["[signs[0] == "≤"] + ")]"[signs[1] == "≤"], sides[::2])]
 
 
+def _close(x: Fraction | complex, y: Fraction | complex) -> bool:
+    """Whether exact numbers are equal, or floats to 11 digits, or one of each to 13.
+
+    Rule: a float equals no decimal of four places or more, which would be an irrational number
+    rounded (1.41421356237309 is not the root of 2).
+    """
+    exact = [number for number in (x, y) if isinstance(number, Fraction)]
+    if len(exact) == 2:
+        return x == y
+    if any(number.denominator > 1024 and 10**400 % number.denominator == 0 for number in exact):
+        return False
+    return abs(x - y) <= (1e-13 if exact else 1e-11) * max(abs(x), abs(y))
+
+
 def _differences(relation: _Node) -> list[_Node]:
     """Left minus right side for every sign; none unless all are numbers with a variable."""
     sides = relation.items
@@ -867,22 +895,27 @@ def _differences(relation: _Node) -> list[_Node]:
 
 
 def _are_named(items: list[_Node]) -> bool:
-    """Whether the values of a list have different names (x = 1, y = 2) or units (3 m, 4 s)."""
+    """Whether every item of a list has a name (x = 1, y = 2) or a unit (3 m, 4 s), not all one."""
     names = []
     for item in items:
-        named = item.kind == "relation" and item.items[0].is_name and item.signs[0] == "="
+        named = item.kind == "relation"
         names.append(item.items[0].text if named else item.unit)
     return all(names) and len(set(names)) > 1
 
 
 def _rounds(exact: _Node, rounded: _Node) -> bool:
-    """Whether a number, as it was written, is the other one rounded to its last place."""
+    """Whether a number, as it was written, is the other one rounded to its last place.
+
+    Rule: a rounded number has two digits or more, for 1/3 ≈ 0 would be an answer and a guess.
+    """
     match = re.fullmatch(
         r"[¤£€]?-?(?=\.?\d)\d*\.?(\d*)(?:\*10\^\{?(-?\d+)\}?)?[^\d+*/^-]*", rounded.text
     )
     if not match or not exact.kind == rounded.kind == "value" or not exact.is_constant:
         return False
     x, y = exact.items[0], rounded.items[0]
+    if len(re.sub(r"\*.*|\D", "", rounded.text).lstrip("0")) < 2 and x != y:
+        return False
     if rounded.unit == "%" != exact.unit:
         x = 100 * x
     return abs(x - y) <= Fraction(10) ** (int(match[2] or 0) - len(match[1])) / 2
@@ -901,14 +934,14 @@ def _without_points(node: _Node, points: _Node) -> _Node:
 
 
 _CHOICE = re.compile(r"""(?x)  # and its text, with no other choice in it: A. 12, not (A) or (B)
-    (?:[Oo]ption\ |[Cc]hoice\ )?\(?\s*([A-J])(?:\s*[).:]+(?!\s*(?:or|and|not|[/,])(?!\w))
-    (?!.*\b[A-J]\s*[).:]|\s*[A-J](?:,|$))\s*(.*))?""")
+    (?:(?i:option|choice)\ )?\(?\s*([A-J])(?:\s*[).:]+(?!\s*(?:or|and|not|[/,]))
+    (?!.*\b[A-J]\s*[).:])\s*(.*))?""")
 _FILLER = re.compile(r"""(?ix)  # words around an answer
-    ‹?\b(?:(?:the\ )?(?:final\ )?answer\ is|approximately|about|roughly|around|exactly|only|just
-    |a\ total\ of|is|equals|equal\ to|either|both)\b›?\s*
+    ‹?\b(?:(?:the\ )?(?:final\ )?answer\ is|approximately|about|exactly
+    |a\ total\ of|is|equals|equal\ to|either|both)\b\ ?›?\s*
     |(?<=[^\s,])(?:[ ,]*‹?(?:altogether|in\ total|in\ all|overall|combined|total)
-    |,\ ?‹?(?:respectively|exactly|precisely|only|each|so\ far|now|of\ course))›?\s*\Z""")
-_LABELLED = re.compile(r"""(?sx)  # total cost: 5, A(1, 2); the other answer needs no label
+    |,\ ?‹?(?:respectively|exactly|precisely|each|so\ far|now|of\ course))›?\s*\Z""")
+_LABELLED = re.compile(r"""(?sx)  # total cost: 5, A(1, 2); the label may be empty
     ((?=[^:\d]*[A-Za-z]{3})[A-Za-z‹][^=:<>≤≥≠≈∈\d]{0,60}:(?!\s*$)|[A-Z]\ ?(?=\([^()]*,)|)(.*)""")
 
 

@@ -109,6 +109,20 @@ def test_the_worked_example_of_the_docstring():
     assert verify(response, gold) is True
 
 
+NUMBER_WORDS = """half halves thirds quarters fourths fifths sixths seventh eighths ninths tenths
+elevenths twelfths thirteenths twentieths hundredth hundreds thousandths millionths dozen dozens
+score one two three four five six seven eight nine ten eleven twelve thirteen twenty twice thrice
+least most double triple squared cubed doubled tripled halved factorial plus minus negative point
+remainder""".split()
+
+
+@pytest.mark.parametrize("word", NUMBER_WORDS)
+def test_no_number_word_is_a_unit(word):
+    """A word that changes the number before it must not be dropped as apples are: 3 halves."""
+    assert not is_equivalent(f"3 {word}", "3") and not is_equivalent(rf"3\text{{ {word}}}", "3")
+    assert is_equivalent("3 apples", "3")
+
+
 def test_large_and_small_numbers():
     """Powers and sums are exact; with floats 2^2023 - 1 and 2^2023 would be equal."""
     for a, b in (
