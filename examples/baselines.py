@@ -129,14 +129,14 @@ def without_attempt(lm: LM, problem: Problem, ids: list[int], finished: bool) ->
     )
 
 
-def worked_solutions(task: Task, args: Namespace) -> list[Trace]:
-    solutions, eos = load_solutions(task, args), task.lm.tokenizer.eos_token_id
-    traces = []
+def worked_solutions(task: Task, solutions: dict[str, list[int]]) -> list[Trace]:
+    """solutions: ids by the problem's key."""
+    lm, traces = task.lm, []
     for problem in task.problems:
-        ids = solutions[problem.key] + [eos]
-        if len(problem.prompt_ids) + len(ids) > task.lm.context:
-            fail(f"a worked solution of {len(ids)} tokens does not fit the context")
-        traces.append(without_attempt(task.lm, problem, ids, True))
+        ids = solutions[problem.key] + [lm.tokenizer.eos_token_id]
+        if len(problem.prompt_ids) + len(ids) > lm.context:
+            fail(f"the context holds {lm.context} tokens, the solution of {problem.text!r} not")
+        traces.append(without_attempt(lm, problem, ids, True))
     return traces
 
 
@@ -171,12 +171,11 @@ def collect(task: Task, args: Namespace, run: Run) -> list[Trace]:
     return [Trace(**json.loads(line)) for line in open(path)]
 
 
-def fine_tune(task: Task, args: Namespace, run: Run) -> None:
-    """sft and rft."""
+def fine_tune(task: Task, args: Namespace, run: Run, traces: list[Trace] | None) -> None:
+    """sft on these traces, rft on what it collects."""
     run.evaluate(0)
     args.terms = "generation"
-    traces = worked_solutions(task, args) if args.method == "sft" else collect(task, args, run)
-    model, steps = task.lm.model, plan(args, traces)
+    model, steps = task.lm.model, plan(args, traces or collect(task, args, run))
     layer = OutputLayer(model, task.lm.vocab_size)
 
     def learn(step: int) -> dict:
@@ -408,12 +407,13 @@ def main(argv: list[str] | None = None) -> None:
     task = setup(args)
     task.trained_on([p.key for p in task.problems])
     phrase_ids = task.lm.phrase_ids(args.phrase_right)
-    solutions = load_solutions(task, args) if args.method == "sdft" else {}
+    solutions = load_solutions(task, args) if args.method in ("sft", "sdft") else {}
+    traces = worked_solutions(task, solutions) if args.method == "sft" else None
     run = Run(task)
     if run.complete:
         return
     if args.method in ("sft", "rft"):
-        fine_tune(task, args, run)
+        fine_tune(task, args, run, traces)
     elif args.method == "grpo":
         grpo(task, args, run)
     elif args.method == "sdft":

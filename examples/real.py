@@ -97,44 +97,63 @@ def write_problems(out: Path, seed: int) -> None:
 # --------------------------------------------------------------------------------------- the runs
 
 COMMON = "--max-new-tokens 96 --temperature 1 --dtype bfloat16 --micro-tokens 2048 --save-every 10"
-RUNS = {  # name: (script, model, problems, flags)
+BASELINES = "examples/baselines.py"
+RUNS = {  # name: (row of the table, script, model, problems, flags)
     "base": (
-        "examples/baselines.py",
+        "base",
+        BASELINES,
         None,
         "warmup",
-        "--method sft --solution-column solution --epochs 1 --batch-size 64 --lr 2e-4 --warmup 4",
+        "--method sft --solution-column solution --epochs 1 --batch-size 32 --lr 2e-4 --warmup 8",
     ),
-    "srt": ("srt.py", "base", "stage1", "--problems 800 --epochs 2 --batch-size 32 --lr 1e-4"),
-    "sdzero": ("sdzero.py", "srt", "stage2", "--batch-size 50 --lr 5e-5 --warmup 4"),
+    "srt": (
+        "SRT",
+        "srt.py",
+        "base",
+        "stage1",
+        f"--problems {SIZES['stage1']} --epochs 2 --batch-size 32 --lr 1e-4",
+    ),
+    "sdzero": (
+        "SD-Zero",
+        "sdzero.py",
+        "srt",
+        "stage2",
+        "--batch-size 50 --lr 5e-5 --warmup 4",
+    ),
     "rft": (
-        "examples/baselines.py",
+        "RFT",
+        BASELINES,
         "base",
         "stage1",
         "--method rft --epochs 2 --batch-size 32 --lr 1e-4 --lr-schedule cosine --warmup 0.05",
     ),
     "grpo": (
-        "examples/baselines.py",
+        "GRPO",
+        BASELINES,
         "base",
         "both",
-        "--method grpo --generations 4000 --batch-size 128 --lr 5e-5 --warmup 4",
+        f"--method grpo --generations {4 * SIZES['stage1'] + SIZES['stage2']} "
+        "--batch-size 128 --lr 5e-5 --warmup 4",
     ),
     "grpo_from_srt": (
-        "examples/baselines.py",
+        "GRPO from SRT",
+        BASELINES,
         "srt",
         "stage2",
-        "--method grpo --generations 800 --batch-size 128 --lr 5e-5 --warmup 4",
+        f"--method grpo --generations {SIZES['stage2']} --batch-size 128 --lr 5e-5 --warmup 4",
     ),
 }
 EVALUATION = "--eval-problems 300 --eval-samples 4 --eval-only"
 COLUMNS = {  # of the table: key of an evaluation
     "accuracy, %": "accuracy",
-    "± ": "accuracy_se",
+    "standard error": "accuracy_se",
     "after one revision, %": "revised_accuracy",
     "correction rate, %": "correction_rate",
     "wrong put right, %": "wrong_to_right",
     "right broken, %": "right_to_wrong",
     "greedy, %": "greedy",
     "tokens": "length",
+    "minutes": "minutes",
 }
 
 
@@ -142,7 +161,7 @@ class Runner:
     """Calls the scripts as a user would, in as many processes as --processes says."""
 
     def __init__(self, args: argparse.Namespace):
-        self.out, self.device = args.out, args.device
+        self.out, self.shared = args.out, ["--device", args.device, "--seed", args.seed]
         self.start = [sys.executable]
         if args.processes > 1:
             many = f"-m torch.distributed.run --nproc-per-node {args.processes}"
@@ -159,12 +178,12 @@ class Runner:
 
     def run(self, name: str, model: Path) -> None:
         """One of RUNS, unless its output folder is complete."""
-        script, _, problems, own = RUNS[name]
+        _, script, _, problems, own = RUNS[name]
         output = self.out / name
         if (output / "config.json").exists():
             return
         flags = ["--model", model, "--dataset", self.out / f"{problems}.jsonl", *own.split()]
-        flags += [*COMMON.split(), "--eval-problems", 0, "--device", self.device]
+        flags += [*COMMON.split(), "--eval-problems", 0, *self.shared]
         resume = ["--resume"] if (output / "settings.json").exists() else []
         self.call(script, [*flags, "--output", output, *resume])
 
@@ -173,7 +192,7 @@ class Runner:
         path = self.out / f"{name}.eval.json"
         if not path.exists():
             flags = ["--model", self.out / name, "--dataset", self.out / "heldout.jsonl"]
-            flags += [*COMMON.split(), *EVALUATION.split(), "--device", self.device]
+            flags += [*COMMON.split(), *EVALUATION.split(), *self.shared]
             found = []
             for more in (["--eval-temperature", 1], ["--eval-temperature", 0, "--eval-samples", 1]):
                 done = self.call("sdzero.py", [*flags, *more], stdout=subprocess.PIPE, text=True)
@@ -186,19 +205,24 @@ class Runner:
 # --------------------------------------------------------------------------------------- the report
 
 
-def log_of(out: Path, name: str) -> list[dict]:
-    path = out / name / "metrics.jsonl"
-    return [json.loads(line) for line in open(path)] if path.exists() else []
+def steps_of(folder: Path) -> list[dict]:
+    """The log of a run without its texts."""
+    lines = []
+    for line in open(folder / "metrics.jsonl"):
+        line = {"run": folder.name, **json.loads(line)}
+        line.pop("sample", None)
+        lines.append({k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in line.items()})
+    return lines
 
 
-def print_table(rows: dict[str, dict]) -> None:
+def print_table(rows: list[dict]) -> None:
     print(f"\n| model | {' | '.join(COLUMNS)} |\n| --- |{' --- |' * len(COLUMNS)}")
-    for name, figures in rows.items():
+    for row in rows:
         cells = []
         for key in COLUMNS.values():
-            scale = 1 if key == "length" else 100
-            cells.append("-" if figures[key] is None else f"{scale * figures[key]:.1f}")
-        print(f"| {name} | {' | '.join(cells)} |")
+            scale = 1 if key in ("length", "minutes") else 100
+            cells.append("-" if row[key] is None else f"{scale * row[key]:.1f}")
+        print(f"| {row['row']} | {' | '.join(cells)} |")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -208,19 +232,21 @@ def main(argv: list[str] | None = None) -> None:
     add("--out", type=Path, default=Path("runs/real"), help="where it goes on (default: runs/real)")
     add("--processes", type=int, default=2, help="torchrun's; on a GPU 1 (default: 2)")
     add("--device", default="cpu", help="cpu or cuda (default: cpu)")
-    add("--seed", type=int, default=0, help="of the problems (default: 0)")
+    add("--seed", type=int, default=0, help="of the problems and of all sampling (default: 0)")
     args = parser.parse_args(argv)
     if not (args.out / "both.jsonl").exists():
         args.out.mkdir(parents=True, exist_ok=True)
         write_problems(args.out, args.seed)
-    runner, rows = Runner(args), {}
-    for name, (_, model, _, _) in RUNS.items():
+    runner, rows, log = Runner(args), [], []
+    for name, (row, _, model, _, _) in RUNS.items():
         runner.run(name, args.out / model if model else args.model)
-        rows[name] = runner.evaluate(name)
-        lines = log_of(args.out, name)
-        seconds = sum(line.get("seconds", 0) for line in lines)
-        print(f"{name}: {seconds / 60:.0f} minutes, without loading and evaluating")
-    print_table(rows)
+        steps = steps_of(args.out / name)
+        minutes = sum(step.get("seconds", 0) for step in steps) / 60  # without its evaluations
+        rows.append({"row": row, **runner.evaluate(name), "minutes": minutes})
+        log += steps
+        print_table(rows)
+    lines = [json.dumps(line) + "\n" for line in rows + log]
+    (args.out / "report.jsonl").write_text("".join(lines))
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@ method by its command line, the commands of the toy and its ablations; and that 
 training still runs."""
 
 import json
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 import ablations
 import baselines
 import bench_training
+import real
 import toy
 import worlds
 
@@ -26,6 +28,7 @@ import srt
 from common import Problem
 from losses import OutputLayer
 from rollout import Rollout
+from verifier import verify
 
 
 def group(prompt_ids, rewards, seed=0):
@@ -114,7 +117,7 @@ def test_what_the_teachers_are_shown():
 
 def command(method, model, data, out, *flags):  # noqa: F811
     own = ["--batch-size", "8", "--group", "4", "--problems", "12"]
-    own += ["--generations", "64"] if method != "rft" else []
+    own += ["--generations", "64"] if method in ("grpo", "sdft", "sdpo") else []
     sources = ["--method", method, "--model", model, "--dataset", data, "--output", out]
     call(baselines, *sources, *FLAGS, *own, *flags)
 
@@ -189,9 +192,11 @@ def test_nothing_learned(method, verdict, base, data, tmp_path, monkeypatch, cap
         ("sdpo", ["--group", "1"], "no other response that --method sdpo could learn from"),
         ("sdft", ["--generations", "7"], "--generations 7 is less than a batch of 8"),
         ("rft", ["--generations", "8"], "belongs to --method grpo and sdft and sdpo"),
-        ("grpo", ["--epochs", "2"], "belongs to --method rft"),
+        ("grpo", ["--epochs", "2"], "belongs to --method sft and rft"),
+        ("sft", ["--solution-column", "some"], "of 12 problems have no some"),
+        ("sft", ["--generations", "8"], "belongs to --method grpo and sdft and sdpo"),
         ("grpo", ["--teacher", "live"], "belongs to --method sdft and sdpo"),
-        ("sdpo", ["--solution-column", "answer"], "belongs to --method sdft"),
+        ("sdpo", ["--solution-column", "answer"], "belongs to --method sft and sdft"),
         ("sdft", ["--solution-column", "worked"], "has no column worked"),
         ("sdft", ["--solution-column", "some"], "of 12 problems have no some"),
         ("ppo", [], "invalid choice: 'ppo'"),
@@ -207,6 +212,89 @@ def test_bad_input(method, flags, message, base, tmp_path, capsys):  # noqa: F81
     error = capsys.readouterr().err
     assert stopped.value.code == 2 and message in error and "Traceback" not in error
     assert not (tmp_path / "out").exists()
+
+
+# --------------------------------------------------------------------------------- the real model
+
+
+def test_problems_of_the_real_model(tmp_path):
+    """Every solution is right line by line and verifies, no four numbers come twice, and the same
+    seed makes the same files."""
+    real.write_problems(tmp_path, 5)
+    numbers = []
+    for name, size in real.SIZES.items():
+        rows = [json.loads(line) for line in open(tmp_path / f"{name}.jsonl")]
+        assert len(rows) == size
+        for row in rows:
+            assert verify(row["solution"], row["answer"])
+            *lines, _ = row["solution"].split("\n")
+            last = None
+            for line in lines:
+                left, sign, right, result = re.fullmatch(
+                    r"(\d+) ([*+-]) (\d+) = (\d+)", line
+                ).groups()
+                assert last in (None, left)
+                values = {"*": int(left) * int(right), "+": int(left) + int(right)}
+                assert int(result) == values.get(sign, int(left) - int(right))
+                last = result
+            written = re.findall(r"\d+", row["problem"])
+            first, *others = (line.split() for line in lines)
+            used = [first[0], first[2], *(line[2] for line in others)]
+            assert sorted(used) == sorted(written) and last == row["answer"]
+            numbers.append(tuple(used))
+    assert len(set(numbers)) == len(numbers)
+    files = {path.name: path.read_text() for path in tmp_path.iterdir()}
+    assert files["both.jsonl"] == files["stage1.jsonl"] + files["stage2.jsonl"]
+    real.write_problems(tmp_path, 5)
+    assert files == {path.name: path.read_text() for path in tmp_path.iterdir()}
+
+
+def test_commands_of_the_real_model(monkeypatch, tmp_path, capsys):
+    """Every method starts from the right model with the right problems and number of responses;
+    what is finished is not run again; the table has the figures of the row's own model."""
+    scripts = {"srt.py": srt, "sdzero.py": sdzero, "examples/baselines.py": baselines}
+    seen = {}
+
+    def record(runner, script, flags, **how):
+        args = scripts[script].parse_arguments([str(flag) for flag in flags])
+        if args.eval_only:
+            name = Path(args.model).name
+            assert Path(args.dataset) == tmp_path / "heldout.jsonl"
+            found = dict.fromkeys(real.COLUMNS.values(), list(real.RUNS).index(name) / 10)
+            found["accuracy"] += 0.01 * (args.eval_temperature == 0)
+            return SimpleNamespace(stdout="problems\n" + json.dumps(found))
+        assert not args.eval_problems and args.output.name not in seen
+        seen[args.output.name] = args
+        args.output.mkdir()
+        (args.output / "config.json").touch()
+        line = json.dumps({"kind": "train", "step": 1, "seconds": 90.0, "sample": "text"})
+        (args.output / "metrics.jsonl").write_text(f"{line}\n")
+
+    monkeypatch.setattr(real.Runner, "call", record)
+    for _ in range(2):
+        real.main(["--model", "smollm2", "--out", str(tmp_path), "--processes", "1"])
+    budget = 4 * real.SIZES["stage1"] + real.SIZES["stage2"]
+    for name, model, problems, responses in (
+        ("base", "smollm2", "warmup", None),
+        ("srt", "base", "stage1", None),
+        ("sdzero", "srt", "stage2", None),
+        ("rft", "base", "stage1", None),
+        ("grpo", "base", "both", budget),
+        ("grpo_from_srt", "srt", "stage2", real.SIZES["stage2"]),
+    ):
+        args = seen.pop(name)
+        assert (Path(args.model).name, Path(args.dataset).stem) == (model, problems)
+        assert getattr(args, "generations", None) == responses
+        assert args.temperature == 1 and args.max_new_tokens == 96
+        if name in ("srt", "rft"):
+            assert args.problems in (None, real.SIZES["stage1"])
+            assert getattr(args, "group", 4) == 4 == getattr(args, "revisions", 3) + 1
+    assert not seen
+    table = capsys.readouterr().out
+    assert "| SRT | 10.0 | 10.0 | 10.0 | 10.0 | 10.0 | 10.0 | 11.0 | 0.1 | 1.5 |" in table
+    lines = [json.loads(line) for line in open(tmp_path / "report.jsonl")]
+    assert [line["row"] for line in lines if "row" in line][:2] == ["base", "SRT"]
+    assert {line["run"] for line in lines if "run" in line} == real.RUNS.keys()
 
 
 # --------------------------------------------------------------------- the toy and its ablations

@@ -41,7 +41,7 @@ import baselines
 SCRIPTS = {
     "srt": (srt,),
     "sdzero": (sdzero,),
-    **{name: (baselines, "--method", name) for name in ("rft", "grpo", "sdft", "sdpo")},
+    **{name: (baselines, "--method", name) for name in ("sft", "rft", "grpo", "sdft", "sdpo")},
 }
 PHRASES = (
     "Wait, this response is not correct, let me start over.",
@@ -268,6 +268,7 @@ BASE = [
 
 OWN = {
     "srt": ["--epochs", "1", "--revisions", "2"],
+    "sft": ["--epochs", "2", "--solution-column", "solution"],
     "rft": ["--epochs", "1", "--group", "4"],
     "grpo": ["--group", "2", "--batch-size", "8"],
     "sdpo": ["--group", "4", "--batch-size", "8", "--generations", "24"],
@@ -998,8 +999,10 @@ def slow_baseline(w, files, name, batches, right_only=False, rate=0.05, shown=No
         for x, i, n in batch:
             text, finished = attempt(i, n)
             y = ids_of(text) + [EOS] * finished
-            p = logits(student, x + y, len(y), 1.0 if name == "rft" else 0.9)
-            if name == "rft":
+            if name == "sft":
+                y = ids_of(worked(i, n)) + [EOS]
+            p = logits(student, x + y, len(y), 1.0 if name in ("sft", "rft") else 0.9)
+            if name in ("sft", "rft"):
                 values = -logprobs(p, y)
             elif name == "grpo":
                 rewards = [verdict(attempt(i, k)[0], i) for k in range(GROUP["grpo"])]
@@ -1074,6 +1077,23 @@ def test_baselines_equal_the_slow_loop(command, watch, files):
         expected = slow_baseline(watch, files, name, batches, **changed)
         changed.pop("rate")
         assert_other_training(expected, slow_baseline(watch, files, name, batches, **changed))
+
+
+def test_fine_tuning_on_solutions_equals_the_slow_loop(watch, files):
+    """Each solution with its EOS once per epoch, after its own problem; nothing is sampled."""
+    run(watch, files, "sft")
+    assert not watch.asked()
+    batches = []
+    for step in watch.steps:
+        batch = []
+        for row in (row for p in step.passes for row in p.rows):
+            i = problem_of(TOKENIZER.decode(row))
+            y = ids_of(worked(i, 0))
+            assert list(row[-len(y) :]) == y  # what was read: EOS is padding, too
+            batch.append((list(row[: -len(y)]), i, 0))
+        batches.append(batch)
+    assert Counter(i for batch in batches for _, i, _ in batch) == dict.fromkeys(range(12), 2)
+    assert_same_training(watch, files, slow_baseline(watch, files, "sft", batches, rate=0))
 
 
 @pytest.mark.parametrize(
