@@ -4,7 +4,8 @@
         --dataset runs/toy/stage1.jsonl --max-new-tokens 64 --batch-size 16 --lr 5e-4 --warmup 5 \\
         --output runs/my-rft                                           (CPU, after examples/toy.py)
 
-- sft:  fine-tuning on the worked solutions of --solution-column, each with EOS.
+- sft:  fine-tuning on the worked solutions of --solution-column, each with EOS. Of one that holds
+        an attempt, P_r and a revision only the revision is trained on.
 - rft:  rejection fine-tuning. Sample --group responses per problem once, keep the distinct right
         ones, fine-tune on them.
 - grpo: policy gradient. A response's advantage is its reward, normalised within the --group
@@ -112,42 +113,58 @@ def sample_groups(task: Task, problems: list[Problem], purpose: tuple) -> list[G
 # ------------------------------------------------------------------------------------- SFT and RFT
 
 
-def without_attempt(lm: LM, problem: Problem, ids: list[int], finished: bool) -> Trace:
-    """A response as stage 1 trains on it: a trace without a first attempt and without a phrase."""
+def make_trace(
+    task: Task, problem: Problem, ids: list[int], finished: bool, attempt: str = "", reward: int = 1
+) -> Trace:
+    """What stage 1 trains on: a response alone, or the revision of a given attempt."""
+    lm, args, phrase = task.lm, task.args, ""
+    if attempt:
+        phrase = (args.phrase_wrong, args.phrase_right)[reward]
     return Trace(
         problem=problem.text,
         answer=problem.answer,
-        reward=1,
-        phrase="",
-        init_text="",
+        reward=reward,
+        phrase=phrase,
+        init_text=attempt,
         revision_text=lm.text(ids),
         finished=finished,
         prompt_ids=problem.prompt_ids,
-        init_ids=[],
-        phrase_ids=[],
+        init_ids=ids_of(lm, attempt),
+        phrase_ids=lm.phrase_ids(phrase) if attempt else [],
         revision_ids=ids,
     )
 
 
-def worked_solutions(task: Task, solutions: dict[str, list[int]]) -> list[Trace]:
-    """solutions: ids by the problem's key."""
-    lm, traces = task.lm, []
+def ids_of(lm: LM, text: str) -> list[int]:
+    return lm.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def worked_solutions(task: Task, solutions: dict[str, str]) -> list[Trace]:
+    """solutions: by the problem's key. One that holds an attempt, P_r and its revision is cut
+    there, so that only the revision is trained on."""
+    lm, args, traces = task.lm, task.args, []
     for problem in task.problems:
-        ids = solutions[problem.key] + [lm.tokenizer.eos_token_id]
-        if len(problem.prompt_ids) + len(ids) > lm.context:
+        attempt, reward, text = "", 1, solutions[problem.key]
+        for r, phrase in enumerate((args.phrase_wrong, args.phrase_right)):
+            before, found, last = solutions[problem.key].rpartition(f"\n\n{phrase}\n\n")
+            if found and len(last) < len(text):
+                attempt, reward, text = before, r, last
+        ids = ids_of(lm, text) + [lm.tokenizer.eos_token_id]
+        trace = make_trace(task, problem, ids, True, attempt, reward)
+        if len(trace.ids) > lm.context:
             fail(f"the context holds {lm.context} tokens, the solution of {problem.text!r} not")
-        traces.append(without_attempt(lm, problem, ids, True))
+        traces.append(trace)
     return traces
 
 
-def right_responses(lm: LM, groups: list[Group]) -> list[Trace]:
+def right_responses(task: Task, groups: list[Group]) -> list[Trace]:
     """The distinct right responses."""
     traces = {}
     for g in groups:
         for y, r in zip(g.responses, g.rewards):
             if r:
                 same = g.problem.key, tuple(y.ids), y.finished
-                traces[same] = without_attempt(lm, g.problem, y.ids, y.finished)
+                traces[same] = make_trace(task, g.problem, y.ids, y.finished)
     return list(traces.values())
 
 
@@ -156,7 +173,7 @@ def collect(task: Task, args: Namespace, run: Run) -> list[Trace]:
     path = args.output / "traces.jsonl"
     if not path.exists():
         groups = sample_groups(task, task.problems, ("responses",))
-        traces = right_responses(task.lm, groups)
+        traces = right_responses(task, groups)
         if not traces:
             fail(f"not one of {args.group * len(groups)} responses verified")
         counts = {
@@ -174,7 +191,7 @@ def collect(task: Task, args: Namespace, run: Run) -> list[Trace]:
 def fine_tune(task: Task, args: Namespace, run: Run, traces: list[Trace] | None) -> None:
     """sft on these traces, rft on what it collects."""
     run.evaluate(0)
-    args.terms = "generation"
+    args.terms = "revision" if args.method == "sft" else "generation"
     model, steps = task.lm.model, plan(args, traces or collect(task, args, run))
     layer = OutputLayer(model, task.lm.vocab_size)
 
@@ -278,8 +295,8 @@ def sdpo_examples(groups: list[Group], phrase_ids: list[int]) -> list[Shown]:
     return examples
 
 
-def load_solutions(task: Task, args: Namespace) -> dict[str, list[int]]:
-    """Worked solutions, ids by the problem's key: gold answers, or another column."""
+def load_solutions(task: Task, args: Namespace) -> dict[str, str]:
+    """Worked solutions by the problem's key: gold answers, or another column."""
     texts = {p.key: p.answer for p in task.problems}
     if args.solution_column:
         # a worked solution is text, whatever the verifier wants of an answer
@@ -290,11 +307,7 @@ def load_solutions(task: Task, args: Namespace) -> dict[str, list[int]]:
         if missing:
             fail(f"{missing} of {len(texts)} problems have no {args.solution_column}")
         texts = {key: found[key] for key in texts}
-    tokenizer = task.lm.tokenizer
-    return {
-        key: tokenizer(str(text), add_special_tokens=False)["input_ids"]
-        for key, text in texts.items()
-    }
+    return {key: str(text) for key, text in texts.items()}
 
 
 def from_a_teacher(task: Task, args: Namespace, run: Run, make_examples: Callable) -> None:
@@ -407,8 +420,11 @@ def main(argv: list[str] | None = None) -> None:
     task = setup(args)
     task.trained_on([p.key for p in task.problems])
     phrase_ids = task.lm.phrase_ids(args.phrase_right)
-    solutions = load_solutions(task, args) if args.method in ("sft", "sdft") else {}
-    traces = worked_solutions(task, solutions) if args.method == "sft" else None
+    traces, shown = None, {}
+    if args.method in ("sft", "sdft"):
+        solutions = load_solutions(task, args)
+        traces = worked_solutions(task, solutions) if args.method == "sft" else None
+        shown = {key: ids_of(task.lm, text) for key, text in solutions.items()}
     run = Run(task)
     if run.complete:
         return
@@ -417,7 +433,7 @@ def main(argv: list[str] | None = None) -> None:
     elif args.method == "grpo":
         grpo(task, args, run)
     elif args.method == "sdft":
-        from_a_teacher(task, args, run, lambda g: sdft_examples(g, solutions, phrase_ids))
+        from_a_teacher(task, args, run, lambda g: sdft_examples(g, shown, phrase_ids))
     else:
         from_a_teacher(task, args, run, lambda g: sdpo_examples(g, phrase_ids))
     run.finish()

@@ -33,6 +33,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from common import PHRASES
+
 ROOT = Path(__file__).resolve().parents[1]
 
 NAMES = "Ana Ben Carla David Emma Felix Grace Hugo Iris Jack Kate Leo Mia Noah Olga Paul Rosa Sam"
@@ -59,14 +62,18 @@ CHANGES = {
 }
 QUESTION = "How many {things} does {name} have now?"
 LIMITS = (2, 9), (3, 12), (3, 49), (3, 49)  # of the four numbers
+REVISIONS = 0.2  # share of the warm-up's solutions that revise an attempt, one in four a right one
 SIZES = {"warmup": 3840, "stage1": 800, "stage2": 800, "heldout": 300}  # problems
 
 
 # ----------------------------------------------------------------------------------------- the task
 
 
-def make_problem(rng: random.Random, seen: set) -> dict[str, str]:
-    """A problem with its answer and a worked solution. seen: numbers of all problems so far."""
+def make_problem(rng: random.Random, seen: set) -> tuple[dict[str, str], tuple]:
+    """A problem with its answer and worked solution, and what `solution` needs to write another.
+
+    seen: the numbers of all problems so far.
+    """
     numbers, values = None, [0]
     while min(values) < 1 or numbers in seen:
         a, b, c, d = numbers = tuple(rng.randint(*limits) for limits in LIMITS)
@@ -80,15 +87,41 @@ def make_problem(rng: random.Random, seen: set) -> dict[str, str]:
     for sign, n in zip(signs, (c, d)):
         sentences.append(rng.choice(CHANGES[sign]).format(n=n, **words))
     sentences.append(QUESTION.format(**words))
-    x, y, z = values
-    solution = f"{a} * {b} = {x}\n{x} {signs[0]} {c} = {y}\n{y} {signs[1]} {d} = {z}\n#### {z}"
-    return {"problem": " ".join(sentences), "answer": str(z), "solution": solution}
+    problem = {"problem": " ".join(sentences), "answer": str(values[-1])}
+    return {**problem, "solution": solution(numbers, signs, values)}, (numbers, signs, values)
+
+
+def solution(numbers: tuple, signs: list[str], values: list[int]) -> str:
+    """values: what each step comes to."""
+    lines, left = [], numbers[0]
+    for sign, n, value in zip(["*", *signs], numbers[1:], values):
+        lines.append(f"{left} {sign} {n} = {value}\n")
+        left = value
+    return "".join(lines) + f"#### {left}"
+
+
+def slip(rng: random.Random, numbers: tuple, signs: list[str], values: list[int]) -> str:
+    """The solution with one step wrong, and what comes after it computed from there."""
+    wrong = values.copy()
+    place = rng.randrange(len(wrong))
+    wrong[place] += rng.choice([-10, -2, -1, 1, 2, 10])
+    for i in range(place + 1, len(wrong)):
+        n = numbers[i + 1]
+        wrong[i] = wrong[i - 1] + n if signs[i - 1] == "+" else wrong[i - 1] - n
+    return solution(numbers, signs, wrong)
 
 
 def write_problems(out: Path, seed: int) -> None:
     rng, seen = random.Random(seed), set()
     for name, size in SIZES.items():
-        rows = [json.dumps(make_problem(rng, seen)) + "\n" for _ in range(size)]
+        rows = []
+        for _ in range(size):
+            row, steps = make_problem(rng, seen)
+            if name == "warmup" and rng.random() < REVISIONS:
+                right = rng.random() < 0.25
+                attempt = row["solution"] if right else slip(rng, *steps)
+                row["solution"] = f"{attempt}\n\n{PHRASES[right]}\n\n{row['solution']}"
+            rows.append(json.dumps(row) + "\n")
         (out / f"{name}.jsonl").write_text("".join(rows))
     both = (out / "stage1.jsonl").read_text() + (out / "stage2.jsonl").read_text()
     (out / "both.jsonl").write_text(both)

@@ -87,11 +87,42 @@ def test_rft_keeps_distinct_right_responses():
     """Catches wrong ones that are kept, right ones that count twice or are lost."""
     g = group([3, 4], [1, 0, 1, 1])
     g.responses[3] = g.responses[0]
-    lm = SimpleNamespace(text=make_tokenizer().decode)
-    kept = baselines.right_responses(lm, [g, group([5], [0, 0])])
+    tokenizer = make_tokenizer()
+    task = SimpleNamespace(
+        lm=SimpleNamespace(text=tokenizer.decode, tokenizer=tokenizer), args=None
+    )
+    kept = baselines.right_responses(task, [g, group([5], [0, 0])])
     assert [t.revision_ids for t in kept] == [g.responses[0].ids, g.responses[2].ids]
     assert [t.ids for t in kept] == [[3, 4] + t.revision_ids for t in kept]
     assert all(t.finished and t.weights((1, 1)) == [1] * len(t.revision_ids) for t in kept)
+
+
+def test_sft_trains_on_a_revision_without_its_attempt(base, tmp_path):  # noqa: F811
+    """Catches a loss on the attempt, the phrase of the other verdict, an attempt cut at the first
+    of two phrases, EOS before the phrase or missing at the end."""
+    no, yes = "\n\nNo.\n\n", "\n\nYes.\n\n"
+    texts = ["ab", f"ab{no}cd", f"cd{yes}e", f"a{no}b{yes}c"]
+    rows = [{"problem": f"{i}?", "answer": text} for i, text in enumerate(texts)]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = ["--method", "sft", "--model", base, "--dataset", tmp_path / "data.jsonl"]
+    flags += [*FLAGS, "--output", tmp_path / "out", "--eval-problems", 0]
+    flags += ["--phrase-wrong", "No.", "--phrase-right", "Yes."]
+    args = baselines.parse_arguments([str(flag) for flag in flags])
+    task = baselines.setup(args)
+    solutions = baselines.load_solutions(task, args)
+    found = {t.problem: t for t in baselines.worked_solutions(task, solutions)}
+    ids, eos = (lambda text: baselines.ids_of(task.lm, text)), [task.lm.tokenizer.eos_token_id]
+    for problem, attempt, phrase, last, reward in (
+        ("0?", "", "", "ab", 1),
+        ("1?", "ab", no, "cd", 0),
+        ("2?", "cd", yes, "e", 1),
+        ("3?", f"a{no}b", yes, "c", 1),
+    ):
+        trace = found[problem]
+        before = ids(attempt) + ids(phrase)
+        assert trace.ids == trace.prompt_ids + before + ids(last) + eos
+        assert trace.weights((0, 1)) == [0] * len(before) + [1] * len(ids(last) + eos)
+        assert trace.reward == reward and problem[0] in task.lm.text(trace.prompt_ids)
 
 
 def test_what_the_teachers_are_shown():
