@@ -249,16 +249,21 @@ def test_bad_input(method, flags, message, base, tmp_path, capsys):  # noqa: F81
 
 
 def test_problems_of_the_real_model(tmp_path):
-    """Every solution is right line by line and verifies, no four numbers come twice, and the same
-    seed makes the same files."""
+    """Every solution is right line by line and verifies, no four numbers come twice, the same seed
+    makes the same files, and a phrase of the warm-up fits the attempt before it."""
     real.write_problems(tmp_path, 5)
-    numbers = []
+    numbers, revised = [], [0, 0]
     for name, size in real.SIZES.items():
         rows = [json.loads(line) for line in open(tmp_path / f"{name}.jsonl")]
         assert len(rows) == size
         for row in rows:
-            assert verify(row["solution"], row["answer"])
-            *lines, _ = row["solution"].split("\n")
+            text = row["solution"]
+            for r, phrase in enumerate(real.PHRASES):
+                attempt, found, text = text.rpartition(f"\n\n{phrase}\n\n")
+                revised[r] += found != ""
+                assert not found or name == "warmup" and verify(attempt, row["answer"]) == r
+            assert verify(text, row["answer"])
+            *lines, _ = text.split("\n")
             last = None
             for line in lines:
                 left, sign, right, result = re.fullmatch(
@@ -273,7 +278,7 @@ def test_problems_of_the_real_model(tmp_path):
             used = [first[0], first[2], *(line[2] for line in others)]
             assert sorted(used) == sorted(written) and last == row["answer"]
             numbers.append(tuple(used))
-    assert len(set(numbers)) == len(numbers)
+    assert len(set(numbers)) == len(numbers) and revised[0] > 2 * revised[1] > 0
     files = {path.name: path.read_text() for path in tmp_path.iterdir()}
     assert files["both.jsonl"] == files["stage1.jsonl"] + files["stage2.jsonl"]
     real.write_problems(tmp_path, 5)
