@@ -74,6 +74,7 @@ FREE = {"micro_tokens", "gradient_checkpointing", "save_every", "eval_every"} | 
 NOTED = {"slots", "lr", "cache_bytes", "collect_bytes"}
 ADAPTER = "adapter/adapter_model.safetensors"  # in a model's folder, what PEFT and vLLM read
 DATA_FILES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+SHORT = 128  # tokens of a response; up to here bf16 on a CPU is trained with eager attention
 MAX_SLOTS = 64  # more sequences at once hardly decode faster
 VERDICTS = ("wrong", "right")  # of r
 FIRST_WORD = 5  # seconds that rank 0 has to say what went wrong, before the others do
@@ -438,7 +439,7 @@ def load_lm(args: Namespace) -> LM:
         # backward pass is slow: SmolLM2-135M takes 3.3 s with eager attention instead of 4.4 for
         # 16 x 105 tokens, forward and backward; for 4 x 420 it is 4.6 and 4.1. See `sample_all`.
         dtype = choose_dtype(args)
-        short = args.device == "cpu" and dtype == torch.bfloat16 and args.max_new_tokens <= 128
+        short = args.device == "cpu" and dtype == torch.bfloat16 and args.max_new_tokens <= SHORT
         model = transformers.AutoModelForCausalLM.from_pretrained(
             name, dtype=dtype, attn_implementation="eager" if mps or short else None
         ).to(args.device)
@@ -797,9 +798,10 @@ def sample_all(
             )
 
     chosen = lm.model.config._attn_implementation
-    if chosen == "eager" and lm.model.device.type == "cpu" and lm.model._supports_sdpa:
-        # load_lm chose it for training; one token at a time over a cache it is twice as slow
-        lm.model.set_attn_implementation("sdpa")
+    if chosen != "eager" or lm.model.device.type != "cpu" or not lm.model._supports_sdpa:
+        return shared_out(sample, list(zip(prompts, seeds)))
+    # load_lm chose it for training; one token at a time over a cache it takes twice as long
+    lm.model.set_attn_implementation("sdpa")
     responses = shared_out(sample, list(zip(prompts, seeds)))
     lm.model.set_attn_implementation(chosen)
     return responses

@@ -63,7 +63,7 @@ CHANGES = {
 QUESTION = "How many {things} does {name} have now?"
 LIMITS = (2, 9), (3, 12), (3, 49), (3, 49)  # of the four numbers
 REVISIONS = 0.2  # share of the warm-up's solutions that revise an attempt, one in four a right one
-SIZES = {"warmup": 3840, "stage1": 800, "stage2": 800, "heldout": 300}  # problems
+SIZES = {"warmup": 1792, "stage1": 640, "stage2": 640, "heldout": 300}  # problems
 
 
 # ----------------------------------------------------------------------------------------- the task
@@ -137,7 +137,8 @@ RUNS = {  # name: (row of the table, script, model, problems, flags)
         BASELINES,
         None,
         "warmup",
-        "--method sft --solution-column solution --epochs 1 --batch-size 32 --lr 2e-4 --warmup 8",
+        "--method sft --solution-column solution --epochs 1 --batch-size 32 "
+        "--lr 1e-4 --lr-schedule cosine --warmup 8",
     ),
     "srt": (
         "SRT",
