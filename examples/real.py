@@ -129,7 +129,8 @@ def write_problems(out: Path, seed: int) -> None:
 
 # --------------------------------------------------------------------------------------- the runs
 
-COMMON = "--max-new-tokens 96 --temperature 1 --dtype bfloat16 --micro-tokens 2048 --save-every 10"
+COMMON = "--max-new-tokens 112 --temperature 1 --dtype bfloat16 --save-every 10"
+COMMON += " --micro-tokens 2048 --slots 192"
 BASELINES = "examples/baselines.py"
 RUNS = {  # name: (row of the table, script, model, problems, flags)
     "base": (
