@@ -1,32 +1,30 @@
-"""SD-Zero on a real language model: SmolLM2-135M-Instruct, three hours on two CPU cores.
+"""SD-Zero on a real language model: SmolLM2-135M-Instruct. Some hours on two CPU cores.
 
-    python examples/real.py --model FOLDER_OR_NAME                    two processes on two cores
-    python examples/real.py --model FOLDER_OR_NAME --processes 1 --device cuda         one GPU
+    python examples/real.py --model FOLDER_OR_NAME                    on a GPU: --device cuda
 
-The task is made here: word problems of three steps, whose solution is three equations and `####`.
-Each step is mostly right, and one slip sinks the answer:
+The task is made here, of several steps. Each is mostly right, and one slip sinks the answer:
 
-    Ana packs 23 pens into each of 7 bags. Then Ana finds another 45 pens. For each of them Ana
-    gets 3 points. How many points does Ana get?
+    A bus leaves with 24 people. Then 11 get off, 16 get on, 5 get off, 8 get on. How many people
+    are on it?
 
-    7 * 23 = 161
-    161 + 45 = 206
-    206 * 3 = 618
-    #### 618
+    24 - 11 = 13
+    13 + 16 = 29
+    29 - 5 = 24
+    24 + 8 = 32
+    #### 32
 
 So small a model cannot do that, and does not know the format. It is warmed up by fine-tuning on
-worked solutions (baselines.py --method sft), and the result is the base of all methods. From there
-on all that a method learns of an answer is the verifier's bit. No two problems have the same four
-numbers, be they of the warm-up, of stage 1, of stage 2 or held out. Methods get the same number of
-responses: 4 per problem of stage 1, and one per problem of stage 2; GRPO from SRT, like stage 2,
-gets the latter.
+worked solutions (baselines.py --method sft), one in four of which comes after an attempt, mostly a
+wrong one, and its phrase. The result is the base of all methods. From there on all that a method
+learns of an answer is the verifier's bit. No problem comes twice, be it in the warm-up, in stage 1,
+in stage 2 or held out. Methods get the same number of responses: 4 per problem of stage 1, and one
+per problem of stage 2; GRPO from SRT, like stage 2, gets the latter.
 
 Everything is in --out, and the same command goes on where it was stopped.
 """
 
 import argparse
 import json
-import os
 import random
 import shlex
 import subprocess
@@ -38,77 +36,40 @@ from common import PHRASES
 
 ROOT = Path(__file__).resolve().parents[1]
 
-NAMES = "Ana Ben Carla David Emma Felix Grace Hugo Iris Jack Kate Leo Mia Noah Olga Paul Rosa Sam"
-THINGS = "apples pens books coins cards stamps marbles cookies candles shells tickets eggs beads"
-STARTS = [
-    "{name} has {a} boxes with {b} {things} each.",
-    "{name} packs {b} {things} into each of {a} bags.",
-    "There are {a} shelves, and {name} puts {b} {things} on each of them.",
-    "For {a} days {name} collects {b} {things} a day.",
-]
-CHANGES = {
-    "+": [
-        "{name} buys {n} more.",
-        "Then {name} finds another {n} {things}.",
-        "A friend brings {n} {things} more.",
-        "{name} gets {n} {things} as a present.",
-    ],
-    "-": [
-        "{name} gives away {n} of them.",
-        "Then {n} {things} are lost.",
-        "{name} sells {n} of them.",
-        "A friend takes {n} of the {things}.",
-    ],
-}
-QUESTION = "How many {things} does {name} have now?"
-LIMITS = (2, 9), (3, 12), (3, 49), (3, 49)  # of the four numbers
-REVISIONS = 0.2  # share of the warm-up's solutions that revise an attempt, one in four a right one
-SIZES = {"warmup": 1792, "stage1": 640, "stage2": 640, "heldout": 300}  # problems
+STOPS = 4
+SIZES = {"warmup": 1536, "stage1": 640, "stage2": 640, "heldout": 300}  # problems
+REVISIONS = 0.25  # share of the warm-up's solutions that revise an attempt, one in four a right one
 
 
 # ----------------------------------------------------------------------------------------- the task
 
 
-def make_problem(rng: random.Random, seen: set) -> tuple[dict[str, str], tuple]:
-    """A problem with its answer and worked solution, and what `solution` needs to write another.
-
-    seen: the numbers of all problems so far.
-    """
-    numbers, values = None, [0]
-    while min(values) < 1 or numbers in seen:
-        a, b, c, d = numbers = tuple(rng.randint(*limits) for limits in LIMITS)
-        signs = rng.choices("+-", k=2)
-        values = [a * b]
-        for sign, n in zip(signs, (c, d)):
-            values.append(values[-1] + n if sign == "+" else values[-1] - n)
-    seen.add(numbers)
-    words = {"name": rng.choice(NAMES.split()), "things": rng.choice(THINGS.split())}
-    sentences = [rng.choice(STARTS).format(a=a, b=b, **words)]
-    for sign, n in zip(signs, (c, d)):
-        sentences.append(rng.choice(CHANGES[sign]).format(n=n, **words))
-    sentences.append(QUESTION.format(**words))
-    problem = {"problem": " ".join(sentences), "answer": str(values[-1])}
-    return {**problem, "solution": solution(numbers, signs, values)}, (numbers, signs, values)
+def solution(numbers: list[int], slipped: int | None = None, by: int = 0) -> str:
+    """Worked, line by line. slipped: a step whose result is wrong, `by` so many; what comes after
+    it is computed from there."""
+    lines, people = [], numbers[0]
+    for i, n in enumerate(numbers[1:]):
+        now = people + n + (by if i == slipped else 0)
+        lines.append(f"{people} {'+-'[n < 0]} {abs(n)} = {now}\n")
+        people = now
+    return "".join(lines) + f"#### {people}"
 
 
-def solution(numbers: tuple, signs: list[str], values: list[int]) -> str:
-    """values: what each step comes to."""
-    lines, left = [], numbers[0]
-    for sign, n, value in zip(["*", *signs], numbers[1:], values):
-        lines.append(f"{left} {sign} {n} = {value}\n")
-        left = value
-    return "".join(lines) + f"#### {left}"
+def make_problem(rng: random.Random, seen: set) -> list[int]:
+    """The people at first, and who gets on (or off: negative). seen: all problems so far."""
+    numbers = []
+    while not numbers or sum(numbers) < 1 or tuple(numbers) in seen:
+        numbers = [rng.randint(10, 49)]
+        while len(numbers) <= STOPS:
+            n = rng.randint(2, 19)
+            numbers.append(n if rng.random() < 0.5 or n >= sum(numbers) else -n)
+    seen.add(tuple(numbers))
+    return numbers
 
 
-def slip(rng: random.Random, numbers: tuple, signs: list[str], values: list[int]) -> str:
-    """The solution with one step wrong, and what comes after it computed from there."""
-    wrong = values.copy()
-    place = rng.randrange(len(wrong))
-    wrong[place] += rng.choice([-10, -2, -1, 1, 2, 10])
-    for i in range(place + 1, len(wrong)):
-        n = numbers[i + 1]
-        wrong[i] = wrong[i - 1] + n if signs[i - 1] == "+" else wrong[i - 1] - n
-    return solution(numbers, signs, wrong)
+def question(numbers: list[int]) -> str:
+    changes = ", ".join(f"{abs(n)} get {'on' if n > 0 else 'off'}" for n in numbers[1:])
+    return f"A bus leaves with {numbers[0]} people. Then {changes}. How many people are on it?"
 
 
 def write_problems(out: Path, seed: int) -> None:
@@ -116,11 +77,14 @@ def write_problems(out: Path, seed: int) -> None:
     for name, size in SIZES.items():
         rows = []
         for _ in range(size):
-            row, steps = make_problem(rng, seen)
+            numbers = make_problem(rng, seen)
+            text = solution(numbers)
             if name == "warmup" and rng.random() < REVISIONS:
                 right = rng.random() < 0.25
-                attempt = row["solution"] if right else slip(rng, *steps)
-                row["solution"] = f"{attempt}\n\n{PHRASES[right]}\n\n{row['solution']}"
+                by = 0 if right else rng.choice([-10, -2, -1, 1, 2, 10])
+                attempt = solution(numbers, rng.randrange(STOPS), by)
+                text = f"{attempt}\n\n{PHRASES[right]}\n\n{text}"
+            row = {"problem": question(numbers), "answer": str(sum(numbers)), "solution": text}
             rows.append(json.dumps(row) + "\n")
         (out / f"{name}.jsonl").write_text("".join(rows))
     both = (out / "stage1.jsonl").read_text() + (out / "stage2.jsonl").read_text()
@@ -192,49 +156,42 @@ COLUMNS = {  # of the table: key of an evaluation
 }
 
 
-class Runner:
-    """Calls the scripts as a user would, in as many processes as --processes says."""
+def call(script: str, flags: list, **how) -> subprocess.CompletedProcess:
+    """Run a script as a user would."""
+    flags = [str(flag) for flag in flags]
+    print("\n$", shlex.join(["python", script, *flags]), flush=True)
+    done = subprocess.run([sys.executable, ROOT / script, *flags], **how)
+    if done.returncode:
+        raise SystemExit(done.returncode)
+    return done
 
-    def __init__(self, args: argparse.Namespace):
-        self.out, self.shared = args.out, ["--device", args.device, "--seed", args.seed]
-        self.start = [sys.executable]
-        if args.processes > 1:
-            many = f"-m torch.distributed.run --nproc-per-node {args.processes}"
-            self.start += many.split()
-            os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-    def call(self, script: str, flags: list, **how) -> subprocess.CompletedProcess:
-        flags = [str(flag) for flag in flags]
-        print("\n$", shlex.join([*self.start[1:], script, *flags]), flush=True)
-        done = subprocess.run([*self.start, ROOT / script, *flags], **how)
-        if done.returncode:
-            raise SystemExit(done.returncode)
-        return done
+def run(name: str, model: Path | str, args: argparse.Namespace) -> None:
+    """One of RUNS, unless its output folder is complete."""
+    _, script, _, problems, own = RUNS[name]
+    output = args.out / name
+    if (output / "config.json").exists():
+        return
+    flags = ["--model", model, "--dataset", args.out / f"{problems}.jsonl", *own.split()]
+    flags += [*COMMON.split(), "--eval-problems", 0, "--device", args.device, "--seed", args.seed]
+    resume = ["--resume"] if (output / "settings.json").exists() else []
+    call(script, [*flags, "--output", output, *resume])
 
-    def run(self, name: str, model: Path) -> None:
-        """One of RUNS, unless its output folder is complete."""
-        _, script, _, problems, own = RUNS[name]
-        output = self.out / name
-        if (output / "config.json").exists():
-            return
-        flags = ["--model", model, "--dataset", self.out / f"{problems}.jsonl", *own.split()]
-        flags += [*COMMON.split(), "--eval-problems", 0, *self.shared]
-        resume = ["--resume"] if (output / "settings.json").exists() else []
-        self.call(script, [*flags, "--output", output, *resume])
 
-    def evaluate(self, name: str) -> dict:
-        """Of the held-out problems, sampled at temperature 1; "greedy" is the accuracy without."""
-        path = self.out / f"{name}.eval.json"
-        if not path.exists():
-            flags = ["--model", self.out / name, "--dataset", self.out / "heldout.jsonl"]
-            flags += [*COMMON.split(), *EVALUATION.split(), *self.shared]
-            found = []
-            for more in (["--eval-temperature", 1], ["--eval-temperature", 0, "--eval-samples", 1]):
-                done = self.call("sdzero.py", [*flags, *more], stdout=subprocess.PIPE, text=True)
-                found.append(json.loads(done.stdout[done.stdout.index("{") :]))
-            found[0]["greedy"] = found[1]["accuracy"]
-            path.write_text(json.dumps(found[0], indent=1))
-        return json.loads(path.read_text())
+def evaluate(name: str, args: argparse.Namespace) -> dict:
+    """Of the held-out problems, sampled at temperature 1; "greedy" is the accuracy without."""
+    path = args.out / f"{name}.eval.json"
+    if not path.exists():
+        flags = ["--model", args.out / name, "--dataset", args.out / "heldout.jsonl"]
+        flags += [*COMMON.split(), *EVALUATION.split()]
+        flags += ["--device", args.device, "--seed", args.seed]
+        found = []
+        for more in (["--eval-temperature", 1], ["--eval-temperature", 0, "--eval-samples", 1]):
+            done = call("sdzero.py", [*flags, *more], stdout=subprocess.PIPE, text=True)
+            found.append(json.loads(done.stdout[done.stdout.index("{") :]))
+        found[0]["greedy"] = found[1]["accuracy"]
+        path.write_text(json.dumps(found[0], indent=1))
+    return json.loads(path.read_text())
 
 
 # --------------------------------------------------------------------------------------- the report
@@ -265,19 +222,18 @@ def main(argv: list[str] | None = None) -> None:
     add = parser.add_argument
     add("--model", required=True, help="a folder or name of SmolLM2-135M-Instruct")
     add("--out", type=Path, default=Path("runs/real"), help="where it goes on (default: runs/real)")
-    add("--processes", type=int, default=2, help="torchrun's; on a GPU 1 (default: 2)")
     add("--device", default="cpu", help="cpu or cuda (default: cpu)")
     add("--seed", type=int, default=0, help="of the problems and of all sampling (default: 0)")
     args = parser.parse_args(argv)
     if not (args.out / "both.jsonl").exists():
         args.out.mkdir(parents=True, exist_ok=True)
         write_problems(args.out, args.seed)
-    runner, rows, log = Runner(args), [], []
+    rows, log = [], []
     for name, (row, _, model, _, _) in RUNS.items():
-        runner.run(name, args.out / model if model else args.model)
+        run(name, args.out / model if model else args.model, args)
         steps = steps_of(args.out / name)
         minutes = sum(step.get("seconds", 0) for step in steps) / 60  # without its evaluations
-        rows.append({"row": row, **runner.evaluate(name), "minutes": minutes})
+        rows.append({"row": row, **evaluate(name, args), "minutes": minutes})
         log += steps
         print_table(rows)
     lines = [json.dumps(line) + "\n" for line in rows + log]
