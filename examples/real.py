@@ -37,7 +37,7 @@ from common import PHRASES
 ROOT = Path(__file__).resolve().parents[1]
 
 STOPS = 4
-SIZES = {"warmup": 1536, "stage1": 640, "stage2": 640, "heldout": 300}  # problems
+SIZES = {"warmup": 1920, "stage1": 1600, "stage2": 800, "heldout": 300}  # problems
 REVISIONS = 0.25  # share of the warm-up's solutions that revise an attempt, one in four a right one
 
 
@@ -93,7 +93,7 @@ def write_problems(out: Path, seed: int) -> None:
 
 # --------------------------------------------------------------------------------------- the runs
 
-COMMON = "--max-new-tokens 112 --temperature 1 --dtype bfloat16 --save-every 10"
+COMMON = "--max-new-tokens 128 --temperature 1 --dtype bfloat16 --save-every 10"
 COMMON += " --micro-tokens 2048 --slots 192"
 BASELINES = "examples/baselines.py"
 RUNS = {  # name: (row of the table, script, model, problems, flags)
@@ -102,29 +102,28 @@ RUNS = {  # name: (row of the table, script, model, problems, flags)
         BASELINES,
         None,
         "warmup",
-        "--method sft --solution-column solution --epochs 1 --batch-size 32 "
-        "--lr 1e-4 --lr-schedule cosine --warmup 8",
+        "--method sft --solution-column solution --epochs 1 --batch-size 48 --lr 1e-4 --warmup 6",
     ),
     "srt": (
         "SRT",
         "srt.py",
         "base",
         "stage1",
-        f"--problems {SIZES['stage1']} --epochs 2 --batch-size 32 --lr 1e-4",
+        f"--problems {SIZES['stage1']} --epochs 2 --batch-size 48 --lr 1e-4",
     ),
     "sdzero": (
         "SD-Zero",
         "sdzero.py",
         "srt",
         "stage2",
-        "--batch-size 50 --lr 5e-5 --warmup 4",
+        "--batch-size 48 --lr 5e-5 --warmup 2",
     ),
     "rft": (
         "RFT",
         BASELINES,
         "base",
         "stage1",
-        "--method rft --epochs 2 --batch-size 32 --lr 1e-4 --lr-schedule cosine --warmup 0.05",
+        "--method rft --epochs 2 --batch-size 48 --lr 1e-4 --lr-schedule cosine --warmup 0.05",
     ),
     "grpo": (
         "GRPO",

@@ -315,7 +315,7 @@ def test_commands_of_the_real_model(monkeypatch, tmp_path, capsys):
         args = seen.pop(name)
         assert (Path(args.model).name, Path(args.dataset).stem) == (model, problems)
         assert getattr(args, "generations", None) == responses
-        assert args.temperature == 1 and args.max_new_tokens == 112
+        assert args.temperature == 1 and args.max_new_tokens == 128
         if name in ("srt", "rft"):
             assert args.problems in (None, real.SIZES["stage1"])
             assert getattr(args, "group", 4) == 4 == getattr(args, "revisions", 3) + 1
