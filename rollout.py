@@ -121,40 +121,12 @@ def generate(
     """
     model = unwrapped(model)
     check_supported(model)
-    prompts = [integers(p, "each prompt must be a list of token ids") for p in prompts]
-    eos = [] if eos_token_ids is None else plain(eos_token_ids)
-    eos = integers(eos if isinstance(eos, Iterable) else [eos], "eos_token_ids must be ids")
-    limits = plain(max_new_tokens)
-    limits = limits if isinstance(limits, Iterable) else [limits] * len(prompts)
-    limits = integers(limits, "max_new_tokens must be integers")
-    counts = limits + [n for n in (slots, check_every, vocab_size) if n is not None]
-    if min(counts, default=1) < 1:
-        raise ValueError("generate needs max_new_tokens, slots, check_every and vocab_size >= 1")
-    sampled = min(vocab_size or model.config.vocab_size, model.config.vocab_size)
-    if eos and not any(0 <= token < sampled for token in eos):
-        raise ValueError(f"no response could end: eos_token_ids {eos} are not among {sampled} ids")
-    # Logits divided by less would overflow. Both conditions are written so that nan is refused.
-    if not (temperature == 0 or temperature >= 1e-5) or not 0 < top_p <= 1:
-        raise ValueError("generate needs a temperature of 0 or >= 1e-5, and 0 < top_p <= 1")
-    if not all(prompts):
-        raise ValueError("generate got an empty prompt")
-    if seed is None:
-        seed = torch.randint(2**62, ()).item()
-    seeds = plain(seed)
-    seeds = seeds if isinstance(seeds, Iterable) else stream_seeds(seeds, len(prompts))
-    seeds = [signed(n) for n in integers(seeds, "seed must be an integer, or one for each prompt")]
-    if not len(limits) == len(seeds) == len(prompts):
-        raise ValueError("generate needs one limit for each prompt, and one seed")
+    prompts, limits, eos, seeds = as_lists(prompts, max_new_tokens, eos_token_ids, seed)
+    check_numbers(model, prompts, limits, eos, temperature, top_p, slots, vocab_size, check_every)
     if not prompts:
         return []
     longest_prompt = max(map(len, prompts))
     length = max(len(p) + limit for p, limit in zip(prompts, limits))
-    positions = getattr(model.config, "max_position_embeddings", None)
-    if positions and length > positions:
-        raise ValueError(
-            f"a prompt and its max_new_tokens are {length} tokens, but the model has {positions} "
-            "positions (max_position_embeddings)"
-        )
     with sampling_mode(model):
         slots = min(slots or fit_slots(model, longest_prompt, length), len(prompts))
         ahead = max(1, min(slots // 4, PREFILL_TOKENS // longest_prompt))
@@ -176,6 +148,46 @@ def generate(
                 message += "; lower slots or max_new_tokens"
                 raise torch.OutOfMemoryError(message) from error
             raise
+
+
+def as_lists(prompts, max_new_tokens, eos_token_ids, seed) -> tuple[list, list, list, list]:
+    """These arguments of `generate` as ids of each prompt, limit of each, EOS ids, seed of each."""
+    prompts = [integers(p, "each prompt must be a list of token ids") for p in prompts]
+    eos = [] if eos_token_ids is None else plain(eos_token_ids)
+    eos = integers(eos if isinstance(eos, Iterable) else [eos], "eos_token_ids must be ids")
+    limits = plain(max_new_tokens)
+    limits = limits if isinstance(limits, Iterable) else [limits] * len(prompts)
+    limits = integers(limits, "max_new_tokens must be integers")
+    seeds = torch.randint(2**62, ()).item() if seed is None else plain(seed)
+    seeds = seeds if isinstance(seeds, Iterable) else stream_seeds(seeds, len(prompts))
+    seeds = [signed(n) for n in integers(seeds, "seed must be an integer, or one for each prompt")]
+    if not len(limits) == len(seeds) == len(prompts):
+        raise ValueError("generate needs one limit for each prompt, and one seed")
+    return prompts, limits, eos, seeds
+
+
+def check_numbers(
+    model, prompts, limits, eos, temperature, top_p, slots, vocab_size, check_every
+) -> None:
+    """Raise ValueError for what `generate` cannot do."""
+    counts = limits + [n for n in (slots, check_every, vocab_size) if n is not None]
+    if min(counts, default=1) < 1:
+        raise ValueError("generate needs max_new_tokens, slots, check_every and vocab_size >= 1")
+    sampled = min(vocab_size or model.config.vocab_size, model.config.vocab_size)
+    if eos and not any(0 <= token < sampled for token in eos):
+        raise ValueError(f"no response could end: eos_token_ids {eos} are not among {sampled} ids")
+    # Logits divided by less would overflow. Both conditions are written so that nan is refused.
+    if not (temperature == 0 or temperature >= 1e-5) or not 0 < top_p <= 1:
+        raise ValueError("generate needs a temperature of 0 or >= 1e-5, and 0 < top_p <= 1")
+    if not all(prompts):
+        raise ValueError("generate got an empty prompt")
+    length = max((len(p) + limit for p, limit in zip(prompts, limits)), default=0)
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if positions and length > positions:
+        raise ValueError(
+            f"a prompt and its max_new_tokens are {length} tokens, but the model has {positions} "
+            "positions (max_position_embeddings)"
+        )
 
 
 def plain(value):
