@@ -244,7 +244,7 @@ def parse_arguments():
     add("--device", default="cpu")
     add("--dtype", default="float32")
     add("--threads", type=int, default=1, help="on the CPU; 2 are slower beside other work")
-    add("--cuda-graph", action="store_true", help="decode with CUDA graphs: not yet run on a GPU")
+    add("--cuda-graph", action="store_true", help="decode with CUDA graphs")
     return parser.parse_args()
 
 
