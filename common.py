@@ -76,7 +76,7 @@ NOTED = {"slots", "lr", "cache_bytes", "collect_bytes"}
 ADAPTER = "adapter/adapter_model.safetensors"  # in a model's folder, what PEFT and vLLM read
 DATA_FILES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 SHORT = 128  # tokens of a response; up to here bf16 on a CPU is trained with eager attention
-MAX_SLOTS = 64  # more sequences at once hardly decode faster
+SLOTS, MAX_SLOTS = 64, 256  # sequences decoded at once, without a GPU and with one
 VERDICTS = ("wrong", "right")  # of r
 FIRST_WORD = 5  # seconds that rank 0 has to say what went wrong, before the others do
 SHOW_EVERY = 10  # optimizer steps between two responses shown in the log
@@ -198,7 +198,7 @@ FLAGS = [
     ("max-new-tokens", count, 8192, "limit of one response"),
     ("temperature", at_least_0, 1.0, "of training samples"),
     ("top-p", share, 1.0, "nucleus of training samples; 1 is off"),
-    ("slots", count, None, f"sequences decoded at once (default: what fits, at most {MAX_SLOTS})"),
+    ("slots", count, None, f"sequences decoded at once (default: {SLOTS}; on a GPU what fits)"),
     ("cuda-graphs", ["on", "off"], "on", "sample by replaying CUDA graphs, where there is CUDA"),
     ("batch-size", count, 128, "problems (stage 1: traces) per optimizer step"),
     ("lora", count, None, "train LoRA adapters of this rank, 64 say (default: all weights)"),
@@ -283,7 +283,7 @@ def check_flags(args: Namespace) -> None:
 
 # torchrun starts a script once per GPU, and all its processes do the same, with two exceptions:
 # each samples, verifies and scores only its share, and only rank 0 writes. They meet where shares
-# are put together (`shared_out`, `meet`), and hold the same weights and metrics afterwards.
+# are put together (`shared_out`, `all_reduce`), and hold the same weights and metrics afterwards.
 # `gathered([])` only waits for all: one writes what the others read, or have read.
 # Without torchrun there is one process, rank 0, whose share is everything.
 
@@ -355,13 +355,13 @@ def shared_out(work: Callable[[list], list], items: list) -> list:
 
 def my_share(items: list, lengths: list[int]) -> list:
     """This process's part of what is scored: every n-th by length, so that all have equal work. The
-    parts are put together by `meet`."""
+    parts are put together by `all_reduce`."""
     rank, ranks = rank_and_ranks()
     by_length = sorted(range(len(items)), key=lambda i: lengths[i])
     return [items[i] for i in sorted(by_length[rank::ranks])]
 
 
-def meet(model: torch.nn.Module, parts: list[dict]) -> dict[str, torch.Tensor]:
+def all_reduce(model: torch.nn.Module, parts: list[dict]) -> dict[str, torch.Tensor]:
     """After the backward passes of a step: add up the gradients of all processes.
 
     parts: values per token of this process's micro-batches, by name. Returns those of all, {} where
@@ -991,7 +991,7 @@ def slots_that_fit(args: Namespace, slot: int, cache_bytes: int | None) -> int:
     """How many sequences are decoded at once: --slots, or as many as fit, `slot` bytes each. Not
     the sampler's choice by free memory: this one is the same after --resume."""
     if args.slots or cache_bytes is None:
-        return args.slots or MAX_SLOTS
+        return args.slots or SLOTS
     return max(1, min(MAX_SLOTS, cache_bytes // slot))
 
 
@@ -1154,11 +1154,13 @@ def setup(args: Namespace, half: bool = False) -> Task:
 
 def read_settings(folder: Path) -> dict:
     """settings.json of a run, with what --resume needs of it."""
-    try:
+    damaged = f"{folder / 'settings.json'} is damaged"
+    with explained(damaged, ValueError):
         settings = json.loads((folder / "settings.json").read_text())
-        return {"started": settings["started"], **settings, "flags": {**settings["flags"]}}
-    except (ValueError, KeyError, TypeError):
-        fail(f"{folder / 'settings.json'} is damaged")
+    kinds = {"flags": dict, "fingerprint": dict, "started": str}
+    if isinstance(settings, dict) and all(isinstance(settings.get(k), kinds[k]) for k in kinds):
+        return settings
+    fail(damaged)
 
 
 def fingerprint(task: Task, traces: list | None) -> dict[str, str]:

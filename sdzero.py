@@ -37,6 +37,7 @@ from common import (
     Optimizer,
     Run,
     Task,
+    all_reduce,
     check_flags,
     compiled,
     count,
@@ -45,7 +46,6 @@ from common import (
     fraction,
     learning_rate,
     make_parser,
-    meet,
     my_share,
     natural,
     positive,
@@ -217,7 +217,7 @@ def distill_step(
     for group in progress(micro_batches(lengths, args.micro_tokens), "training"):
         chosen = [mine[i] for i in group]
         parts.append(distill(student, teacher, student_layer, teacher_layer, chosen, args, divisor))
-    whole = meet(student, parts)  # with torchrun: everybody's, and the sum of their gradients
+    whole = all_reduce(student, parts)  # with torchrun: everybody's, and the sum of their gradients
     if not whole:
         return {"loss": 0.0, "kl": None, "log_ratio": None, "entropy": None, "loss_tokens": 0}
     loss = whole["loss"].sum().item() / divisor

@@ -41,6 +41,7 @@ from common import (
     Problem,
     Run,
     Task,
+    all_reduce,
     check_flags,
     compiled,
     count,
@@ -51,7 +52,6 @@ from common import (
     key_of,
     learning_rate,
     make_parser,
-    meet,
     my_share,
     progress,
     render,
@@ -258,7 +258,7 @@ def srt_step(
     for group in progress(micro_batches([len(t.ids) for t in mine], micro_tokens), "training"):
         nll, weight = srt_loss(model, layer, [mine[i] for i in group], weights, divisor)
         parts.append({"nll": nll, "weight": weight})
-    whole = meet(model, parts)  # with torchrun: everybody's, and the sum of their gradients
+    whole = all_reduce(model, parts)  # with torchrun: everybody's, and the sum of their gradients
     loss = (whole["nll"] * whole["weight"]).sum().item() / divisor
     if not math.isfinite(loss):
         raise FloatingPointError(f"the loss is {loss}")

@@ -44,6 +44,7 @@ from common import (
     Problem,
     Run,
     Task,
+    all_reduce,
     check_flags,
     count,
     entry,
@@ -52,7 +53,6 @@ from common import (
     learning_rate,
     load_problems,
     make_parser,
-    meet,
     my_share,
     sample_and_verify,
     seed_of,
@@ -240,7 +240,7 @@ def grpo_step(
         advantages = torch.tensor(advantages, device=hidden.device)
         values = backward_by_chunks(loss, layer, hidden, token_ids, advantages, divisor=tokens)
         parts.append({"loss": values})
-    values = meet(model, parts)
+    values = all_reduce(model, parts)
     total = values["loss"].sum().item() if values else 0.0
     return {"loss": total / tokens, "with_signal": len(live) / responses}
 

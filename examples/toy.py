@@ -57,7 +57,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import srt
-from common import MAX_SLOTS, PHRASES, inherit_prompt, load_lm, load_problems, render, sample_all
+from common import PHRASES, SLOTS, inherit_prompt, load_lm, load_problems, render, sample_all
 from losses import full_logits
 from rollout import Rollout
 from sdzero import Example
@@ -397,7 +397,7 @@ def the_rest(out, seed):
 def load(model, out, seed):
     """A model of the toy with what srt.py's flags say of it."""
     flags = ["--model", model, "--dataset", out / "heldout.jsonl", "--max-new-tokens", 64]
-    flags += ["--seed", seed, "--device", "cpu", "--slots", MAX_SLOTS, "--eval-only"]
+    flags += ["--seed", seed, "--device", "cpu", "--slots", SLOTS, "--eval-only"]
     args = srt.parse_arguments([str(flag) for flag in flags])
     inherit_prompt(args)
     return load_lm(args), args
