@@ -27,6 +27,7 @@ defaults samples 4 per problem in stage 1 and 1 in stage 2.
 import json
 import random
 import sys
+import time
 from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -172,6 +173,7 @@ def collect(task: Task, args: Namespace, run: Run) -> list[Trace]:
     """Sample all responses and keep what is right in traces.jsonl, unless that is done."""
     path = args.output / "traces.jsonl"
     if not path.exists():
+        start = time.time()
         groups = sample_groups(task, task.problems, ("responses",))
         traces = right_responses(task, groups)
         if not traces:
@@ -181,6 +183,7 @@ def collect(task: Task, args: Namespace, run: Run) -> list[Trace]:
             "generations": args.group * len(groups),
             "right": sum(sum(g.rewards) for g in groups),
             "kept": len(traces),
+            "seconds": time.time() - start,
         }
         run.log("collect", 1, counts)
         run.write(path.name, "".join(json.dumps(asdict(t)) + "\n" for t in traces))

@@ -131,14 +131,14 @@ RUNS = {  # name: (row of the table, script, model, problems, flags)
         "base",
         "both",
         f"--method grpo --generations {4 * SIZES['stage1'] + SIZES['stage2']} "
-        "--batch-size 128 --lr 5e-5 --warmup 4",
+        "--batch-size 128 --lr 1e-5 --warmup 4",
     ),
     "grpo_from_srt": (
         "GRPO from SRT",
         BASELINES,
         "srt",
         "stage2",
-        f"--method grpo --generations {SIZES['stage2']} --batch-size 128 --lr 5e-5 --warmup 4",
+        f"--method grpo --generations {SIZES['stage2']} --batch-size 128 --lr 1e-5 --warmup 4",
     ),
 }
 EVALUATION = "--eval-problems 300 --eval-samples 4 --eval-only"
