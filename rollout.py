@@ -112,7 +112,7 @@ def generate(
     progress: called with 1 whenever a response is complete.
     check_every: steps between two looks at what has ended. None: 1 on the CPU, 8 elsewhere.
     cuda_graph: decode in fixed shapes, on CUDA by replaying graphs: 1.1 to 3 times as fast. Each
-        call captures them anew, which takes some 0.1 s for each of up to 56 shapes. The forward
+        call captures them anew, some 0.1 s for each of up to 72 shapes (256 slots). The forward
         must not read tensors on the host, as some mixtures of experts do, or capturing fails.
         Without CUDA the same shapes run eagerly (for the tests).
 
