@@ -30,8 +30,8 @@ import torch.nn.functional as F
 
 # What `backward_by_chunks` works on at a time, by device: (logits of a chunk, chunks of a block).
 # In fp32 a chunk is 0.5 MB, which fits into the cache of a CPU core; on a GPU 256 MB (with 64
-# MB the loss took 1.3 to 1.6 times as long on an H100), on an Apple one, which shares the memory of the
-# machine, 16 MB.
+# MB the loss took 1.3 to 1.6 times as long on an H100), on an Apple one, which shares the memory of
+# the machine, 16 MB.
 CHUNK = {"cpu": (2**17, 96), "mps": (2**22, 8), "cuda": (2**26, 2)}
 
 

@@ -17,8 +17,8 @@ So small a model cannot do that, and does not know the format. It is warmed up b
 worked solutions (baselines.py --method sft), one in four of which comes after an attempt, mostly a
 wrong one, and its phrase. The result is the base of all methods. From there on all that a method
 learns of an answer is the verifier's bit. No problem comes twice, be it in the warm-up, in stage 1,
-in stage 2 or held out. Responses for each method: 4 per problem of stage 1 (RFT no others), and one per
-problem of stage 2; GRPO from SRT, like stage 2, gets the latter.
+in stage 2 or held out. Responses for each method: 4 per problem of stage 1 (RFT no others), and
+one per problem of stage 2; GRPO from SRT, like stage 2, gets the latter.
 
 Everything is in --out, and the same command goes on where it was stopped.
 """
