@@ -78,21 +78,21 @@ DATA_FILES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "par
 SHORT = 128  # tokens of a response; up to here bf16 on a CPU is trained with eager attention
 SLOTS, MAX_SLOTS = 64, 256  # sequences decoded at once, without a GPU and with one
 VERDICTS = ("wrong", "right")  # of r
-FIRST_WORD = 5  # seconds that rank 0 has to say what went wrong, before the others do
+HEAD_START = 5  # seconds that rank 0 has to say what went wrong, before the others do
 SHOW_EVERY = 10  # optimizer steps between two responses shown in the log
 
 
 def fail(message: str, code: int = 2, at_once: bool = False) -> NoReturn:
     """End the program with one line on stderr. Code 2: the user's to mend; 1: the run broke."""
-    if rank_and_ranks()[0] and not at_once:
+    if rank() and not at_once:
         # Most failures are those of all processes: rank 0 says so, and torchrun ends the others.
-        time.sleep(FIRST_WORD)
+        time.sleep(HEAD_START)
     print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
     raise SystemExit(code)
 
 
 def warn(message: str) -> None:
-    if rank_and_ranks()[0] == 0:
+    if rank() == 0:
         print(f"warning: {message}", file=sys.stderr, flush=True)
 
 
@@ -112,12 +112,14 @@ def explained(message: str, *errors: type[Exception], code: int = 2):
     try:
         yield
     except errors as error:
+        if isinstance(error, torch.OutOfMemoryError) and Run.begun:
+            raise  # `entry` says what to lower
         fail(f"{message}: {last_cause(error)}", code)
 
 
 def progress(items: Iterable, label: str, **settings) -> tqdm:
     """A bar on a terminal, once it takes more than two seconds; nothing in a log file."""
-    hidden = True if rank_and_ranks()[0] else None  # None: where there is no terminal
+    hidden = True if rank() else None  # None: where there is no terminal
     return tqdm(items, desc=label, delay=2, leave=False, disable=hidden, **settings)
 
 
@@ -127,7 +129,7 @@ def entry(main: Callable) -> None:
         transformers.utils.logging.disable_progress_bar()
     for stream in (sys.stdout, sys.stderr):  # a log on Windows takes only some characters
         stream.reconfigure(errors="backslashreplace")
-    if rank_and_ranks()[0]:
+    if rank():
         sys.stdout = open(os.devnull, "w")
     Run.begun = False
     try:
@@ -135,12 +137,13 @@ def entry(main: Callable) -> None:
         if dist.is_initialized():
             dist.destroy_process_group()
     except FloatingPointError as error:
-        fail(f"{error}; the last checkpoint is kept: --resume with a lower --lr goes on from it", 1)
+        again = "; --resume with a lower --lr goes on from the last checkpoint"
+        fail(f"{error}{again if Run.begun else ''}", 1)
     except torch.OutOfMemoryError:
         again = "--resume with " if Run.begun else ""
         fail(f"out of memory: {again}lower --slots (sampling) or --micro-tokens (training)", 1)
     except KeyboardInterrupt:
-        if rank_and_ranks()[0]:  # rank 0 says so, and torchrun waits for this one
+        if rank():  # rank 0 says so, and torchrun waits for this one
             raise SystemExit(130) from None
         again = "; the same command with --resume goes on from the last checkpoint"
         fail("interrupted" + (again if Run.begun else ""), 130)
@@ -173,7 +176,7 @@ def json_object(text: str) -> dict:
 
 count, natural = number(int, 1), number(int, 0)
 positive, at_least_0 = number(float, 0, above=True), number(float, 0)
-share, fraction = number(float, 0, 1, above=True), number(float, 0, 1)
+above_0, fraction = number(float, 0, 1, above=True), number(float, 0, 1)  # up to 1
 
 
 LR = 5e-6  # of full fine-tuning, the paper's; adapters need about ten times that
@@ -197,14 +200,14 @@ FLAGS = [
     ("verifier", str, "math", "math, code, or MODULE:FUNCTION(response, answer)"),
     ("max-new-tokens", count, 8192, "limit of one response"),
     ("temperature", at_least_0, 1.0, "of training samples"),
-    ("top-p", share, 1.0, "nucleus of training samples; 1 is off"),
+    ("top-p", above_0, 1.0, "nucleus of training samples; 1 is off"),
     ("slots", count, None, f"sequences decoded at once (default: {SLOTS}; on a GPU what fits)"),
     ("cuda-graphs", ["on", "off"], "on", "sample by replaying CUDA graphs, where there is CUDA"),
     ("batch-size", count, 128, "problems (stage 1: traces) per optimizer step"),
     ("lora", count, None, "train LoRA adapters of this rank, 64 say (default: all weights)"),
     ("lora-alpha", count, None, "their scale is alpha / rank (default: twice the rank)"),
     ("lr", positive, None, f"peak learning rate (default: {LR}; with --lora {10 * LR})"),
-    ("lr-schedule", ["cosine", "constant"], "constant", "after the warm-up; cosine ends at 0"),
+    ("lr-schedule", ["cosine", "constant"], "constant", "after the warm-up; cosine falls to 0"),
     ("warmup", at_least_0, 20.0, "linear: steps, or below 1 a share of all steps"),
     ("micro-tokens", count, 16384, "tokens per forward pass: changes memory, not results"),
     ("gradient-checkpointing", bool, False, "store only layers' inputs, recompute the rest"),
@@ -244,7 +247,8 @@ def make_parser(description: str, own: list[tuple], **defaults) -> argparse.Argu
 
 
 def check_flags(args: Namespace) -> None:
-    """Fail early: flags that contradict each other, or an --output that is in use."""
+    """Fail early: flags that contradict each other, or an --output that is in use. Fill in the
+    defaults that depend on --lora."""
     if args.prompt_template and "{problem}" not in args.prompt_template:
         fail("--prompt-template has no {problem} in it")
     if args.prompt_template and args.template_kwargs:
@@ -290,7 +294,7 @@ def check_flags(args: Namespace) -> None:
 
 def join_processes(args: Namespace) -> None:
     """Find the other processes of `torchrun --nproc-per-node N script.py ...`, if there are any."""
-    if rank_and_ranks()[1] == 1:
+    if ranks() == 1:
         return
     if args.device not in ("cpu", "cuda"):
         fail(f"torchrun's processes take --device cuda, one GPU each, or cpu, not {args.device}")
@@ -305,13 +309,15 @@ def join_processes(args: Namespace) -> None:
     dist.init_process_group(backend, timeout=timedelta(hours=6))
 
 
-def rank_and_ranks() -> tuple[int, int]:
-    """This process's number and how many there are, as torchrun says. Clusters set these variables
-    too, of jobs that are no torchrun's: who believed them would wait for processes that never come.
-    """
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
-        return 0, 1
-    return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+def rank() -> int:
+    """This process's number, from 0. Only torchrun's variables count: clusters set RANK and
+    WORLD_SIZE for other jobs too, and a process that believed them would wait for ever."""
+    return int(os.environ["RANK"]) if "TORCHELASTIC_RUN_ID" in os.environ else 0
+
+
+def ranks() -> int:
+    """How many processes there are."""
+    return int(os.environ["WORLD_SIZE"]) if "TORCHELASTIC_RUN_ID" in os.environ else 1
 
 
 def on_rank_0(function: Callable) -> Callable:
@@ -319,7 +325,7 @@ def on_rank_0(function: Callable) -> Callable:
 
     @functools.wraps(function)
     def called(*args, **kwargs):
-        return None if rank_and_ranks()[0] else function(*args, **kwargs)
+        return None if rank() else function(*args, **kwargs)
 
     return called
 
@@ -337,7 +343,7 @@ def meeting():
 
 def gathered(part: list) -> list[list]:
     """The parts of all processes, by rank, on each of them."""
-    parts = [part] * rank_and_ranks()[1]
+    parts = [part] * ranks()
     if len(parts) > 1:
         with meeting():
             dist.all_gather_object(parts, part)
@@ -346,19 +352,17 @@ def gathered(part: list) -> list[list]:
 
 def shared_out(work: Callable[[list], list], items: list) -> list:
     """work(items): each of n processes does every n-th item, and gets the whole result."""
-    rank, ranks = rank_and_ranks()
     results = [None] * len(items)
-    for i, part in enumerate(gathered(work(items[rank::ranks]))):
-        results[i::ranks] = part
+    for i, part in enumerate(gathered(work(items[rank() :: ranks()]))):
+        results[i :: ranks()] = part
     return results
 
 
 def my_share(items: list, lengths: list[int]) -> list:
     """This process's part of what is scored: every n-th by length, so that all have equal work. The
     parts are put together by `all_reduce`."""
-    rank, ranks = rank_and_ranks()
     by_length = sorted(range(len(items)), key=lambda i: lengths[i])
-    return [items[i] for i in sorted(by_length[rank::ranks])]
+    return [items[i] for i in sorted(by_length[rank() :: ranks()])]
 
 
 def all_reduce(model: torch.nn.Module, parts: list[dict]) -> dict[str, torch.Tensor]:
@@ -368,13 +372,12 @@ def all_reduce(model: torch.nn.Module, parts: list[dict]) -> dict[str, torch.Ten
     nobody had a token. Not by DistributedDataParallel: it waits for its own forward, and our losses
     go round that, so that nothing would be added up.
     """
-    several = rank_and_ranks()[1] > 1
-    if several:
+    if ranks() > 1:
         mine = [{name: x.cpu() for name, x in part.items()} for part in parts]
         parts = [part for theirs in gathered(mine) for part in theirs]
     if not parts:
         return {}
-    for weight in model.parameters() if several else ():
+    for weight in model.parameters() if ranks() > 1 else ():
         if weight.requires_grad:
             grad = grad_of(weight)
             with meeting():
@@ -440,6 +443,7 @@ def load_lm(args: Namespace) -> LM:
         # backward pass is slow: SmolLM2-135M takes 3.3 s with eager attention instead of 4.4 for
         # 16 x 105 tokens, forward and backward; for 4 x 420 it is 4.6 and 4.1. See `sample_all`.
         dtype = choose_dtype(args)
+        args.dtype = str(dtype).removeprefix("torch.")  # --resume on another device keeps it
         short = args.device == "cpu" and dtype == torch.bfloat16 and args.max_new_tokens <= SHORT
         model = transformers.AutoModelForCausalLM.from_pretrained(
             name, dtype=dtype, attn_implementation="eager" if mps or short else None
@@ -963,7 +967,7 @@ def estimate_memory(
 def fit_memory(lm: LM, args: Namespace, problems: list[Problem]) -> None:
     """Say what the run needs and what to lower, and divide up a GPU's memory.
 
-    A cache gets `cache_bytes`: what weights, optimizer and teacher leave free, less a tenth. Stage
+    A cache gets `cache_bytes`: nine tenths of the card, less weights, optimizer and teacher. Stage
     1 collects before there is an optimizer: `collect_bytes` is more. This is arithmetic, hence the
     same after --resume on the same card. On a CPU both are None: no limit.
     """
@@ -1129,7 +1133,7 @@ def setup(args: Namespace, half: bool = False) -> Task:
     verify_all = load_verifier(args.verifier)
     lm = load_lm(args)
     task = Task(args, lm, verify_all, *split_problems(lm, args, saved, half), saved)
-    for problem in (task.problems + task.held_out)[:1]:  # one that raises does so before any sample
+    for problem in (task.problems + task.held_out)[:1]:  # a verifier that raises, raises now
         try:
             verify_all([""], [problem.answer])
         except Exception as error:
@@ -1245,9 +1249,8 @@ class Run:
                 fail(f"--resume needs the {what} that the run began with: these are other ones")
         return list(changed.values())
 
-    @property
-    def complete(self) -> bool:
-        """Whether the final model is there. What a kill left behind its saving is removed."""
+    def was_complete(self) -> bool:
+        """Whether the final model is there. Then what a kill left beside it is removed."""
         if not (self.folder / "config.json").exists():
             return False
         self.clean_up()

@@ -156,7 +156,8 @@ def mixed_kl(
 
     k: on the teacher's k most likely tokens, both sides renormalised there (theirs: 64);
     None: on the whole vocabulary. With k it is blind to what the student puts outside the support:
-    nearly all mass on one such token gives the loss 0 and the gradient 0.
+    where both sides agree on the support up to a factor, loss and gradient are 0, even if nearly
+    all of the student's mass lies elsewhere.
     Raises ValueError for w outside [0, 1], and for k < 2: on one token the loss is always 0.
     """
     if not 0 <= w <= 1:

@@ -37,6 +37,7 @@ from common import (
     Optimizer,
     Run,
     Task,
+    above_0,
     all_reduce,
     check_flags,
     compiled,
@@ -53,7 +54,6 @@ from common import (
     sample_and_verify,
     seed_of,
     setup,
-    share,
     warn,
 )
 from lora import LoraTeacher
@@ -70,9 +70,14 @@ FLAGS = [
     ("objective", OBJECTIVES, "full_logits", "D of README (4); mixed_kl is the authors' code's"),
     # 1 is the reverse KL, 0 the forward KL, between lies (5), which is 0 at both ends: 0.999 is
     # almost no loss. Of mixed_kl alpha is the weight of the FORWARD KL.
-    ("alpha", fraction, None, "of README (5); mixed_kl: share of the forward KL (default: 1; 0.5)"),
+    (
+        "alpha",
+        fraction,
+        None,
+        "of README (5) (default: 1; mixed_kl's share of the forward KL: 0.5)",
+    ),
     # the student's most likely tokens in topk_logits, the teacher's in mixed_kl
-    ("topk", count, None, "tokens of topk_logits and mixed_kl (default: 64; mixed_kl all)"),
+    ("topk", count, None, "tokens of topk_logits (default: 64), and of mixed_kl (default: all)"),
     ("no-tail", bool, False, "topk_logits: renormalise on the k tokens, without a tail bucket"),
     ("skip-first", natural, 0, "leave the first n tokens of every response out of the loss"),
     ("drop-truncated", bool, False, "leave responses that hit the length limit out of the loss"),
@@ -80,7 +85,7 @@ FLAGS = [
     ("importance-cap", positive, None, "c of README (6) (default: no weight)"),
     ("teacher", ["base", "live", "ema"], "base", "frozen; the student itself; moving average"),
     # teacher <- (1 - rate) teacher + rate student; a rate of 1 copies the student
-    ("teacher-rate", share, None, "of ema, every --teacher-interval steps (default: 0.05)"),
+    ("teacher-rate", above_0, None, "of ema, every --teacher-interval steps (default: 0.05)"),
     ("teacher-interval", count, None, "of ema, in optimizer steps (default: 1)"),
 ]
 
@@ -179,7 +184,8 @@ def distill(
         old_logprobs += example.response.logprobs[args.skip_first :]
         rewards += [example.reward] * n
         positions += range(args.skip_first, args.skip_first + n)
-    device, loss = student_hidden.device, make_loss(args)
+    device = student_hidden.device
+    loss = make_loss(args)
     columns = backward_by_chunks(
         compiled(loss) if student_hidden.is_cuda else loss,
         student_layer,
@@ -247,6 +253,7 @@ def parse_arguments(argv: list[str] | None = None) -> Namespace:
         "Stage 2 of SD-Zero: sample, verify, score with the reviser, learn.",
         FLAGS,
         problems="all that stage 1 and the evaluation left",
+        save_every=20,
         output=Path("runs/sdzero"),
     )
     args = parser.parse_args(argv)
@@ -299,14 +306,16 @@ def main(argv: list[str] | None = None) -> None:
     check_lengths(task)
     task.trained_on([p.key for p in task.problems])
     run = Run(task)
-    if run.complete:
+    if run.was_complete():
         return
+    # made before `restore`: the frozen teacher is the model that the run began with
     make_teacher = LoraTeacher if args.lora else Teacher
     teacher = make_teacher(student, args.teacher, args.teacher_rate, args.teacher_interval)
     optimizer = Optimizer(student, BETAS, WEIGHT_DECAY)
     done = run.restore(optimizer=optimizer, teacher=teacher)
     layers = OutputLayer(student, lm.vocab_size), OutputLayer(teacher.module, lm.vocab_size)
-    phrases, batches, order = lm.phrases(args), [], list(task.problems)
+    phrases = lm.phrases(args)
+    batches, order = [], list(task.problems)
     for epoch in range(args.epochs):
         random.Random(seed_of(args.seed, "order", epoch)).shuffle(order)
         batches += [order[i : i + args.batch_size] for i in range(0, len(order), args.batch_size)]
@@ -346,6 +355,8 @@ def main(argv: list[str] | None = None) -> None:
             metrics.update(sampled, grad_norm=optimizer.step(lr), lr=lr)
             teacher.update(step)
             run.end_step(step, total, metrics, tokens)
+            sampled.pop("sample", None)  # shown once, whatever --passes
+            tokens = 0  # sampled before the first pass
     if not any(line.get("loss_tokens") for line in run.lines):
         fail("not one token was trained on: the responses are dropped (see the log's lines)", 1)
     run.finish()

@@ -19,8 +19,9 @@ Both terms score the same sequence, so one forward pass with per-token weights g
         --temperature 1 --batch-size 32 --lr 5e-4 --output runs/my-srt  (CPU, after examples/toy.py)
 
 Where this departs from the paper: held-out problems of the same data set are evaluated instead of
-benchmarks; a trace that the context cannot hold is skipped and counted, never cut. Read `collect`,
-`srt_loss` and `main`; what both stages share is in common.py.
+benchmarks; an attempt is not revised where the context might not hold it with the longest
+revision (nothing is ever cut). Read `collect`, `srt_loss` and `main`; what both stages share is in
+common.py.
 
 Letters in shapes: N tokens in the loss, H hidden size.
 """
@@ -109,7 +110,8 @@ def collect(task: Task, problems: list[Problem], chunk: int) -> tuple[list[Trace
     """Sample, verify, revise, verify. Returns (traces whose revision is right, counts).
 
     Identical traces count once. A revision that hit the length limit verifies or not like any
-    other. Attempts whose revision would not fit the context are not revised ("too_long").
+    other. Attempts whose longest revision would not fit the context are not revised; "too_long"
+    counts the revisions that are missing.
     """
     args, phrases = task.args, task.lm.phrases(task.args)
     asked = [p for p in problems for _ in range(args.attempts)]
@@ -185,8 +187,10 @@ def collect_all(task: Task, run: Run) -> list[Trace]:
 
 
 def load_traces(lm: LM, args: Namespace) -> tuple[list[Trace], list[str]]:
-    """Traces of an earlier --collect-only run, and the keys of all problems that it tried."""
-    path, made = args.traces, f"{args.traces} was collected with"
+    """Traces of an earlier --collect-only run, and the keys of all problems that it tried: those
+    of the srt.json beside them, or else of the traces."""
+    path = args.traces
+    made = f"{path} was collected with"
     other = f"{path} is not a traces file of srt.py"
     if not path.is_file():
         fail(f"cannot read {path}: there is no such file")
@@ -315,6 +319,8 @@ def parse_arguments(argv: list[str] | None = None) -> Namespace:
         batch_size=4,
         lr_schedule="cosine",
         warmup=0.05,
+        eval_every=2000,
+        save_every=500,
         output=Path("runs/srt"),
     )
     args = parser.parse_args(argv)
@@ -324,25 +330,31 @@ def parse_arguments(argv: list[str] | None = None) -> Namespace:
     return args
 
 
+def check_lengths(task: Task) -> None:
+    """Fail where not even an attempt that is nothing but EOS could be revised, see `revise`."""
+    least = min(len(p.prompt_ids) for p in task.problems) + task.args.max_new_tokens
+    least += min(len(phrase_ids) for phrase_ids in task.lm.phrases(task.args))
+    if least > task.lm.context:
+        holds = f"the context holds {task.lm.context} tokens"
+        fail(f"no attempt can be revised: {holds}, a prompt with a revision has at least {least}")
+
+
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
     task = setup(args, half=True)
-    traces, used = None, [p.key for p in task.problems]
-    # what `revise` asks of the context, after an attempt that is nothing but EOS
-    least = min(len(p.prompt_ids) for p in task.problems) + min(map(len, task.lm.phrases(args)))
-    least += args.max_new_tokens
-    if not args.traces and least > task.lm.context:
-        holds = f"the context holds {task.lm.context} tokens"
-        fail(f"no attempt can be revised: {holds}, a prompt with a revision has at least {least}")
     if args.traces:
-        traces, used = load_traces(task.lm, args)
-        task.held_out = [p for p in task.held_out if p.key not in used]
-    task.trained_on(used, stage_1=True)
+        traces, tried = load_traces(task.lm, args)
+        task.held_out = [p for p in task.held_out if p.key not in tried]
+    else:
+        traces, tried = None, [p.key for p in task.problems]
+        check_lengths(task)
+    task.trained_on(tried, stage_1=True)
     run = Run(task, traces)
-    if run.complete:
+    if run.was_complete():
         return
     run.evaluate(0)
-    traces = traces or collect_all(task, run)
+    if traces is None:
+        traces = collect_all(task, run)
     if args.collect_only:
         run.write("srt.json", json.dumps(task.saved, indent=1))
         print(f"saved {args.output / 'traces.jsonl'}: {len(traces)} traces")

@@ -22,7 +22,7 @@ import torch
 
 
 class Teacher:
-    """A scoring model that never gets a gradient and never runs in train mode.
+    """A scoring model: inside `scoring` it is in eval mode and computes no gradient.
 
     student: any torch module; `base` and `ema` copy it, weights and buffers.
     kind: "base", "live" or "ema". Only `ema` uses rate, in (0, 1], and interval, >= 1 optimizer
@@ -68,13 +68,9 @@ class Teacher:
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Call after optimizer step `step`, from 1: moves `ema` when `interval` divides it."""
-        if self.kind != "ema" or step % self.interval:
-            return
-        student = dict(self.student.named_parameters())
-        for name, weight in self.module.named_parameters():  # matched by name
-            average = self.average[name]
-            average.lerp_(student[name].to(average.dtype), self.rate)
-            weight.copy_(average)
+        for name, average in self.average.items() if step % self.interval == 0 else ():
+            average.lerp_(self.student.get_parameter(name).to(average.dtype), self.rate)
+            self.module.get_parameter(name).copy_(average)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """What a checkpoint needs: the average of `ema`, not copied.
@@ -87,9 +83,10 @@ class Teacher:
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
         """Put a `state_dict` back, by value. Raises ValueError for another model's or kind's."""
-        different = sorted(state.keys() ^ self.average.keys())
-        if different:
+        shapes = {name: average.shape for name, average in self.average.items()}
+        found = {name: average.shape for name, average in state.items()}
+        if different := sorted(name for name, _ in shapes.items() ^ found.items()):
             raise ValueError(f"not this {self.kind} teacher's state: {different[0]!r} is amiss")
-        for name, weight in self.module.named_parameters() if self.kind == "ema" else ():
-            self.average[name].copy_(state[name])
-            weight.copy_(self.average[name])
+        for name, average in self.average.items():
+            average.copy_(state[name])
+            self.module.get_parameter(name).copy_(average)

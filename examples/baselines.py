@@ -45,6 +45,7 @@ from common import (
     Problem,
     Run,
     Task,
+    above_0,
     all_reduce,
     check_flags,
     count,
@@ -58,7 +59,6 @@ from common import (
     sample_and_verify,
     seed_of,
     setup,
-    share,
 )
 from lora import LoraTeacher
 from losses import OutputLayer, backward_by_chunks, micro_batches, predicting_last, token_logprobs
@@ -81,7 +81,7 @@ FLAGS = [
     ("epochs", count, None, "sft, rft: passes over what is trained on (default: 3)"),
     ("solution-column", str, None, "sft, sdft: worked solutions (default: the gold answers)"),
     ("teacher", ["base", "live", "ema"], None, "sdft, sdpo: see sdzero.py (default: ema)"),
-    ("teacher-rate", share, None, "sdft, sdpo: of ema, at every step (default: 0.05)"),
+    ("teacher-rate", above_0, None, "sdft, sdpo: of ema, at every step (default: 0.05)"),
 ]
 BELONGS_TO = {  # flag: methods; elsewhere it would do nothing
     "generations": ("grpo", "sdft", "sdpo"),
@@ -429,7 +429,7 @@ def main(argv: list[str] | None = None) -> None:
         traces = worked_solutions(task, solutions) if args.method == "sft" else None
         shown = {key: ids_of(task.lm, text) for key, text in solutions.items()}
     run = Run(task)
-    if run.complete:
+    if run.was_complete():
         return
     if args.method in ("sft", "rft"):
         fine_tune(task, args, run, traces)

@@ -44,7 +44,7 @@ def work(script, argv, env, folder, patch):
     torch.set_num_threads(1)
     module = __import__(script)
     if patch:
-        common.FIRST_WORD = 1
+        common.HEAD_START = 1
         patch(module, int(rank))
     common.entry(module.main)
 
@@ -275,7 +275,7 @@ def test_variables_that_a_cluster_left_are_not_believed(monkeypatch):
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
-    assert common.rank_and_ranks() == (0, 1)
+    assert (common.rank(), common.ranks()) == (0, 1)
 
 
 @pytest.mark.parametrize(
