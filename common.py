@@ -137,7 +137,7 @@ def entry(main: Callable) -> None:
         if dist.is_initialized():
             dist.destroy_process_group()
     except FloatingPointError as error:
-        again = "; --resume with a lower --lr goes on from the last checkpoint"
+        again = "; the last checkpoint is kept: --resume with a lower --lr goes on from it"
         fail(f"{error}{again if Run.begun else ''}", 1)
     except torch.OutOfMemoryError:
         again = "--resume with " if Run.begun else ""
