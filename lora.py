@@ -65,21 +65,21 @@ def add_lora(model: nn.Module, rank: int, alpha: float, seed: int = 0) -> None:
         raise ValueError(f"add_lora needs rank >= 1 and alpha > 0, not {rank} and {alpha}")
     head, linears = model.get_output_embeddings(), {}
     for name, module in model.named_modules():
+        if module is head or isinstance(module, nn.Embedding):
+            continue
         if type(module) is nn.Linear:
             linears[name] = module
-        elif not isinstance(module, nn.Embedding) and module is not head:
-            if any(p.dim() > 1 for p in module.parameters(recurse=False)):
-                raise ValueError(
-                    f"lora.py adapts nn.Linear only, but the family {model.config.model_type!r} "
-                    f"has weights in {type(module).__name__} ({name})"
-                )
+        elif any(p.dim() > 1 for p in module.parameters(recurse=False)):
+            raise ValueError(
+                f"lora.py adapts nn.Linear only, but the family {model.config.model_type!r} has "
+                f"weights in {type(module).__name__} ({name})"
+            )
     model.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)  # on the CPU: the same A on every device
     for name, linear in linears.items():
-        if linear is not head:
-            parent, _, own_name = name.rpartition(".")
-            adapted = LoraLinear(linear, rank, alpha, generator)
-            setattr(model.get_submodule(parent), own_name, adapted)
+        parent, _, own_name = name.rpartition(".")
+        adapted = LoraLinear(linear, rank, alpha, generator)
+        setattr(model.get_submodule(parent), own_name, adapted)
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoraLinear]:

@@ -14,7 +14,7 @@ The task is made here, of several steps. Each is mostly right, and one slip sink
     #### 32
 
 So small a model cannot do that, and does not know the format. It is warmed up by fine-tuning on
-worked solutions (baselines.py --method sft), one in four of which comes after an attempt, mostly a
+worked solutions (baselines.py --method sft), every second of which comes after an attempt, mostly a
 wrong one, and its phrase. The result is the base of all methods. From there on all that a method
 learns of an answer is the verifier's bit. No problem comes twice, be it in the warm-up, in stage 1,
 in stage 2 or held out. Responses for each method: 4 per problem of stage 1 (RFT no others), and
@@ -37,8 +37,8 @@ from common import PHRASES
 ROOT = Path(__file__).resolve().parents[1]
 
 STOPS = 4
-SIZES = {"warmup": 1920, "stage1": 1600, "stage2": 800, "heldout": 300}  # problems
-REVISIONS = 0.25  # share of the warm-up's solutions that revise an attempt, one in four a right one
+SIZES = {"warmup": 3840, "stage1": 1000, "stage2": 1600, "heldout": 300}  # problems
+REVISIONS = 0.5  # share of the warm-up's solutions that revise an attempt, one in four a right one
 
 
 # ----------------------------------------------------------------------------------------- the task
