@@ -969,8 +969,11 @@ def test_the_defaults_are_the_papers(name, watch, files):
     assert set(Counter(map(problem_of, watch.samples[0].texts)).values()) == {8}
     assert len(watch.held_out) == 128 and not watch.held_out & problems_of(watch.asked())
     assert len(problems_of(watch.asked())) == (86 if stage_1 else 172)
-    assert [x["step"] for x in watch.log("eval")] == sorted({*range(0, steps, 100), steps})
-    assert watch.checkpoints == {f"checkpoint-{k}" for k in range(100, steps, 100)}
+    eval_every, save_every = (2000, 500) if stage_1 else (100, 20)
+    assert [x["step"] for x in watch.log("eval")] == sorted({*range(0, steps, eval_every), steps})
+    assert watch.checkpoints == {f"checkpoint-{k}" for k in range(save_every, steps, save_every)}
+    args = script.parse_arguments(["--model", "m", "--dataset", "d"])
+    assert (args.eval_every, args.save_every) == (eval_every, save_every)
     if stage_1:
         tried = [t for s in watch.asked() for t in s.texts]
         assert len(tried) == 86  # one attempt at each problem, and three revisions of it
