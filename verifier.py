@@ -65,7 +65,6 @@ import math
 import os
 import random
 import re
-import secrets
 import signal
 import subprocess
 import sys
@@ -149,39 +148,31 @@ def _require_strings(**arguments) -> None:
 
 _MAX_ANSWER = 4000  # characters; a longer box counts as one that never closes
 _MARKER = re.compile(r"""(?ix)
-    (?P<box>\\f?box(?:ed)?(?:\s*(?:\{|\Z)|\s?(?P<digits>\d+)))
+    (?P<box>\\(?:boxed|fbox)\s*(?:\{|(?P<digits>\d+)))
     |(?P<hash>\#{4,})
     |(?P<phrase>\b(?<!</)answers?\b(?:
-        (?:[^\n.:=\\a]|\\(?!f?box)|a(?!nswer)){0,60}?
-            \s(?:is|are|was|equals|(?:would|should|will|must|to)\s+be)\b
-            (?:\s+(?:therefore|thus|simply|then|just|indeed|actually|still|probably)\b)?[*:\s]*
-            (?:(?<=\n)-\ )?         # the answer, in dollars, is therefore (a list of one)
+        (?:[^\n.:=\\]|\\(?!f?box)){0,60}?\s(?:is|are|be|equals)\b
+            (?:\s+(?:therefore|thus|simply|just|indeed|actually)\b)?[*:\s]*
         |>\s*                       # <answer>
         |[^\n\w:=]{0,4}[:=][*\s]*   # **Answer:**
         |[*\#\s]{0,4}\n\s*))        # ### Final Answer""")
 _REMARK_BEFORE = re.compile(r"""(?ix)  # a common wrong answer is \boxed{13}; 12, not \boxed{13}
-    \b(?:(?:wrong|incorrect|mistaken|common|tempting|naive|other|another|students?'?)
-    \ (?:\w+\ )?(?:answer|mistake|error)s?\b[^.,!?\n]{0,60}
-    |(?:if|who)\ [^.!?\n]{0,30}\bforg[eo]t\b[^.!?\n]{0,60}
-    |not|instead\ of|rather\ than)[\s$*:(\\]*\Z""")
+    \b(?:(?:wrong|incorrect|common)\ (?:answer|mistake)s?\b[^.,!?\n]{0,60}
+    |if\ [^.!?\n]{0,30}\bforg[eo]t\b[^.!?\n]{0,60}|not)[\s$*:(\\]*\Z""")
 _REMARK_AFTER = re.compile(r"""(?x)  # \boxed{13} is a common mistake
-    [\s$)}\\]*(?:is|was|would\ be)\ (?:\w+\ ){0,2}(?:wrong|incorrect|not|mistake|error)\b""")
+    [\s$)}\\]*is\ (?:\w+\ ){0,2}(?:wrong|incorrect|not|mistake)\b""")
 _CONCLUDING = """so thus hence therefore then and now wait actually finally this that we it means
 gives get have conclude is the our my its final correct right required desired exact numerical
 simplified revised corrected new true actual think""".split()
 _EMPTY = re.compile(r"""(?isx)  # no answer in a box, or after a phrase; #### Step 2
-    (?:\\text\{)?
-        (?:\s|\.|…|\\[lc]?dots|\\[,;\ ]|_|\?|your|the|final|answer|number|letter|here)*\}?
+    (?:\\text\{)?(?:[\s._?…]|\\[lc]?dots|your|the|final|answer|number|letter|here)*\}?
     |(?:step|verif\w+|check\w*|solution|conclusion|explanation|note|analysis|case|part|summary)\b
     .*""")
 _REASON = re.compile(r"""(?ix)  # what may follow the answer in its sentence
     \b(?:because|since|which|where|when|so|as|if|but|hence|thus|therefore|after|from
     |given|not|by|using|see|and\ (?:we|this|that|it|so|not))\b""")
-_FORMULA = re.compile(r"""(?x)  # in its delimiters, alone or before a unit, and no item of a list
-    (?:\$\$?|\\[(\[])((?:[^$\\]|\\[^)\]])+)(?:\$\$?|\\[)\]])
-    (?!(?:[ ,;]|and\b|or\b)*(?:\$|\\\(|-?\d))
-    (?:\s*(\\?%|°|[a-zA-Z]+)(?=\s*\*{0,2}(?:[.,;!]|\n|$)))?""")
-_BOLD = re.compile(r"[A-Z][a-z]* [^\n*.]{3,100}\*\*([^*\n]{1,60})\*\*")  # It takes **5 hours**.
+_FORMULA = re.compile(r"""(?x)  # in its delimiters, up to the end of the line or sentence
+    (?:\$\$?|\\[(\[])((?:[^$\\]|\\[^)\]])+)(?:\$\$?|\\[)\]])(?=[\s*]*(?:[.!\n]|$))""")
 
 
 def _boxed(text: str, start: int) -> str | None:
@@ -195,16 +186,13 @@ def _boxed(text: str, start: int) -> str | None:
 
 
 def _stated(text: str) -> str:
-    """The answer at the beginning of a text: a formula in delimiters; or what is bold, in a
-    sentence; or the words up to the end of the sentence or to a reason (because, which, so).
+    """The answer at the beginning of a text: a formula in delimiters, or what precedes the end of
+    the sentence or a reason (because, which, so).
     """
-    if bold := _BOLD.match(text):
-        return bold[1]
     if formula := _FORMULA.match(text):
-        return " ".join(filter(None, formula.groups()))
-    sentence = re.split(r"[.!?](?=[\s*]|$)|(?<=\w)\*\*(?!\w)|\n|<[|/]", text, maxsplit=1)[0]
-    stated = _REASON.split(sentence, maxsplit=1)[0].strip(" *,;:").rstrip(" ,;(")
-    return re.sub(r"\s\([A-Za-z][A-Za-z -]{3,}\)$", "", stated)  # 42 (forty-two)
+        return formula[1]
+    sentence = re.split(r"[.!?](?=[\s*]|$)|\n|<[|/]", text, maxsplit=1)[0]
+    return _REASON.split(sentence, maxsplit=1)[0].rstrip(" *,;:(")
 
 
 def _is_final(before: str, phrase: str, content: str) -> bool:
@@ -216,13 +204,13 @@ def _is_final(before: str, phrase: str, content: str) -> bool:
     """
     sentence = re.split(r"[.!?]\s|\n", before)[-1]
     clause = re.split(r"[.,;:—]", sentence)[-1].lower()
-    in_doubt = re.search(r"(?i)\b(?:if|would|similar|other|previous)\b", sentence + phrase)
+    in_doubt = re.search(r"(?i)\b(?:if|would|similar)\b", sentence + phrase)
     if in_doubt or not set(re.findall(r"[^\W_]+", clause)) <= set(_CONCLUDING):
         return False
     if re.match(r"[-+$¤£€\\({\[.\d]", content):
         return True
-    adjective = r"(?!(?:yes|no|true|false|none|sin|cos|tan|ln|log)\b)[a-z]{2,}\b|[aI] [a-z]"
-    return len(content.split()) <= 3 and not re.match(adjective, content)
+    ordinary = r"(?!(?:yes|no|true|false)\b)[a-z]{2,}\b|[aI] [a-z]"
+    return len(content.split()) <= 3 and not re.match(ordinary, content)
 
 
 # ------------------------------------------------------------------------- one spelling for answers
@@ -247,18 +235,15 @@ _SPELLINGS = r"""\frac frac dfrac tfrac cfrac, \binom binom dbinom tbinom, * cdo
 √ sqrt, π pi, ∞ infty infinity, ° circ degree, % %, ¤ $, £ pounds, ± pm, ⏎ \, or lor vee
 and land wedge, < lt, > gt, ≤ le leq leqslant, ≥ ge geq geqslant, ≠ ne neq, ≈ approx simeq, ∈ in
 ⦃ { lbrace, ⦄ } rbrace, [ lbrack, ] rbrack, ( langle, ) rangle, | | lvert rvert vert, ⦃⦄ emptyset
-⦃⦄ varnothing, ∪ cup bigcup, ∖ setminus backslash smallsetminus"""  # sign, its names in TeX
+⦃⦄ varnothing, ∪ cup bigcup, ∖ setminus backslash smallsetminus, ‹gcd› gcd, ‹lcm› lcm, ‹max› max
+‹min› min, ‹det› det, α alpha, β beta, γ gamma, δ delta, ε epsilon varepsilon, η eta, θ theta
+λ lambda, μ mu, ν nu, ρ rho, σ sigma, τ tau, φ phi, ψ psi, ω omega, Δ Delta, Γ Gamma, Ω Omega"""
 _IGNORED = r"""left right big Big bigl bigr Bigl Bigr bigg Bigg displaystyle textstyle quad qquad
 limits boxed mathit mathbb mathcal boldsymbol bm vec overrightarrow angle triangle hline bf rm it
 checkmark , ; : ! > ( ) [ ]"""  # these become a space
-_OPERATORS = "gcd lcm max min det"  # words, as in \text{gcd}
-_GREEK = """alpha α beta β gamma γ delta δ epsilon ε varepsilon ε eta η theta θ lambda λ mu μ nu ν
-rho ρ sigma σ tau τ phi φ psi ψ omega ω Delta Δ Gamma Γ Omega Ω""".split()
 _COMMANDS = dict.fromkeys([" ", "\n", *_IGNORED.split()], " ")
 _COMMANDS.update((name, f" {name} ") for name in _FUNCTIONS)
-_COMMANDS.update((name, f" {letter} ") for name, letter in zip(_GREEK[::2], _GREEK[1::2]))
-_COMMANDS.update((name, f" ‹{name}› ") for name in _OPERATORS.split())
-for _line in re.split(", |\n", _SPELLINGS):
+for _line in re.split(", |\n", _SPELLINGS):  # a sign, and its names in TeX
     _COMMANDS.update(dict.fromkeys(_line.split()[1:], f" {_line.split()[0]} "))
 
 _UNICODE = {chr(i + 0xFEE0): chr(i) for i in range(0x21, 0x7F)}  # full-width forms
@@ -270,46 +255,45 @@ _UNICODE = str.maketrans(_UNICODE)
 
 _UNIT_LETTER = "[ghlmsJLNVW]"
 _VARIABLE = f"(?!{_UNIT_LETTER})[A-Za-z]"
-_TEXT = r"\\(?:text(?:bf|it|rm|sf|tt|up|normal)?|operatorname|mathrm|mathbf|mathsf|mbox|hbox)"
-_SEPARATOR = r"(?:\\[a-z]+)?\{\s*,?\s*(?:\\[!,])?\s*\}(?:\\[!,:; ])?|,\\!|\\!,?|\\[,;: ]"
+_TEXT = r"\\(?:text[a-z]*|operatorname|math(?:rm|bf|sf)|mbox)(?![a-z])"
+_SEPARATOR = r"(?:\\[a-z]+)?\{\s*,?\s*(?:\\[!,])?\s*\}(?:\\[!,])?|,\\!"
 _SIGNS = {"<=": "≤", ">=": "≥", "!=": "≠", "==": "=", "begin": "⟦", "end": "⟧"}
 _REWRITES = [  # tests check every example, and every "in any order"
     # TeX as it was written, in any order
-    (rf"(?<=\d)\s?(?:{_SEPARATOR})\s*(?=\d{{3}}(?!\d))", ""),  # 1{,}234 -> 1234
+    (rf"\s?(?:{_SEPARATOR})\s*(?=\d{{3}}(?!\d))", ""),  # 1{,}234 -> 1234
     # 0.1\overline{6} -> (0.10+6/90)
     (
         r"(\d{0,50})\.(\d{0,50})\\(?:overline|bar)\{(\d{1,50})\}",
-        lambda m: f"({m[1] or 0}.{m[2]}0+{m[3]}/{'9' * len(m[3])}{'0' * len(m[2])})",
+        lambda m: f"({m[1]}.{m[2]}0+{m[3]}/{'9' * len(m[3])}{'0' * len(m[2])})",
     ),
-    (r"(?<=\d) ?x ?(?=10\^)", "*"),  # 3 x 10^5 -> 3*10^5
+    (r" ?x ?(?=10\^)", "*"),  # 3 x 10^5 -> 3*10^5
     (r"(?<![\\A-Za-z])(sqrt|pi|infinity)(?![A-Za-z])", r"\\\1"),  # sqrt(2) -> \sqrt(2)
     (r"\\mathbb ?\{?R\}?", r"(-\\infty,\\infty)"),  # \mathbb{R} -> (-\infty,\infty)
-    (r"\\(?:text)?color\{[^{}]*\}|\\overline ?(?=\{[A-Z]{2}\})", ""),  # \overline{AB} -> {AB}
-    (r"\{([^{}]*)\\over(?![a-z])([^{}]*)\}", r"{\\frac{\1}{\2}}"),  # {1\over2} -> {\frac{1}{2}}
+    (r"\\(?:text)?color\{[^{}]*\}|\\overline(?=\{[A-Z]{2}\})", ""),  # \overline{AB} -> {AB}
+    (r"\{([^{}]*)\\over([^{}]*)\}", r"{\\frac{\1}{\2}}"),  # {1\over2} -> {\frac{1}{2}}
     # words, in this order
     # a letter is a variable unless it is a unit: 3\mathrm{e}+2 -> 3 e+2
     (rf"{_TEXT}\s*(?:\{{\s*({_VARIABLE})\s*\}}|({_VARIABLE})(?![A-Za-z]))", r" \1\2"),
     (_TEXT + r"\s*\{\s*([A-Za-z][A-Za-z ./'-]*)\}", r" ‹\1› "),  # 5\text{ cm} -> 5 ‹cm›
     (_TEXT + r"\s*\{([^{}]*)\}", r" \1 "),  # \text{1st} -> 1st
-    # in any order
-    (r"\\[dt]?frac ?\{ ‹([^›]*)› \}\{ ‹([^›]*)› \}", r"‹\1/\2›"),  # \frac{ ‹m› }{ ‹s› } -> ‹m/s›
     # \begin{pmatrix}1 -> ⟦1; 1\end{pmatrix} -> 1⟧
     (r"\\(begin|end)\{(?:[pbB]?matrix|array)\}(?:\{[clr|]*\})?", lambda m: _SIGNS[m[1]]),
-    # in this order
     # the other commands: 2\cdot\pi -> 2 *  π
     (r"\\([A-Za-z]+|(?s:.))", lambda m: _COMMANDS.get(m[1], m[0] + " ")),
     # signs and digits, in any order
-    (r"\\(frac|binom)\s*(\d)\s*(\d)", r"\\\1{\2}{\3}"),  # \frac 12 -> \frac{1}{2}
-    (r"(?<=[\w)}])\*\*(?=[\w({])", "^"),  # x**2 -> x^2
+    (r"\\frac \{ ‹([^›]*)› \}\{ ‹([^›]*)› \}", r"‹\1/\2›"),  # \frac { ‹m› }{ ‹s› } -> ‹m/s›
+    (r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}"),  # \frac 12 -> \frac{1}{2}
+    (r"(?<=[\w)])\*\*(?=[\w(])", "^"),  # x**2 -> x^2
     (r"[<>!=]=", lambda m: _SIGNS[m[0]]),  # x <= 2 -> x ≤ 2
-    (r"\A([^$]*)\$(?=\s?[\d.])([^$]*)\Z", r"\1¤\2"),  # $5 -> ¤5
     (r"\^\s*(?:\{\s*[°o]\s*\}|°)", "°"),  # 30^{°} -> 30°
     # 3 1/2 -> (3+1/2)
-    (r"(?<![\w.,^])(\d+) *(\\frac *(?:\{ *\d+ *\} *){2}|(?<= )\d+ ?/ ?\d+(?![\d.]))", r"(\1+\2)"),
-    # after a number and a space, a last letter is a unit: 5 m/s -> 5 ‹m›/s
-    (rf"\A([ $]*[-+]?[\d.,]+) ({_UNIT_LETTER})(?=(?:[\^/]\w+)*[ $]*\Z)", r"\1 ‹\2›"),
-    # in any order
+    (r"(?<![\w.^])(\d+) *(\\frac *(?:\{ *\d+ *\} *){2}|(?<= )\d+/\d+)", r"(\1+\2)"),
+    # in this order
+    (r"\A([^$]*)\$([^$]*)\Z", r"\1¤\2"),  # $5 -> ¤5
     (r"\*\*|__|\$", " "),  # **5** -> 5
+    # after a number and a space, a last letter is a unit: 5 m/s -> 5 ‹m›/s
+    (rf"\A(\s*[\d.,]+) ({_UNIT_LETTER})(?=(?:[\^/]\w+)*\s*\Z)", r"\1 ‹\2›"),
+    # in any order
     (r"-\s*([¤£€])", r"\1-"),  # -¤5 -> ¤-5
     # a number after a power is a factor: 2^6 3^5 -> 2^6*3^5; 8!2! -> 8!*2!
     (r"((?<!_)[\w)]\^(?:\{[^{}]*\}|\w(?=\s))|!)\s*(?=\d)", r"\1*"),
@@ -344,12 +328,12 @@ _SIDE_NAME = re.compile(rf"""(?x)  # x, m + n, a/b, sin A, f^{{-1}}(2), [ABC]; n
     (?!-)(?:(?!log|ln|exp)(?:{_NAME}|{_LETTER})(?:\^\{{-1\}}(?=\())?(?:\(-?\d+\))?
     |\\frac|[-+*/(),|{{}}⟦⟧⏎[\]])+""")
 _NUMBER_WORD = re.compile(r"""(?x)  # not a unit: it changes the number before it, as in 3 halves
-    hal(?:f|fs|ves?)|thirds?|quarters?|(?:four|fif|six|seven|eigh|nin|ten|eleven|twelf|\w+teen
-    |\w+tie|hundred|thousand|\w+illion)ths?|tens|dozens?|hundreds?|thousands?|[mbtr]+illions?|score
-    |\w+(?:teen|ty)|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|twice|thrice
-    |least|most|double|triple|squared|cubed|doubled|tripled|halved
-    |factorial|plus|minus|negative|point|remainder""")
+    \w+tieths?|(?:\w+(?:teen|ty|illion)|hundred|thousand|dozen|one|two|three|four|five|six|seven|eight
+    |nine|ten|eleven|twelve|fif|eigh|nin|twelf|hal|third|quarter)(?:ths?|s|f|fs|ves?)?|twice|thrice
+    |score|least|most|double|triple|squared|cubed|doubled|tripled|halved|factorial|plus|minus
+    |negative|point|remainder""")
 _SCALES = {"thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
+_CLOSING = {"(": ")]", "[": ")]", "{": "}", "⦃": "⦄"}
 _FACTORS = "name", "call", "function", "command"  # what may be a factor without a sign before it
 _LINKS = "/ * - a an to by as at on for with than from".split()  # in a unit of several words
 
@@ -388,7 +372,7 @@ def _tokens(text: str) -> list[tuple[str, str]]:
         kind, token = match.lastgroup, match[match.lastgroup]
         opened += (token in "([⦃") - (token in ")]⦄")
         if kind == "letters":
-            tokens += _letters(token, *tokens[-1], match[0][0].isspace())
+            tokens += _letters(token, tokens[-1][0], match[0][0].isspace())
         elif kind == "number":
             apart = opened > 0 and ",0" not in token
             for part in token.replace(" ", "").replace(",", "," if apart else "").split(","):
@@ -399,7 +383,7 @@ def _tokens(text: str) -> list[tuple[str, str]]:
     return tokens[1:]
 
 
-def _letters(run: str, kind: str, before: str, spaced: bool) -> list[tuple[str, str]]:
+def _letters(run: str, kind: str, spaced: bool) -> list[tuple[str, str]]:
     """A run of letters after a token of this kind: a product of variables (dx is one), unless it is
     a word.
 
@@ -409,7 +393,7 @@ def _letters(run: str, kind: str, before: str, spaced: bool) -> list[tuple[str, 
     low, follows = run.lower(), kind in ("number", "close")
     if len(run) == 1 or run in ("dx", "dy", "dz", "dt", "du", "dv", "dr", "ds"):
         return [("name", run)]
-    begins = kind == "and" or before in "=<>≤≥≠≈∈([⦃"
+    begins = kind == "and"
     is_unit = low in _UNITS and kind in ("number", "close", "name")
     is_word = (begins or follows and spaced) and _is_wordlike(low)
     if kind == "word" or is_unit or is_word or begins and low in ("no", "on", "is"):
@@ -490,7 +474,7 @@ class _Reader:
             return sides[0]
         if signs == "∈" and sides[0].is_name:
             return sides[1]
-        if signs == "=" and sides[1].is_name and not sides[0].is_name:
+        if signs == "=" and not sides[0].is_name:
             sides.reverse()
         if signs == "=" and sides[0].kind == sides[1].kind == "()":
             pairs = zip(sides[0].items, sides[1].items, strict=True)  # (x, y) = (1, 2)
@@ -575,9 +559,13 @@ class _Reader:
             node = _apply(abs, self.sum())
             self.accept("|") or self.fail()
         elif token == "⟦":
-            node = self.matrix()
+            rows = []
+            while not self.accept("⟧"):
+                rows.append(_Node("[]", self.items("close")))
+                self.accept("⏎")
+            node = _Node("[]", rows)
         else:
-            node = self.bracket(token) if kind == "sign" and token in "([{⦃" else self.fail()
+            node = self.bracket(token) if token in _CLOSING else self.fail()
         self.depth -= 1
         return node
 
@@ -598,40 +586,36 @@ class _Reader:
         result = _apply(functools.partial(_call, name), argument, *base)
         return _apply(_power, result, power)
 
-    def matrix(self) -> _Node:
-        rows = []
-        while not self.accept("⟧"):
-            rows.append(_Node("[]", self.items("close")))
-            self.accept("⏎") or self.sees("⟧") or self.fail()
-        return _Node("[]", rows)
-
     def bracket(self, left: str) -> _Node:
         items = [] if self.kind == "close" else self.items("close")
-        kind = left + (self.accept({"{": "}", "⦃": "⦄"}.get(left, ")]")) or self.fail())
+        kind = left + (self.accept(_CLOSING[left]) or self.fail())
         if len(items) == 1 and kind in ("()", "[]", "{}"):
             return items[0]
         if kind == "⦃⦄":  # {±1, ±2} has four elements
-            items = sum((x.items if x.kind == "±" else [x] for x in items), [])
+            items = _each_sign(items)
         kind = "" if kind == "{}" else kind
         return _for_each_sign(lambda *items: _Node(kind, items), items)
 
 
 def _read(text: str) -> _Node:
-    """The parsed answer; one with ± in it is a set.
+    """The parsed answer. ±1, 2 is the list of three numbers.
 
     Rule: inequalities joined by `and` are not those joined by `or`; a comma may mean either.
     """
     if len(text) > _MAX_LENGTH:
         raise ValueError("too long")
-    nodes, items = _Reader(text).items(), []
-    for node in nodes:
-        items += node.items if node.kind == "±" else [node]
+    nodes = _Reader(text).items()
     if len(nodes) == 1:
         return nodes[0]
-    joined = re.search(r"(?i)\b(?:and|or)\b", text)
+    joined = re.search(r"\b(?:and|or)\b", text)
     if joined and any(set(node.signs) & {*"<≤≠"} for node in nodes):
-        return _Node(joined[0].lower(), nodes)
-    return _Node("±" if len(items) > len(nodes) else "", items)
+        return _Node(joined[0], nodes)
+    return _Node("", _each_sign(nodes))
+
+
+def _each_sign(nodes: list[_Node]) -> list[_Node]:
+    """The nodes, with both values of every ± among them."""
+    return sum((node.items if node.kind == "±" else [node] for node in nodes), [])
 
 
 def _for_each_sign(function, nodes: list[_Node]) -> _Node:
@@ -696,19 +680,18 @@ def _power(x: Fraction | complex, y: Fraction | complex) -> Fraction | complex:
     if not isinstance(y, Fraction):
         return complex(x) ** complex(y)
     n, degree = y.as_integer_ratio()
-    if degree % 2 and degree > 1 and x.imag == 0 > x.real:
-        return complex(-((-x.real) ** (1 / degree))) ** n
-    if not isinstance(x, Fraction):
-        return x ** (n / degree)
-    size = max(abs(x.numerator), x.denominator) - 1  # 0 and 1 may have any power
-    if size.bit_length() * abs(n) > 2 * _MAX_BITS * degree:
-        raise ValueError("too large")
-    if degree == 2 and x > 0:
-        root = Fraction(math.isqrt(x.numerator), math.isqrt(x.denominator))
-        if root * root == x:
-            return root**n
+    if isinstance(x, Fraction):
+        size = max(abs(x.numerator), x.denominator) - 1  # 0 and 1 may have any power
+        if size.bit_length() * abs(n) > 2 * _MAX_BITS * degree:
+            raise ValueError("too large")
+        if degree == 2 and x > 0:
+            root = Fraction(math.isqrt(x.numerator), math.isqrt(x.denominator))
+            if root * root == x:
+                return root**n
     if degree == 1:
         return x**n
+    if degree % 2 and x.imag == 0 > x.real:
+        return complex(-((-x.real) ** (1 / degree))) ** n
     return complex(x) ** (n / degree)
 
 
@@ -758,7 +741,7 @@ class _Comparison:
     left = 2500  # comparisons that may still be made; all of them take some 10 ms
 
     def same(self, a: _Node, b: _Node) -> bool:
-        self.left -= 10 if a.kind == "relation" else 1
+        self.left -= 1
         if self.left < 0:
             raise ValueError("too much to compare")
         if a.kind == b.kind == "relation":
@@ -819,8 +802,7 @@ class _Comparison:
             ratios = [_apply(truediv, left, right).items for left, right in zip(x, y)]
             is_positive = all(c[0].real > 0 for c, sign in zip(ratios, a.signs) if sign not in "=≠")
             return is_positive and all(_close(c[0], x) for c in ratios for x in c)
-        turned = b.items[::-1] if a.signs in ("=", "≠") else b.items
-        return all(map(self.same, a.items, b.items)) or all(map(self.same, a.items, turned))
+        return all(map(self.same, a.items, b.items))
 
     def said(self, chain: _Node) -> list[_Node]:
         """What a chain of = and ≈ says: its exact value, and the last rounded one if any.
@@ -859,16 +841,16 @@ class _Comparison:
 
     def intervals(self, node: _Node) -> list[_Node]:
         """The numbers for which an inequality holds, if one of its sides is a variable."""
-        sides, signs, infinity = node.items, node.signs, _symbol("∞")
-        if signs == "≠" and sides[0].is_name:
-            return _without_points(_Node("()", [_apply(neg, infinity), infinity]), sides[1]).items
-        if len(sides) == 2 and sides[0].is_name:  # x < 5
-            sides, signs = [_apply(neg, infinity), *sides], "<" + signs
-        elif len(sides) == 2:  # 5 < x
-            sides, signs = [*sides, infinity], signs + "<"
-        if len(sides) > 3 or not sides[1].is_name or not set(signs) <= {*"<≤"}:
+        infinity = _symbol("∞")
+        everything = _Node("()", [_apply(neg, infinity), infinity])
+        if node.signs == "≠" and node.items[0].is_name:
+            return _without_points(everything, node.items[1]).items
+        sides, signs = [everything.items[0], *node.items, infinity], f"<{node.signs}<"
+        k = 1 if len(node.items) == 2 and sides[1].is_name else 2  # where the variable is
+        if len(node.items) > 3 or not sides[k].is_name or not set(signs) <= {*"<≤"}:
             return []
-        return [_Node("(["[signs[0] == "≤"] + ")]"[signs[1] == "≤"], sides[::2])]
+        kind = "(["[signs[k - 1] == "≤"] + ")]"[signs[k] == "≤"]
+        return [_Node(kind, [sides[k - 1], sides[k + 1]])]
 
 
 def _close(x: Fraction | complex, y: Fraction | complex) -> bool:
@@ -880,7 +862,7 @@ def _close(x: Fraction | complex, y: Fraction | complex) -> bool:
     exact = [number for number in (x, y) if isinstance(number, Fraction)]
     if len(exact) == 2:
         return x == y
-    if any(number.denominator > 1024 and 10**400 % number.denominator == 0 for number in exact):
+    if any(number.denominator > 1024 for number in exact):
         return False
     return abs(x - y) <= (1e-13 if exact else 1e-11) * max(abs(x), abs(y))
 
@@ -896,10 +878,7 @@ def _differences(relation: _Node) -> list[_Node]:
 
 def _are_named(items: list[_Node]) -> bool:
     """Whether every item of a list has a name (x = 1, y = 2) or a unit (3 m, 4 s), not all one."""
-    names = []
-    for item in items:
-        named = item.kind == "relation"
-        names.append(item.items[0].text if named else item.unit)
+    names = [x.items[0].text if x.kind == "relation" else x.unit for x in items]
     return all(names) and len(set(names)) > 1
 
 
@@ -908,17 +887,15 @@ def _rounds(exact: _Node, rounded: _Node) -> bool:
 
     Rule: a rounded number has two digits or more, for 1/3 ≈ 0 would be an answer and a guess.
     """
-    match = re.fullmatch(
-        r"[¤£€]?-?(?=\.?\d)\d*\.?(\d*)(?:\*10\^\{?(-?\d+)\}?)?[^\d+*/^-]*", rounded.text
-    )
-    if not match or not exact.kind == rounded.kind == "value" or not exact.is_constant:
+    number = r"-?\d*\.?(\d*)(?:\*10\^\{?(-?\d+)\}?)?[^\d+*/^-]*"
+    match = re.fullmatch(number, rounded.text)
+    if not match or exact.kind != "value" or not exact.is_constant:
         return False
     x, y = exact.items[0], rounded.items[0]
-    if len(re.sub(r"\*.*|\D", "", rounded.text).lstrip("0")) < 2 and x != y:
-        return False
     if rounded.unit == "%" != exact.unit:
         x = 100 * x
-    return abs(x - y) <= Fraction(10) ** (int(match[2] or 0) - len(match[1])) / 2
+    place = Fraction(10) ** (int(match[2] or 0) - len(match[1]))
+    return x == y or abs(x - y) <= place / 2 and abs(y) >= 10 * place
 
 
 def _without_points(node: _Node, points: _Node) -> _Node:
@@ -934,38 +911,36 @@ def _without_points(node: _Node, points: _Node) -> _Node:
 
 
 _CHOICE = re.compile(r"""(?x)  # and its text, with no other choice in it: A. 12, not (A) or (B)
-    (?:(?i:option|choice)\ )?\(?\s*([A-J])(?:\s*[).:]+(?!\s*(?:or|and|not|[/,]))
+    (?:(?i:option|choice)\ )?\(?\s*([A-J])(?:\s*[).:]+(?!\s*(?:or|and)\b)
     (?!.*\b[A-J]\s*[).:])\s*(.*))?""")
+_CHOICES = re.compile(r"[A-J]\)?(?:(?:[\s,;]|and)+\(?[A-J]\)?)+")  # A, (C) and D
 _FILLER = re.compile(r"""(?ix)  # words around an answer
     ‹?\b(?:(?:the\ )?(?:final\ )?answer\ is|approximately|about|exactly
-    |a\ total\ of|is|equals|equal\ to|either|both)\b\ ?›?\s*
-    |(?<=[^\s,])(?:[ ,]*‹?(?:altogether|in\ total|in\ all|overall|combined|total)
+    |a\ total\ of)\b\ ?›?\s*
+    |(?<=[^\s,])(?:[ ,]*‹?(?:altogether|in\ total|in\ all|overall|total)
     |,\ ?‹?(?:respectively|exactly|precisely|each|so\ far|now|of\ course))›?\s*\Z""")
 _LABELLED = re.compile(r"""(?sx)  # total cost: 5, A(1, 2); the label may be empty
-    ((?=[^:\d]*[A-Za-z]{3})[A-Za-z‹][^=:<>≤≥≠≈∈\d]{0,60}:(?!\s*$)|[A-Z]\ ?(?=\([^()]*,)|)(.*)""")
+    (‹?[A-Za-z]{3}[^=:<>≤≥≠≈∈\d]{0,60}:|[A-Z](?=\([^()]*,)|)(.*)""")
 
 
 def _same_choice(a: str, b: str) -> bool | None:
     """Whether two choices are the same, (B) = B. 12; None when neither of them is one.
 
-    Rule for several letters: ABC is one word, in order; the list A, C, D has no order and is ACD.
+    Rule: a list of letters, D, A and C, is the word of them in alphabetical order, ACD.
     """
     a, b = (re.sub("[‹›{}]", "", text).strip() for text in (a, b))
     x, y = _CHOICE.fullmatch(a), _CHOICE.fullmatch(b)
     if x and y:
-        return x[1] == y[1] and (not x[2] or not y[2] or _same_text(x[2], y[2]))
+        return x[1] == y[1]
     if x or y:
         choice, other = (x, b) if x else (y, a)
         says_it = other.strip("( )").upper() == choice[1] or _same_text(choice[2] or "", other)
         return True if says_it else None
-    letters = [re.sub(r"[\s,;()]|and", "", text) for text in (a, b)]
-    are_words = letters == [a, b]
-    if not all(re.fullmatch("[A-Z]{2,}" if are_words else "[A-J]{2,10}", x) for x in letters):
-        return None
-    in_order = any(x == y and [*x] != sorted(x) for x, y in zip(letters, (a, b)))
-    if are_words or in_order:
-        return letters[0] == letters[1]
-    return sorted(letters[0]) == sorted(letters[1])
+    words = []
+    for text in (a, b):
+        is_list = _CHOICES.fullmatch(text.strip("( )"))
+        words.append("".join(sorted(re.findall("[A-J]", text))) if is_list else text)
+    return words[0] == words[1] if all(re.fullmatch("[A-Z]{2,}", x) for x in words) else None
 
 
 # --------------------------------------------------------------------------------------------- code
@@ -1008,7 +983,7 @@ def verify_code(response: str, tests: list, *, timeout: float = 5.0, memory: int
     job = {"code": code, "timeout": timeout, "memory": memory << 20}
     if isinstance(tests[0], dict):
         return all(_lines(_run(job, test["input"])) == _lines(test["output"]) for test in tests)
-    token = secrets.token_hex(16)  # what the solution guesses and prints is no reply
+    token = os.urandom(16).hex()  # what the solution guesses and prints is no reply
     steps, literals = [], []  # what the child gets; the literal sides, which it does not get
     for statement in ast.parse("\n".join(tests)).body:
         test = statement.test if isinstance(statement, ast.Assert) else None
