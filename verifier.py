@@ -676,7 +676,7 @@ def _add(x: Fraction | complex, y: Fraction | complex) -> Fraction | complex:
 
 
 def _power(x: Fraction | complex, y: Fraction | complex) -> Fraction | complex:
-    """x^y, exact for whole y and for square roots of squares; real roots where there are any."""
+    """x^y, exact for whole y; real roots where there are any."""
     if not isinstance(y, Fraction):
         return complex(x) ** complex(y)
     n, degree = y.as_integer_ratio()
@@ -684,10 +684,6 @@ def _power(x: Fraction | complex, y: Fraction | complex) -> Fraction | complex:
         size = max(abs(x.numerator), x.denominator) - 1  # 0 and 1 may have any power
         if size.bit_length() * abs(n) > 2 * _MAX_BITS * degree:
             raise ValueError("too large")
-        if degree == 2 and x > 0:
-            root = Fraction(math.isqrt(x.numerator), math.isqrt(x.denominator))
-            if root * root == x:
-                return root**n
     if degree == 1:
         return x**n
     if degree % 2 and x.imag == 0 > x.real:
@@ -862,7 +858,7 @@ def _close(x: Fraction | complex, y: Fraction | complex) -> bool:
     exact = [number for number in (x, y) if isinstance(number, Fraction)]
     if len(exact) == 2:
         return x == y
-    if any(number.denominator > 1024 for number in exact):
+    if any(number.denominator > 1024 and 10**400 % number.denominator == 0 for number in exact):
         return False
     return abs(x - y) <= (1e-13 if exact else 1e-11) * max(abs(x), abs(y))
 
@@ -955,9 +951,9 @@ def verify_code(response: str, tests: list, *, timeout: float = 5.0, memory: int
     tests: `{"input": str, "output": str}` each (standard input and output of a run of its own,
     compared line by line without trailing blanks; exit status 0), or statements with asserts as
     strings, run in their order after the solution in one process.
-    timeout: seconds of wall time and of CPU time for a process. memory: MiB of address space for a
-    process. False without tests, and for a block that never closes. Raises what check_tests raises,
-    TypeError for a response that is not a string, NotImplementedError outside Linux.
+    timeout: seconds for a process. memory: MiB of address space for a process. False for a block
+    that never closes. Raises what check_tests raises, TypeError for a response that is not a
+    string, NotImplementedError outside Linux.
 
     The verdict is made in this process. Of `assert f(2) == 4` the child gets `f(2)` and sends back
     its value as a text; the 4 never leaves this process. So an early exit, printing "passed",
@@ -974,8 +970,6 @@ def verify_code(response: str, tests: list, *, timeout: float = 5.0, memory: int
     if sys.platform != "linux":
         raise NotImplementedError("verify_code needs Linux")
     _require_strings(response=response)
-    if isinstance(tests, (list, tuple)) and not tests:
-        return False
     check_tests(tests)
     code = _code_block(response)
     if code is None:
@@ -1039,7 +1033,7 @@ def _lines(text: str | None) -> list[str] | None:
 
 _FENCE = re.compile(r"""(?x)
     (?P<indent>[ \t]*(?:(?:[-*+]|\d+[.)])[ \t]+)?)(?P<fence>`{3,}|~{3,})
-    [ \t]*\{?\.?(?P<language>\w*)[^`]*""")
+    [ \t]*(?P<language>\w*)[^`]*""")
 
 
 def _code_block(response: str) -> str | None:
@@ -1194,8 +1188,9 @@ def _restrict(libc, job: dict) -> None:
     libc.capset(header, sets(capabilities, capabilities))
     libc.prctl(1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG: not without the launcher
     os.chdir(job["folder"])
-    limits = {"CPU": math.ceil(job["timeout"]), "AS": job["memory"], "FSIZE": 16 << 20, "CORE": 0}
-    for name, limit in (limits | {"NOFILE": 64, "NPROC": 64}).items():
+    cpu = math.ceil(job["timeout"])
+    limits = {"CPU": cpu, "AS": job["memory"], "FSIZE": 16 << 20, "NPROC": 64}
+    for name, limit in limits.items():
         resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (limit, limit))
 
 
@@ -1208,8 +1203,7 @@ def _solve(job: dict) -> None:
     if "steps" not in job:
         exec(code, namespace)
         return
-    replies, null = os.dup(1), os.open(os.devnull, os.O_RDWR)
-    os.dup2(null, 0)
+    replies, null = os.dup(1), os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 1)
     originals = dict(vars(builtins))
     exec(code, namespace)

@@ -361,6 +361,10 @@ RIGHT = {
         "def f(): return [2 + 0j, Decimal('-inf'), memoryview(b'a'), {2.0: {1: [0]}.items()}]",
         ["assert f() == [2, -float('inf'), b'a', {2: {1: [0]}.items()}]", "assert f()[0] == 2"],
     ),
+    "an array": (
+        "from array import array\ndef f(): return array('i', [1, 2])",
+        ["assert f() == [1, 2]"],
+    ),
     "the order of a dictionary and of a set": (
         "def f(): return {1: {3, 2}, 'a': [2, 3]}",
         ["assert f() == {'a': [2, 3], 1: {2, 3}}"],
@@ -383,7 +387,6 @@ WRONG = {
     "a wrong value": ("def f(x):\n    return x ** 3", SQUARE),
     "the second test fails": ("def f(x):\n    return 4", SQUARE),
     "a syntax error": ("def f(x)\n    return x * x", SQUARE),
-    "no tests": (F, []),
     "the second input fails": (
         "print(9)",
         [{"input": "3\n", "output": "9\n"}, {"input": "4\n", "output": "16\n"}],
@@ -467,6 +470,8 @@ def test_the_last_block_counts(response, passes):
         ([4], TypeError),
         (["assert f(2) == 4", "assert f(3 == 9"], ValueError),
         (["assert f(2) == '\0'"], ValueError),
+        (["assert " + "-" * 100_000 + "1"], ValueError),
+        ([], ValueError),
     ],
 )
 def test_malformed_tests_raise(tests, error):
@@ -479,8 +484,13 @@ def test_malformed_tests_raise(tests, error):
 def test_well_formed_tests_are_checked_without_running():
     for tests in (SQUARE, ["raise SystemExit"], [{"input": "", "output": "", "note": 1}]):
         assert check_tests(tests) is None
-    with pytest.raises(ValueError, match="empty"):
-        check_tests([])
+
+
+def test_outside_linux_it_says_so(monkeypatch):
+    """Without the sandbox nothing may run."""
+    monkeypatch.setattr(sys, "platform", "darwin")
+    with pytest.raises(NotImplementedError, match="Linux"):
+        verify_code(fenced(F), SQUARE)
 
 
 def in_a_cell(name: str, known: bool) -> dict:
@@ -569,8 +579,20 @@ def test_an_object_that_equals_everything_equals_no_expression_either():
     assert verify_code(fenced(EQUAL), half) is False
 
 
+def test_built_ins_that_the_solution_patched_are_not_used():
+    """With its `eval` every expression would have the same value."""
+    code = "import builtins\nbuiltins.eval = lambda *_: 4\ndef f(x): return 0"
+    assert verify_code(fenced(code), ["assert f(2) == 2 + 2"]) is False
+
+
 @pytest.mark.parametrize(
-    "code", ["while True: print('x' * 10000)", "import os\nos._exit(0)", "print('ok')"]
+    "code",
+    [
+        "while True: print('x' * 10000)",
+        "import os\nos._exit(0)",
+        "print('ok')",
+        "import os\nos.write(1, bytes([255]))",  # which is no UTF-8
+    ],
 )
 def test_attacks_on_input_output_tests_fail(code):
     assert verify_code(fenced(code), [{"input": "", "output": "4"}], timeout=0.6) is False
@@ -620,6 +642,44 @@ def test_it_writes_nowhere_else(tmp_path):
     if not isolated():
         pytest.skip("no namespaces here: only file permissions protect other folders")
     assert result == "refused" and not target.exists()
+
+
+def test_its_folder_holds_16_mib():
+    """A limit on files only would let many of them fill the memory that the folder is in."""
+    if not isolated():
+        pytest.skip("no namespaces here: the folder is on a disk")
+    code = "try:\n    for n in range(40): open(str(n), 'wb').write(bytes(2**20))\n"
+    assert printed(code + "except OSError: print(n)") == "16"
+
+
+def test_it_sees_no_process():
+    if not isolated():
+        pytest.skip("no namespaces here: processes are seen")
+    assert printed("import os; print(os.listdir('/proc'))") == "[]"
+
+
+def test_its_rights_and_limits():
+    """It must neither gain rights by a set-uid program nor keep root's, nor run on unseen."""
+    code = """
+import ctypes, os, resource
+print(ctypes.CDLL(None).prctl(39, 0, 0, 0, 0), os.getuid() == 0, os.getgroups() == [0])
+print(*[resource.getrlimit(x)[1] for x in (resource.RLIMIT_CPU, resource.RLIMIT_FSIZE)])
+"""
+    assert printed(code) == f"1 False False\n5 {16 << 20}"
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root becomes nobody")
+@pytest.mark.parametrize("readable, result", [("True", "refused"), ("False", "4")])
+def test_nobody_reads_what_an_interpreter_of_root_needs(readable, result, tmp_path, monkeypatch):
+    """Below /root no module could be imported, and every solution would fail."""
+    secret = tmp_path / "secret"
+    secret.write_text("4")
+    secret.chmod(0o600)
+    source = verifier._child_source()
+    test = "os.access(os.__file__, os.R_OK, effective_ids=True)"
+    monkeypatch.setattr(verifier, "_child_source", lambda: source.replace(test, readable))
+    code = f"try: print(open({str(secret)!r}).read())\nexcept OSError: print('refused')"
+    assert test in source and printed(code) == result
 
 
 def test_no_network():
