@@ -348,6 +348,10 @@ class _Node(NamedTuple):
     text: str = ""  # as it was written
 
     @property
+    def values(self) -> list:
+        return self.items if self.kind == "±" else [self]
+
+    @property
     def is_constant(self) -> bool:
         return self.kind == "±" or self.kind == "value" and len(set(self.items)) == 1
 
@@ -390,11 +394,10 @@ def _letters(run: str, kind: str, spaced: bool) -> list[tuple[str, str]]:
     Rule: it is a word after a word; after a number if it is a known unit; after a number and a
     space, or where a statement begins, if it looks like a word (see _is_wordlike).
     """
-    low, follows = run.lower(), kind in ("number", "close")
-    if len(run) == 1 or run in ("dx", "dy", "dz", "dt", "du", "dv", "dr", "ds"):
+    if len(run) == 1 or re.fullmatch("d[r-vx-z]", run):
         return [("name", run)]
-    begins = kind == "and"
-    is_unit = low in _UNITS and kind in ("number", "close", "name")
+    low, begins, follows = run.lower(), kind == "and", kind in ("number", "close")
+    is_unit = low in _UNITS and (follows or kind == "name")
     is_word = (begins or follows and spaced) and _is_wordlike(low)
     if kind == "word" or is_unit or is_word or begins and low in ("no", "on", "is"):
         return [("word", run)]
@@ -463,7 +466,7 @@ class _Reader:
     def statement(self) -> _Node:
         """A quantity, or a relation between several: x = 2, 1 < x < 3.
 
-        Rule: `x ∈ A` is only A, and what has a name only on its right (5 = x) is turned around.
+        Rule: `x ∈ A` is only A; an equation without a name on its left (5 = x) is turned around.
         """
         sides, signs = [], ""
         while not sides or self.sees("=<>≤≥≠≈∈"):
@@ -592,7 +595,7 @@ class _Reader:
         if len(items) == 1 and kind in ("()", "[]", "{}"):
             return items[0]
         if kind == "⦃⦄":  # {±1, ±2} has four elements
-            items = _each_sign(items)
+            items = sum((item.values for item in items), [])
         kind = "" if kind == "{}" else kind
         return _for_each_sign(lambda *items: _Node(kind, items), items)
 
@@ -610,17 +613,12 @@ def _read(text: str) -> _Node:
     joined = re.search(r"\b(?:and|or)\b", text)
     if joined and any(set(node.signs) & {*"<≤≠"} for node in nodes):
         return _Node(joined[0], nodes)
-    return _Node("", _each_sign(nodes))
-
-
-def _each_sign(nodes: list[_Node]) -> list[_Node]:
-    """The nodes, with both values of every ± among them."""
-    return sum((node.items if node.kind == "±" else [node] for node in nodes), [])
+    return _Node("", sum((node.values for node in nodes), []))
 
 
 def _for_each_sign(function, nodes: list[_Node]) -> _Node:
     """The function of some nodes. Each ± among them stands for both signs of its own."""
-    choices = [node.items if node.kind == "±" else [node] for node in nodes]
+    choices = [node.values for node in nodes]
     if math.prod(map(len, choices)) > 16:
         raise ValueError("too many ±")
     results = [function(*choice) for choice in itertools.product(*choices)]
@@ -885,7 +883,7 @@ def _rounds(exact: _Node, rounded: _Node) -> bool:
     """
     number = r"-?\d*\.?(\d*)(?:\*10\^\{?(-?\d+)\}?)?[^\d+*/^-]*"
     match = re.fullmatch(number, rounded.text)
-    if not match or exact.kind != "value" or not exact.is_constant:
+    if not match or not exact.kind == rounded.kind == "value" or not exact.is_constant:
         return False
     x, y = exact.items[0], rounded.items[0]
     if rounded.unit == "%" != exact.unit:
@@ -896,7 +894,7 @@ def _rounds(exact: _Node, rounded: _Node) -> bool:
 
 def _without_points(node: _Node, points: _Node) -> _Node:
     """An interval without a set of points: (-oo, oo) without {0} is (-oo, 0) ∪ (0, oo)."""
-    items = points.items if points.kind in ("⦃⦄", "±") else [points]
+    items = points.items if points.kind == "⦃⦄" else points.values
     is_interval = node.kind in ("()", "(]", "[)", "[]") and len(node.items) == 2
     if not is_interval or any(point.kind != "value" for point in items):
         raise ValueError("no interval without points")
