@@ -151,7 +151,7 @@ _MARKER = re.compile(r"""(?ix)
     (?P<box>\\(?:boxed|fbox)\s*(?:\{|(?P<digits>\d+)))
     |(?P<hash>\#{4,})
     |(?P<phrase>\b(?<!</)answers?\b(?:
-        (?:[^\n.:=\\]|\\(?!f?box)){0,60}?\s(?:is|are|be|equals)\b
+        (?:[^\n.:=\\a]|\\(?!f?box)|a(?!nswer)){0,60}?\s(?:is|are|be|equals)\b
             (?:\s+(?:therefore|thus|simply|just|indeed|actually)\b)?[*:\s]*
         |>\s*                       # <answer>
         |[^\n\w:=]{0,4}[:=][*\s]*   # **Answer:**
@@ -376,7 +376,7 @@ def _tokens(text: str) -> list[tuple[str, str]]:
         kind, token = match.lastgroup, match[match.lastgroup]
         opened += (token in "([⦃") - (token in ")]⦄")
         if kind == "letters":
-            tokens += _letters(token, tokens[-1][0], match[0][0].isspace())
+            tokens += _letters(token, *tokens[-1], match[0][0].isspace())
         elif kind == "number":
             apart = opened > 0 and ",0" not in token
             for part in token.replace(" ", "").replace(",", "," if apart else "").split(","):
@@ -387,7 +387,7 @@ def _tokens(text: str) -> list[tuple[str, str]]:
     return tokens[1:]
 
 
-def _letters(run: str, kind: str, spaced: bool) -> list[tuple[str, str]]:
+def _letters(run: str, kind: str, before: str, spaced: bool) -> list[tuple[str, str]]:
     """A run of letters after a token of this kind: a product of variables (dx is one), unless it is
     a word.
 
@@ -396,7 +396,8 @@ def _letters(run: str, kind: str, spaced: bool) -> list[tuple[str, str]]:
     """
     if len(run) == 1 or re.fullmatch("d[r-vx-z]", run):
         return [("name", run)]
-    low, begins, follows = run.lower(), kind == "and", kind in ("number", "close")
+    low, follows = run.lower(), kind in ("number", "close")
+    begins = kind == "and" or before in "=<>≤≥≠≈∈([⦃"
     is_unit = low in _UNITS and (follows or kind == "name")
     is_word = (begins or follows and spaced) and _is_wordlike(low)
     if kind == "word" or is_unit or is_word or begins and low in ("no", "on", "is"):
@@ -726,16 +727,13 @@ def _plain(text: str) -> str:
     return text.lower() if text.isalpha() and (len(text) > 2 or text.lower() == "no") else text
 
 
-_UNORDERED = {"", "⦃⦄"}, {"", "and"}, {"", "or"}, {"∪"}  # kinds that may be equal to each other
-
-
 class _Comparison:
     """Compares parsed answers, with a bound on the work, which lists in lists multiply."""
 
     left = 2500  # comparisons that may still be made; all of them take some 10 ms
 
     def same(self, a: _Node, b: _Node) -> bool:
-        self.left -= 1
+        self.left -= 10 if a.kind == "relation" else 1
         if self.left < 0:
             raise ValueError("too much to compare")
         if a.kind == b.kind == "relation":
@@ -756,7 +754,8 @@ class _Comparison:
         kinds, x, y = {kind.replace("±", "⦃⦄") for kind in (a.kind, b.kind)}, a.items, b.items
         if kinds == {"text"}:
             return _plain(x[0]) == _plain(y[0])
-        in_any_order = any(kinds <= unordered for unordered in _UNORDERED)
+        unordered = {"", "⦃⦄"}, {"", "and"}, {"", "or"}, {"∪"}  # kinds that may be equal
+        in_any_order = any(kinds <= pair for pair in unordered)
         if in_any_order and _are_named(x) == _are_named(y):
             table = [[self.same(item, other) for other in y] for item in x]
             if "⦃⦄" in kinds:
@@ -989,7 +988,7 @@ def verify_code(response: str, tests: list, *, timeout: float = 5.0, memory: int
             literals += [None, None]
     out = _run(job | {"steps": steps, "token": token})
     replies = [] if out is None else out.split("\n")[:-1]
-    if out is None or len(replies) != len(literals):
+    if not literals or len(replies) != len(literals):  # (comments only are no test)
         return False
     sides = [literal or reply for literal, reply in zip(literals, replies)]
     return sides[::2] == sides[1::2] and all(reply.startswith(token) for reply in replies)
@@ -1013,7 +1012,7 @@ def check_tests(tests: list) -> None:
             raise TypeError(f"{form}; this is neither: {test!r:.80}")
         try:
             ast.parse(test if kind is str else "")
-        except (SyntaxError, ValueError, MemoryError, RecursionError) as error:
+        except (SyntaxError, ValueError, MemoryError, RecursionError) as error:  # by version
             raise ValueError(f"a test that is not Python ({error}): {test!r:.80}") from error
 
 
@@ -1088,7 +1087,7 @@ def _run(job: dict, given: str = "") -> str | None:
 @functools.cache
 def _child_source() -> str:
     """The program of the child: the functions below. It works in a notebook's cell as well."""
-    imports = """import ast, builtins, contextlib, ctypes, glob, json, math, os, signal, sys
+    imports = """import builtins, contextlib, ctypes, glob, json, math, os, signal, sys
 from decimal import Decimal
 from fractions import Fraction"""
     functions = _launch, _kill_descendants, _isolate, _restrict, _solve, _spelled

@@ -384,6 +384,7 @@ def test_right_programs_pass(name):
 
 
 WRONG = {
+    "comments for tests": (F, ["# assert f(2) == 4"]),
     "a wrong value": ("def f(x):\n    return x ** 3", SQUARE),
     "the second test fails": ("def f(x):\n    return 4", SQUARE),
     "a syntax error": ("def f(x)\n    return x * x", SQUARE),
@@ -577,6 +578,13 @@ def test_an_object_that_equals_everything_equals_no_expression_either():
     assert verify_code(fenced(EQUAL), ["assert f(2) == 2 + 2"]) is False
     half = ["from fractions import Fraction", "assert f(2) == Fraction(1, 2)"]
     assert verify_code(fenced(EQUAL), half) is False
+
+
+def test_replies_are_signed():
+    """A solution that ends before the tests and writes two equal values wherever it can."""
+    code = "import os\nfor n in range(1, 10):\n    try: os.write(n, b'4\\n4\\n')\n"
+    code += "    except OSError: pass\nos._exit(0)"
+    assert verify_code(fenced(code), ["assert f(2) == 2 + 2"]) is False
 
 
 def test_built_ins_that_the_solution_patched_are_not_used():
