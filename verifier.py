@@ -1212,12 +1212,11 @@ def _solve(job: dict) -> None:
             values = [side and eval(side, namespace) for side in step]
             try:
                 texts = [side and _spelled(value) for side, value in zip(step, values)]
-            except (TypeError, ValueError):  # objects that are no plain data
+            except TypeError:  # objects that are no plain data
                 left, right = values
-                same = all(step) and type(left) is type(right) and bool(left == right)
+                same = type(left) is type(right) and bool(left == right)
                 texts = ["an object", "an object" if same else "another object"]
         os.write(replies, "".join(f"{job['token']} {text}\n" for text in texts).encode())
-    os._exit(0)
 
 
 def _spelled(value) -> str:

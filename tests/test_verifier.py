@@ -778,6 +778,7 @@ def test_a_fork_bomb_is_contained(namespaces, monkeypatch):
     monkeypatch.setattr(verifier, "_child_source", lambda: source)
     assert printed(f"import os; print({marker!r} in open('/proc/self/cmdline').read())") != "False"
     assert namespaces or not isolated()
+    assert printed("print(open('x', 'w').write('y'))") == "1"
     assert verify_code(fenced(F), SQUARE) is True
     start = time.monotonic()
     assert verify_code(fenced(BOMB), SQUARE, timeout=1.0) is False
@@ -789,17 +790,29 @@ def test_a_fork_bomb_is_contained(namespaces, monkeypatch):
 
 def test_root_without_the_right_to_namespaces():
     """As in many containers: a root of a namespace of its own could not become nobody."""
+    marker = f"# without CAP_SYS_ADMIN {os.getpid()}"
     code = f"""
 import ctypes, os, sys
 if len(sys.argv) == 1:
     ctypes.CDLL(None).prctl(24, 21, 0, 0, 0)  # PR_CAPBSET_DROP, CAP_SYS_ADMIN
     os.execv(sys.executable, [*sys.orig_argv, "again"])
 import verifier
-print(verifier.verify_code({fenced(F)!r}, {SQUARE!r}))
+source = {marker!r} + "\\n" + verifier._child_source()
+verifier._child_source = lambda: source
+print(verifier.verify_code({fenced(DAEMON)!r}, {SQUARE!r}))
 """
     folder = os.path.dirname(verifier.__file__)
     command = [sys.executable, "-c", code]
     assert subprocess.check_output(command, cwd=folder, text=True) == "True\n"
+    assert running(marker) == 0
+
+
+def test_a_launcher_that_hangs_is_ended(monkeypatch):
+    """Where nothing isolates it, a solution can stop its launcher."""
+    monkeypatch.setattr(verifier, "_child_source", lambda: "import time\ntime.sleep(60)")
+    start = time.monotonic()
+    assert verify_code(fenced(F), SQUARE, timeout=0.1) is False
+    assert time.monotonic() - start < 30
 
 
 def test_maps_of_a_user_namespace_that_cannot_be_written(monkeypatch):
