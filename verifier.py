@@ -150,7 +150,7 @@ _MAX_ANSWER = 4000  # characters; a longer box counts as one that never closes
 _MARKER = re.compile(r"""(?ix)
     (?P<box>\\(?:boxed|fbox)\s*(?:\{|(?P<digits>\d+)))
     |(?P<hash>\#{4,})
-    |(?P<phrase>\b(?<!</)answers?\b(?:
+    |(?P<phrase>\banswers?\b(?:
         (?:[^\n.:=\\a]|\\(?!f?box)|a(?!nswer)){0,60}?\s(?:is|are|be|equals)\b
             (?:\s+(?:therefore|thus|simply|just|indeed|actually)\b)?[*:\s]*
         |>\s*                       # <answer>
@@ -241,7 +241,7 @@ and land wedge, < lt, > gt, ≤ le leq leqslant, ≥ ge geq geqslant, ≠ ne neq
 _IGNORED = r"""left right big Big bigl bigr Bigl Bigr bigg Bigg displaystyle textstyle quad qquad
 limits boxed mathit mathbb mathcal boldsymbol bm vec overrightarrow angle triangle hline bf rm it
 checkmark , ; : ! > ( ) [ ]"""  # these become a space
-_COMMANDS = dict.fromkeys([" ", "\n", *_IGNORED.split()], " ")
+_COMMANDS = dict.fromkeys([" ", *_IGNORED.split()], " ")
 _COMMANDS.update((name, f" {name} ") for name in _FUNCTIONS)
 for _line in re.split(", |\n", _SPELLINGS):  # a sign, and its names in TeX
     _COMMANDS.update(dict.fromkeys(_line.split()[1:], f" {_line.split()[0]} "))
@@ -306,7 +306,7 @@ def _clean(text: str) -> str:
     text = text.translate(_UNICODE)
     for pattern, replacement in _REWRITES:
         text = re.sub(pattern, replacement, text)
-    return text.lstrip(" ,;:=≈").rstrip(" .,;:")
+    return " ".join(text.split()).lstrip(" ,;:=≈").rstrip(" .,;:")
 
 
 # ------------------------------------------------------------------------------- reading an answer

@@ -188,6 +188,7 @@ HOSTILE = {
     "subscripts": r"\boxed{" + "a_b" * 190 + "^2=1}",
     "texts": r"\boxed{" + r"\text{" * 600 + "}" * 600 + "}",
     "spaces": r"\boxed{1" + " " * (N - 20) + "1}",
+    "dollars and blanks": "#### " + "\t$" * (N // 2),
     "spaced phrase": "answer" + " " * N + "is 5",
     "digits and commas": r"\boxed{" + "111," * 900 + "}",
     "zero": r"\boxed{\frac{1}{x-x}}",
