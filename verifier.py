@@ -148,19 +148,22 @@ def _require_strings(**arguments) -> None:
 
 _MAX_ANSWER = 4000  # characters; a longer box counts as one that never closes
 _MARKER = re.compile(r"""(?ix)
-    (?P<box>\\(?:boxed|fbox)\s*(?:\{|(?P<digits>\d+)))
+    (?P<box>\\(?:boxed|fbox)\s*(?:\{|\Z|(?P<digits>\d+)))
     |(?P<hash>\#{4,})
-    |(?P<phrase>\banswers?\b(?:
-        (?:[^\n.:=\\a]|\\(?!f?box)|a(?!nswer)){0,60}?\s(?:is|are|be|equals)\b
-            (?:\s+(?:therefore|thus|simply|just|indeed|actually)\b)?[*:\s]*
+    |(?P<phrase>\b(?<!</)answers?\b(?:
+        (?:[^\n.:=\\a]|\\(?!f?box)|a(?!nswer)){0,60}?\s(?:is|are|was|be|equals)\b
+            (?:\s+(?:therefore|thus|simply|then|just|indeed|actually|still|probably)\b)?[*:\s]*
         |>\s*                       # <answer>
         |[^\n\w:=]{0,4}[:=][*\s]*   # **Answer:**
-        |[*\#\s]{0,4}\n\s*))        # ### Final Answer""")
+        |[*\#\s]{0,4}\n\s*)         # ### Final Answer
+        (?:(?<=\n)-\ )?)            # which is a list of one""")
 _REMARK_BEFORE = re.compile(r"""(?ix)  # a common wrong answer is \boxed{13}; 12, not \boxed{13}
-    \b(?:(?:wrong|incorrect|common)\ (?:answer|mistake)s?\b[^.,!?\n]{0,60}
-    |if\ [^.!?\n]{0,30}\bforg[eo]t\b[^.!?\n]{0,60}|not)[\s$*:(\\]*\Z""")
+    \b(?:(?:wrong|incorrect|mistaken|common|tempting|naive|other|another|students?'?s?)
+    \ (?:\w+\ )?(?:answer|mistake|error)s?\b[^.,!?\n]{0,60}
+    |(?:if|who)\ [^.!?\n]{0,30}\bforg[eo]t\b[^.!?\n]{0,60}
+    |not|instead\ of|rather\ than)[\s$*:(\\]*\Z""")
 _REMARK_AFTER = re.compile(r"""(?x)  # \boxed{13} is a common mistake
-    [\s$)}\\]*is\ (?:\w+\ ){0,2}(?:wrong|incorrect|not|mistake)\b""")
+    [\s$)}\\]*(?:is|was|would\ be)\ (?:\w+\ ){0,2}(?:wrong|incorrect|not|mistake|error)\b""")
 _CONCLUDING = """so thus hence therefore then and now wait actually finally this that we it means
 gives get have conclude is the our my its final correct right required desired exact numerical
 simplified revised corrected new true actual think""".split()
@@ -173,6 +176,7 @@ _REASON = re.compile(r"""(?ix)  # what may follow the answer in its sentence
     |given|not|by|using|see|and\ (?:we|this|that|it|so|not))\b""")
 _FORMULA = re.compile(r"""(?x)  # in its delimiters, up to the end of the line or sentence
     (?:\$\$?|\\[(\[])((?:[^$\\]|\\[^)\]])+)(?:\$\$?|\\[)\]])(?=[\s*]*(?:[.!\n]|$))""")
+_BOLD = re.compile(r"[A-Z][a-z]* [^\n*.]{3,100}\*\*([^*\n]{1,60})\*\*")  # It takes **5 hours**.
 
 
 def _boxed(text: str, start: int) -> str | None:
@@ -186,13 +190,14 @@ def _boxed(text: str, start: int) -> str | None:
 
 
 def _stated(text: str) -> str:
-    """The answer at the beginning of a text: a formula in delimiters, or what precedes the end of
-    the sentence or a reason (because, which, so).
+    """The answer at the beginning of a text: a formula in delimiters, or what is bold in a
+    sentence, or what precedes the end of the sentence or a reason (because, which, so).
     """
-    if formula := _FORMULA.match(text):
-        return formula[1]
-    sentence = re.split(r"[.!?](?=[\s*]|$)|\n|<[|/]", text, maxsplit=1)[0]
-    return _REASON.split(sentence, maxsplit=1)[0].rstrip(" *,;:(")
+    if found := _FORMULA.match(text) or _BOLD.match(text):
+        return found[1]
+    sentence = re.split(r"[.!?](?=[\s*]|$)|(?<=\w)\*\*(?=,)|\n|<[|/]", text, maxsplit=1)[0]
+    stated = _REASON.split(sentence, maxsplit=1)[0].rstrip(" *,;:(")
+    return re.sub(r"\s\([A-Za-z][A-Za-z -]{3,}\)$", "", stated)  # 42 (forty-two)
 
 
 def _is_final(before: str, phrase: str, content: str) -> bool:
@@ -204,12 +209,12 @@ def _is_final(before: str, phrase: str, content: str) -> bool:
     """
     sentence = re.split(r"[.!?]\s|\n", before)[-1]
     clause = re.split(r"[.,;:—]", sentence)[-1].lower()
-    in_doubt = re.search(r"(?i)\b(?:if|would|similar)\b", sentence + phrase)
+    in_doubt = re.search(r"(?i)\b(?:if|would|similar|other|previous)\b", sentence + phrase)
     if in_doubt or not set(re.findall(r"[^\W_]+", clause)) <= set(_CONCLUDING):
         return False
     if re.match(r"[-+$¤£€\\({\[.\d]", content):
         return True
-    ordinary = r"(?!(?:yes|no|true|false)\b)[a-z]{2,}\b|[aI] [a-z]"
+    ordinary = r"(?!(?:yes|no|true|false|none|sin|cos|tan|ln|log)\b)[a-z]{2,}\b|[aI] [a-z]"
     return len(content.split()) <= 3 and not re.match(ordinary, content)
 
 
@@ -270,7 +275,7 @@ _REWRITES = [  # tests check every example, and every "in any order"
     (r"(?<![\\A-Za-z])(sqrt|pi|infinity)(?![A-Za-z])", r"\\\1"),  # sqrt(2) -> \sqrt(2)
     (r"\\mathbb ?\{?R\}?", r"(-\\infty,\\infty)"),  # \mathbb{R} -> (-\infty,\infty)
     (r"\\(?:text)?color\{[^{}]*\}|\\overline(?=\{[A-Z]{2}\})", ""),  # \overline{AB} -> {AB}
-    (r"\{([^{}]*)\\over([^{}]*)\}", r"{\\frac{\1}{\2}}"),  # {1\over2} -> {\frac{1}{2}}
+    (r"\{([^{}]*)\\over(?![a-z])([^{}]*)\}", r"{\\frac{\1}{\2}}"),  # {1\over2} -> {\frac{1}{2}}
     # words, in this order
     # a letter is a variable unless it is a unit: 3\mathrm{e}+2 -> 3 e+2
     (rf"{_TEXT}\s*(?:\{{\s*({_VARIABLE})\s*\}}|({_VARIABLE})(?![A-Za-z]))", r" \1\2"),
@@ -292,7 +297,7 @@ _REWRITES = [  # tests check every example, and every "in any order"
     (r"\A([^$]*)\$([^$]*)\Z", r"\1¤\2"),  # $5 -> ¤5
     (r"\*\*|__|\$", " "),  # **5** -> 5
     # after a number and a space, a last letter is a unit: 5 m/s -> 5 ‹m›/s
-    (rf"\A(\s*[\d.,]+) ({_UNIT_LETTER})(?=(?:[\^/]\w+)*\s*\Z)", r"\1 ‹\2›"),
+    (rf"\A(\s*[-+]?[\d.,]+) ({_UNIT_LETTER})(?=(?:[\^/]\w+)*\s*\Z)", r"\1 ‹\2›"),
     # in any order
     (r"-\s*([¤£€])", r"\1-"),  # -¤5 -> ¤-5
     # a number after a power is a factor: 2^6 3^5 -> 2^6*3^5; 8!2! -> 8!*2!
@@ -880,7 +885,7 @@ def _rounds(exact: _Node, rounded: _Node) -> bool:
 
     Rule: a rounded number has two digits or more, for 1/3 ≈ 0 would be an answer and a guess.
     """
-    number = r"-?\d*\.?(\d*)(?:\*10\^\{?(-?\d+)\}?)?[^\d+*/^-]*"
+    number = r"[¤£€]?-?\d*\.?(\d*)(?:\*10\^\{?(-?\d+)\}?)?[^\d+*/^-]*"
     match = re.fullmatch(number, rounded.text)
     if not match or not exact.kind == rounded.kind == "value" or not exact.is_constant:
         return False
@@ -904,16 +909,16 @@ def _without_points(node: _Node, points: _Node) -> _Node:
 
 
 _CHOICE = re.compile(r"""(?x)  # and its text, with no other choice in it: A. 12, not (A) or (B)
-    (?:(?i:option|choice)\ )?\(?\s*([A-J])(?:\s*[).:]+(?!\s*(?:or|and)\b)
+    (?:(?i:option|choice)\ )?\(?\s*([A-J])(?:\s*[).:]+(?!\s*(?:or|and|not|[/,]))
     (?!.*\b[A-J]\s*[).:])\s*(.*))?""")
 _CHOICES = re.compile(r"[A-J]\)?(?:(?:[\s,;]|and)+\(?[A-J]\)?)+")  # A, (C) and D
 _FILLER = re.compile(r"""(?ix)  # words around an answer
     ‹?\b(?:(?:the\ )?(?:final\ )?answer\ is|approximately|about|exactly
-    |a\ total\ of)\b\ ?›?\s*
-    |(?<=[^\s,])(?:[ ,]*‹?(?:altogether|in\ total|in\ all|overall|total)
+    |a\ total\ of|equal\ to|either|both)\b\ ?›?\s*
+    |(?<=[^\s,])(?:[ ,]*‹?(?:altogether|in\ total|in\ all|overall|combined|total)
     |,\ ?‹?(?:respectively|exactly|precisely|each|so\ far|now|of\ course))›?\s*\Z""")
 _LABELLED = re.compile(r"""(?sx)  # total cost: 5, A(1, 2); the label may be empty
-    (‹?[A-Za-z]{3}[^=:<>≤≥≠≈∈\d]{0,60}:|[A-Z](?=\([^()]*,)|)(.*)""")
+    ((?=[^:\d]*[A-Za-z]{3})[A-Za-z‹][^=:<>≤≥≠≈∈\d]{0,60}:|[A-Z]\ ?(?=\([^()]*,)|)(.*)""")
 
 
 def _same_choice(a: str, b: str) -> bool | None:
@@ -924,7 +929,7 @@ def _same_choice(a: str, b: str) -> bool | None:
     a, b = (re.sub("[‹›{}]", "", text).strip() for text in (a, b))
     x, y = _CHOICE.fullmatch(a), _CHOICE.fullmatch(b)
     if x and y:
-        return x[1] == y[1]
+        return x[1] == y[1] and (not x[2] or not y[2] or _same_text(x[2], y[2]))
     if x or y:
         choice, other = (x, b) if x else (y, a)
         says_it = other.strip("( )").upper() == choice[1] or _same_text(choice[2] or "", other)
@@ -948,9 +953,9 @@ def verify_code(response: str, tests: list, *, timeout: float = 5.0, memory: int
     tests: `{"input": str, "output": str}` each (standard input and output of a run of its own,
     compared line by line without trailing blanks; exit status 0), or statements with asserts as
     strings, run in their order after the solution in one process.
-    timeout: seconds for a process. memory: MiB of address space for a process. False for a block
-    that never closes. Raises what check_tests raises, TypeError for a response that is not a
-    string, NotImplementedError outside Linux.
+    timeout: seconds of wall time and of CPU time for a process. memory: MiB of address space for a
+    process. False without tests, and for a block that never closes. Raises what check_tests raises,
+    TypeError for a response that is not a string, NotImplementedError outside Linux.
 
     The verdict is made in this process. Of `assert f(2) == 4` the child gets `f(2)` and sends back
     its value as a text; the 4 never leaves this process. So an early exit, printing "passed",
@@ -967,6 +972,8 @@ def verify_code(response: str, tests: list, *, timeout: float = 5.0, memory: int
     if sys.platform != "linux":
         raise NotImplementedError("verify_code needs Linux")
     _require_strings(response=response)
+    if isinstance(tests, (list, tuple)) and not tests:
+        return False
     check_tests(tests)
     code = _code_block(response)
     if code is None:
@@ -1183,9 +1190,10 @@ def _restrict(libc, job: dict) -> None:
         os.setuid(65534)  # root would not be bound by the limit on processes
     header, sets = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)
     libc.capset(header, sets(capabilities, capabilities))
+    libc.prctl(1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG: not without the launcher
     os.chdir(job["folder"])
     cpu = math.ceil(job["timeout"])
-    limits = {"CPU": cpu, "AS": job["memory"], "FSIZE": 16 << 20, "NPROC": 64}
+    limits = {"CPU": cpu, "AS": job["memory"], "FSIZE": 16 << 20, "NPROC": 64, "CORE": 0}
     for name, limit in limits.items():
         resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (limit, limit))
 
@@ -1217,6 +1225,7 @@ def _solve(job: dict) -> None:
                 same = type(left) is type(right) and bool(left == right)
                 texts = ["an object", "an object" if same else "another object"]
         os.write(replies, "".join(f"{job['token']} {text}\n" for text in texts).encode())
+    os._exit(0)  # without waiting for threads that the solution left
 
 
 def _spelled(value) -> str:

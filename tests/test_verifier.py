@@ -363,6 +363,10 @@ RIGHT = {
         "def f(): return [2 + 0j, Decimal('-inf'), memoryview(b'a'), {2.0: {1: [0]}.items()}]",
         ["assert f() == [2, -float('inf'), b'a', {2: {1: [0]}.items()}]", "assert f()[0] == 2"],
     ),
+    "a thread that goes on": (
+        "import threading, time\nthreading.Thread(target=time.sleep, args=(60,)).start()\n" + F,
+        SQUARE,
+    ),
     "an array": (
         "from array import array\ndef f(): return array('i', [1, 2])",
         ["assert f() == [1, 2]"],
@@ -391,6 +395,7 @@ WRONG = {
     "a wrong value": ("def f(x):\n    return x ** 3", SQUARE),
     "the second test fails": ("def f(x):\n    return 4", SQUARE),
     "a syntax error": ("def f(x)\n    return x * x", SQUARE),
+    "no tests": (F, []),
     "the second input fails": (
         "print(9)",
         [{"input": "3\n", "output": "9\n"}, {"input": "4\n", "output": "16\n"}],
@@ -477,7 +482,6 @@ def test_the_last_block_counts(response, passes):
         (["assert f(2) == 4", "assert f(3 == 9"], ValueError),
         (["assert f(2) == '\0'"], ValueError),
         (["assert " + "-" * 100_000 + "1"], ValueError),
-        ([], ValueError),
     ],
 )
 def test_malformed_tests_raise(tests, error):
@@ -490,6 +494,8 @@ def test_malformed_tests_raise(tests, error):
 def test_well_formed_tests_are_checked_without_running():
     for tests in (SQUARE, ["raise SystemExit"], [{"input": "", "output": "", "note": 1}]):
         assert check_tests(tests) is None
+    with pytest.raises(ValueError, match="empty"):
+        check_tests([])
 
 
 def test_outside_linux_it_says_so(monkeypatch):
@@ -676,9 +682,13 @@ def test_its_rights_and_limits():
     code = """
 import ctypes, resource
 print(ctypes.CDLL(None).prctl(39, 0, 0, 0, 0))
-print(*[resource.getrlimit(x)[1] for x in (resource.RLIMIT_CPU, resource.RLIMIT_FSIZE)])
+limits = resource.RLIMIT_CPU, resource.RLIMIT_FSIZE, resource.RLIMIT_CORE
+print(*[resource.getrlimit(limit)[1] for limit in limits])
+signal = ctypes.c_int()
+ctypes.CDLL(None).prctl(2, ctypes.byref(signal), 0, 0, 0)  # PR_GET_PDEATHSIG
+print(signal.value)
 """
-    assert printed(code) == f"1\n5 {16 << 20}"
+    assert printed(code) == f"1\n5 {16 << 20} 0\n9"
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root becomes nobody")
