@@ -151,7 +151,8 @@ _MARKER = re.compile(r"""(?ix)
     (?P<box>\\(?:boxed|fbox)\s*(?:\{|\Z|(?P<digits>\d+)))
     |(?P<hash>\#{4,})
     |(?P<phrase>\b(?<!</)answers?\b(?:
-        (?:[^\n.:=\\a]|\\(?!f?box)|a(?!nswer)){0,60}?\s(?:is|are|was|be|equals)\b
+        (?:[^\n.:=\\a]|\\(?!f?box)|a(?!nswer)){0,60}?
+            \s(?:is|are|was|equals|(?:would|should|will|must|to)\ be)\b
             (?:\s+(?:therefore|thus|simply|then|just|indeed|actually|still|probably)\b)?[*:\s]*
         |>\s*                       # <answer>
         |[^\n\w:=]{0,4}[:=][*\s]*   # **Answer:**
@@ -174,8 +175,10 @@ _EMPTY = re.compile(r"""(?isx)  # no answer in a box, or after a phrase; #### St
 _REASON = re.compile(r"""(?ix)  # what may follow the answer in its sentence
     \b(?:because|since|which|where|when|so|as|if|but|hence|thus|therefore|after|from
     |given|not|by|using|see|and\ (?:we|this|that|it|so|not))\b""")
-_FORMULA = re.compile(r"""(?x)  # in its delimiters, up to the end of the line or sentence
-    (?:\$\$?|\\[(\[])((?:[^$\\]|\\[^)\]])+)(?:\$\$?|\\[)\]])(?=[\s*]*(?:[.!\n]|$))""")
+_FORMULA = re.compile(r"""(?x)  # in its delimiters, alone or before a unit, and no item of a list
+    (?:\$\$?|\\[(\[])((?:[^$\\]|\\[^)\]])+)(?:\$\$?|\\[)\]])
+    (?!(?:[ ,;]|and\b|or\b)*(?:\$|\\\(|-?\d))
+    (?:\s*(\\?%|°|[a-zA-Z]+)(?=\s*\*{0,2}(?:[.,;!]|\n|$)))?""")
 _BOLD = re.compile(r"[A-Z][a-z]* [^\n*.]{3,100}\*\*([^*\n]{1,60})\*\*")  # It takes **5 hours**.
 
 
@@ -190,12 +193,12 @@ def _boxed(text: str, start: int) -> str | None:
 
 
 def _stated(text: str) -> str:
-    """The answer at the beginning of a text: a formula in delimiters, or what is bold in a
-    sentence, or what precedes the end of the sentence or a reason (because, which, so).
+    """The answer at the beginning of a text: what is bold in a sentence; or a formula and its unit;
+    or the words up to the end of the sentence or to a reason (because, which, so).
     """
-    if found := _FORMULA.match(text) or _BOLD.match(text):
-        return found[1]
-    sentence = re.split(r"[.!?](?=[\s*]|$)|(?<=\w)\*\*(?=,)|\n|<[|/]", text, maxsplit=1)[0]
+    if found := _BOLD.match(text) or _FORMULA.match(text):
+        return " ".join(filter(None, found.groups()))
+    sentence = re.split(r"[.!?](?=[\s*]|$)|(?<=\w)\*\*(?!\w)|\n|<[|/]", text, maxsplit=1)[0]
     stated = _REASON.split(sentence, maxsplit=1)[0].rstrip(" *,;:(")
     return re.sub(r"\s\([A-Za-z][A-Za-z -]{3,}\)$", "", stated)  # 42 (forty-two)
 
@@ -292,9 +295,9 @@ _REWRITES = [  # tests check every example, and every "in any order"
     (r"[<>!=]=", lambda m: _SIGNS[m[0]]),  # x <= 2 -> x ≤ 2
     (r"\^\s*(?:\{\s*[°o]\s*\}|°)", "°"),  # 30^{°} -> 30°
     # 3 1/2 -> (3+1/2)
-    (r"(?<![\w.^])(\d+) *(\\frac *(?:\{ *\d+ *\} *){2}|(?<= )\d+/\d+)", r"(\1+\2)"),
+    (r"(?<![\w.^])(\d+) *(\\frac *(?:\{ *\d+ *\} *){2}|(?<= )\d+ ?/ ?\d+)", r"(\1+\2)"),
     # in this order
-    (r"\A([^$]*)\$([^$]*)\Z", r"\1¤\2"),  # $5 -> ¤5
+    (r"\A([^$]*)\$(?=\s?[\d.])([^$]*)\Z", r"\1¤\2"),  # $5 -> ¤5
     (r"\*\*|__|\$", " "),  # **5** -> 5
     # after a number and a space, a last letter is a unit: 5 m/s -> 5 ‹m›/s
     (rf"\A(\s*[-+]?[\d.,]+) ({_UNIT_LETTER})(?=(?:[\^/]\w+)*\s*\Z)", r"\1 ‹\2›"),
