@@ -9,10 +9,12 @@ response raises or hangs; a gold answer or tests of the wrong type raise.
 
 Which answer counts? Markers are \boxed{} and \fbox{}, `####`, and "answer is" (or "answer:",
 <answer>). The LAST marker counts, so a revision outranks the first attempt whatever both used.
-Passed over are boxes without an answer (\boxed{...}: an instruction repeated), headings
-(`#### Step 2`), phrases that state none ("the answer is correct", "the final answer is positive"
-after a box) and those about a wrong answer. A box that never closes ends the search: the response
-was cut there. A response without a marker has no answer: verify("42", "42") is False by design.
+Skipped: boxes without an answer (\boxed{...}: an instruction repeated), headings (`#### Step 2`),
+phrases that state no answer ("the answer is correct", "the final answer is positive" after a box),
+conditions ("if ..., the answer would be") and remarks about another answer ("a common wrong answer
+is", "13 is a mistake"). But "the answer is 2 digits long" states 2, with a unit. A box that never
+closes ends the search: the response was cut there. A response without a marker has no answer:
+verify("42", "42") is False by design.
 
 Claimed equal (accuracy by category: tests/bench_verifier.py):
   integers     1,234 = 1{,}234 = 1\,234 = 1 234 = 1234. A comma is never a decimal point.
@@ -35,7 +37,9 @@ matrices, determinants, set-builder notation, \mp, \choose (but \binom), sets af
 so", the environments cases and aligned, answers longer than 600 characters, numbers beyond 10^2400.
 Ratios (3:4), congruences (3 \pmod 7), times and numbers in other bases count as written. A word
 after a number is its unit whatever it means: 5 wrong is 5, and 5 apples is not 5 pears. Decimals of
-more than ten right digits are not found out beside an irrational number (0.33333333333\pi).
+more than ten right digits are not detected next to an irrational number (0.33333333333\pi), nor is
+a small term next to a large one (e^{-100} + 1), nor that |x - 3| is not 3 - x: at the points that
+are compared, every variable is below 2.5. 2|x| is not read.
 
 One answer through all steps: verify(r"So it is \boxed{\frac{1}{2}\text{ cm}}.", "0.5")
   extract_answer  \frac{1}{2}\text{ cm}
@@ -86,7 +90,7 @@ def verify(response: str, gold: str) -> bool:
     try:
         answer = extract_answer(response)
         return answer is not None and is_equivalent(answer, extract_answer(gold) or gold)
-    except Exception:  # none is known; one that is must not end a training run
+    except Exception:  # no such input is known, and one must not end a training run
         return False
 
 
@@ -117,7 +121,7 @@ def extract_answer(response: str) -> str | None:
     None when it states none. Raises TypeError when the response is not a string.
     """
     _require_strings(response=response)
-    fallback = None  # what a phrase states that counts only when no better answer is before it
+    fallback = None  # what a phrase stated; used only if nothing better comes before it
     for match in [*_MARKER.finditer(response)][:-100:-1]:  # last first; no honest text has more
         before, end = response[max(0, match.start() - 120) : match.start()], match.end()
         if match["box"]:
@@ -128,12 +132,12 @@ def extract_answer(response: str) -> str | None:
             is_final = not (_REMARK_BEFORE.search(before) or _REMARK_AFTER.match(response, end))
         else:
             content = _stated(response[end : end + 500].lstrip(" \t#*:_"))
-            is_final = match["hash"] or _is_final(before, match[0], content)
+            is_final = _is_final(before, match[0] if match["phrase"] else "", content)
         if _EMPTY.fullmatch(content):
             continue
         if is_final:
             return content.strip()
-        if match["phrase"]:
+        if not match["box"]:
             fallback = fallback or content
     return fallback
 
@@ -159,26 +163,30 @@ _MARKER = re.compile(r"""(?ix)
         |[*\#\s]{0,4}\n\s*)         # ### Final Answer
         (?:(?<=\n)-\ )?)            # which is a list of one""")
 _REMARK_BEFORE = re.compile(r"""(?ix)  # a common wrong answer is \boxed{13}; 12, not \boxed{13}
-    \b(?:(?:wrong|incorrect|mistaken|common|tempting|naive|other|another|students?'?s?)
-    \ (?:\w+\ )?(?:answer|mistake|error)s?\b[^.,!?\n]{0,60}
-    |(?:if|who)\ [^.!?\n]{0,30}\bforg[eo]t\b[^.!?\n]{0,60}
-    |not|instead\ of|rather\ than)[\s$*:(\\]*\Z""")
+    \b(?:(?<!no\ )(?:wrong|incorrect|mistaken|common|tempting|naive|other|another|student'?s'?)
+    \ (?:\w+\ )?(?:answer|mistake|error)s?\b(?!\ to\b)[^.,!?\n]{0,60}[\s$*:(\\]*
+    |(?:if|who)\ [^.!?\n]{0,30}\bforg[eo]t\b(?!.*\ (?:is|are|was)\b)[^.!?\n]{0,60}[\s$*(\\]*
+    |(?:not|instead\ of|rather\ than)[\s$*(\\]*)\Z""")
 _REMARK_AFTER = re.compile(r"""(?x)  # \boxed{13} is a common mistake
-    [\s$)}\\]*(?:is|was|would\ be)\ (?:\w+\ ){0,2}(?:wrong|incorrect|not|mistake|error)\b""")
-_CONCLUDING = """so thus hence therefore then and now wait actually finally this that we it means
-gives get have conclude is the our my its final correct right required desired exact numerical
-simplified revised corrected new true actual think""".split()
+    [\s$)}\\]*(?:is|was|would)\ (?:\w+\ ){0,2}
+    (?:wrong|incorrect|mistake|error|not\ (?:be\ )?(?:correct|right|the\ answer))\b""")
+_ASIDE = re.compile(r"""(?ix)  # an answer other than the final one, or in a \text{Answer: 5}
+    \b(?:wrong|incorrect|mistaken|common|tempting|naive|trap|other|another|similar|previous|earlier
+    |old|first|initial|original|intermediate|partial|approximate|rough|next|possible|potential|guess
+    |sometimes|often|usually|makes|rounding|student|students|not|no|without|any|each|an|a)\b
+    |\b(?:check|verify|confirm)\w*\ (?:the|my|our)\ |\\[a-z]+\{""")
 _EMPTY = re.compile(r"""(?isx)  # no answer in a box, or after a phrase; #### Step 2
     (?:\\text\{)?(?:[\s._?…]|\\[lc]?dots|your|the|final|answer|number|letter|here)*\}?
     |(?:step|verif\w+|check\w*|solution|conclusion|explanation|note|analysis|case|part|summary)\b
-    .*""")
+    .*|\}.*""")
 _REASON = re.compile(r"""(?ix)  # what may follow the answer in its sentence
     \b(?:because|since|which|where|when|so|as|if|but|hence|thus|therefore|after|from
-    |given|not|by|using|see|and\ (?:we|this|that|it|so|not))\b""")
+    |given|not|by|using|see|altogether|I\ (?:think|believe)|and\ (?:we|this|that|it|so|not))\b""")
 _FORMULA = re.compile(r"""(?x)  # in its delimiters, alone or before a unit, and no item of a list
     (?:\$\$?|\\[(\[])((?:[^$\\]|\\[^)\]])+)(?:\$\$?|\\[)\]])
     (?!(?:[ ,;]|and\b|or\b)*(?:\$|\\\(|-?\d))
-    (?:\s*(\\?%|°|[a-zA-Z]+)(?=\s*\*{0,2}(?:[.,;!]|\n|$)))?""")
+    (?:\s*(\\?%|°|[a-zA-Z]+)(?=\s*\*{0,2}(?:[.,;!]|\n|$)))?
+    (?![\s*]*(?:or|and|to|less|more|is|equals|plus|minus|times)\b)(?=[\s*]*(?:[.,;:!\n]|$|[A-Za-z]))""")
 _BOLD = re.compile(r"[A-Z][a-z]* [^\n*.]{3,100}\*\*([^*\n]{1,60})\*\*")  # It takes **5 hours**.
 
 
@@ -198,36 +206,41 @@ def _stated(text: str) -> str:
     """
     if found := _BOLD.match(text) or _FORMULA.match(text):
         return " ".join(filter(None, found.groups()))
-    sentence = re.split(r"[.!?](?=[\s*]|$)|(?<=\w)\*\*(?!\w)|\n|<[|/]", text, maxsplit=1)[0]
+    sentence = re.split(
+        r"(?:[.?]|!(?!\s*[=+/-]))(?=[\s*]|$)|(?<=\w)\*\*(?!\w)|\n|<[|/]", text, maxsplit=1
+    )[0]
     stated = _REASON.split(sentence, maxsplit=1)[0].rstrip(" *,;:(")
     return re.sub(r"\s\([A-Za-z][A-Za-z -]{3,}\)$", "", stated)  # 42 (forty-two)
 
 
 def _is_final(before: str, phrase: str, content: str) -> bool:
-    """Whether a phrase states the final answer, whatever is boxed before it.
+    """Whether a phrase or a heading states the final answer, whatever is boxed before it.
 
-    Rule: every word before "answer" in its clause is one of _CONCLUDING (so the final answer is;
-    not: a wrong answer is), no word of doubt is in its sentence, and its content is mathematics,
-    or at most three words of which the first is not an ordinary one (positive, even).
+    Rule: what it states is mathematics that this file reads, or a word (at most three) that begins
+    with a capital letter or is yes, no, ... (not: positive, even; after #### only mathematics); and
+    neither its clause (a wrong answer is) nor a condition in its sentence makes another one of it.
     """
     sentence = re.split(r"[.!?]\s|\n", before)[-1]
-    clause = re.split(r"[.,;:—]", sentence)[-1].lower()
-    in_doubt = re.search(r"(?i)\b(?:if|would|similar|other|previous)\b", sentence + phrase)
-    if in_doubt or not set(re.findall(r"[^\W_]+", clause)) <= set(_CONCLUDING):
+    clause = re.split(r"[.,;:—>}]", sentence)[-1]
+    if re.search(r"(?i)\b(?:if|would)\b", sentence + phrase) or _ASIDE.search(clause + phrase):
         return False
-    if re.match(r"[-+$¤£€\\({\[.\d]", content):
-        return True
-    ordinary = r"(?!(?:yes|no|true|false|none|sin|cos|tan|ln|log)\b)[a-z]{2,}\b|[aI] [a-z]"
-    return len(content.split()) <= 3 and not re.match(ordinary, content)
+    content = _FILLER.sub("", re.sub("[‹›]", "", _clean(content)).strip())
+    if re.match(r"[-+$¤£€\\({\[.\d⟦⦃|√]", content):
+        with contextlib.suppress(ValueError, ArithmeticError):
+            return _read(content) is not None
+        return False
+    ordinary = r"(?!(?:yes|no|true|false|none|sin|cos|tan|ln|log)\b)[a-z]{2,}\b|[aI] [a-z]|\W"
+    return phrase != "" and len(content.split()) <= 3 and not re.match(ordinary, content)
 
 
 # ------------------------------------------------------------------------- one spelling for answers
 
-_UNIT_NAMES = """$ dollar usd ¤ buck|£ pound gbp|€ euro eur|¢ cent|% percent|° degree deg
+_UNIT_NAMES = """$ dollar usd ¤ buck|£ gbp|€ euro eur|¢ cent|% percent|° degree deg|°c|°f
 |mm millimeter millimetre|cm centimeter centimetre|dm|m meter metre|km kilometer kilometre
-|in inch inche|ft foot feet|yd yard|mi mile|mg milligram|g gram|kg kilogram|lb|oz ounce
+|in inch inche|ft foot feet|yd yard|mi mile|mg milligram|g gram|kg kilogram|lb pound|oz ounce
 |ml milliliter millilitre|l liter litre|s second sec|min minute|h hour hr|mph|kph|week|year yr
-|rad radian|pt|am a.m|pm p.m|kb|mb|gb|kw|kwh|hp|hz|n|j|w|v|sq square|cubic|us|th st nd rd|of|per"""
+|rad radian|pt|am a.m|pm p.m|kb|mb|gb|kw|kwh|hp|hz|n|j|w|v|sq square|cubic|us|th st nd rd
+|of|per|unit"""
 _UNITS = {}
 for _aliases in _UNIT_NAMES.split("|"):
     for _alias in _aliases.split():
@@ -257,7 +270,7 @@ for _line in re.split(", |\n", _SPELLINGS):  # a sign, and its names in TeX
 _UNICODE = {chr(i + 0xFEE0): chr(i) for i in range(0x21, 0x7F)}  # full-width forms
 _UNICODE |= dict(zip("。、~−–×·⋅÷’⟨⟩º\u00a0\u202f\u2009‹›", ".,\x20--***/'()°\x20\x20\x20\x20\x20"))
 _UNICODE |= {"½": " 1/2", "¼": " 1/4", "¾": " 3/4", "⅓": " 1/3", "⅔": " 2/3", "²": "^2", "³": "^3"}
-_UNICODE |= {"ℝ": r"\mathbb{R}", "∅": r"\emptyset ", **dict.fromkeys('“”"`', "")}
+_UNICODE |= {"ℝ": r"\mathbb{R}", "∅": r"\emptyset ", "\u200b": "", **dict.fromkeys('“”"`', "")}
 _UNICODE = str.maketrans(_UNICODE)
 
 
@@ -268,6 +281,7 @@ _SEPARATOR = r"(?:\\[a-z]+)?\{\s*,?\s*(?:\\[!,])?\s*\}(?:\\[!,])?|,\\!"
 _SIGNS = {"<=": "≤", ">=": "≥", "!=": "≠", "==": "=", "begin": "⟦", "end": "⟧"}
 _REWRITES = [  # tests check every example, and every "in any order"
     # TeX as it was written, in any order
+    (r"\.\.\.|…", r"\\dots "),  # 1, ... -> 1, \dots
     (rf"\s?(?:{_SEPARATOR})\s*(?=\d{{3}}(?!\d))", ""),  # 1{,}234 -> 1234
     # 0.1\overline{6} -> (0.10+6/90)
     (
@@ -336,11 +350,18 @@ _SIDE_NAME = re.compile(rf"""(?x)  # x, m + n, a/b, sin A, f^{{-1}}(2), [ABC]; n
     (?!-)(?:(?!log|ln|exp)(?:{_NAME}|{_LETTER})(?:\^\{{-1\}}(?=\())?(?:\(-?\d+\))?
     |\\frac|[-+*/(),|{{}}⟦⟧⏎[\]])+""")
 _NUMBER_WORD = re.compile(r"""(?x)  # not a unit: it changes the number before it, as in 3 halves
-    \w+tieths?|(?:\w+(?:teen|ty|illion)|hundred|thousand|dozen|one|two|three|four|five|six|seven|eight
+    \w+tieths?|(?:\w+illion|(?:thir|four|fif|six|seven|eigh|nine)teen
+    |(?:twen|thir|for|fif|six|seven|eigh|nine)ty|hundred|thousand|dozen|one|two|three|four|five|six|seven|eight
     |nine|ten|eleven|twelve|fif|eigh|nin|twelf|hal|third|quarter)(?:ths?|s|f|fs|ves?)?|twice|thrice
     |score|least|most|double|triple|squared|cubed|doubled|tripled|halved|factorial|plus|minus
     |negative|point|remainder""")
-_SCALES = {"thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
+_SCALES = {
+    "hundred": 100,
+    "thousand": 10**3,
+    "million": 10**6,
+    "billion": 10**9,
+    "trillion": 10**12,
+}
 _CLOSING = {"(": ")]", "[": ")]", "{": "}", "⦃": "⦄"}
 _FACTORS = "name", "call", "function", "command"  # what may be a factor without a sign before it
 _LINKS = "/ * - a an to by as at on for with than from".split()  # in a unit of several words
@@ -361,7 +382,7 @@ class _Node(NamedTuple):
 
     @property
     def is_constant(self) -> bool:
-        return self.kind == "±" or self.kind == "value" and len(set(self.items)) == 1
+        return all(node.kind == "value" and len(set(node.items)) == 1 for node in self.values)
 
     @property
     def is_name(self) -> bool:
@@ -396,17 +417,19 @@ def _tokens(text: str) -> list[tuple[str, str]]:
 
 
 def _letters(run: str, kind: str, before: str, spaced: bool) -> list[tuple[str, str]]:
-    """A run of letters after a token of this kind: a product of variables (dx is one), unless it is
-    a word.
+    """Read a run of letters, after a token of this kind, as a word or as a product of variables (dx
+    is one).
 
     Rule: it is a word after a word; after a number if it is a known unit; after a number and a
     space, or where a statement begins, if it looks like a word (see _is_wordlike).
     """
+    if run == "a" and kind == "word" and spaced:  # 18 dollars a day
+        return [("word", run)]
     if len(run) == 1 or re.fullmatch("d[r-vx-z]", run):
         return [("name", run)]
     low, follows = run.lower(), kind in ("number", "close")
     begins = kind == "and" or before in "=<>≤≥≠≈∈([⦃"
-    is_unit = low in _UNITS and (follows or kind == "name")
+    is_unit = low in _UNITS and (follows or kind == "name" or before == "/")
     is_word = (begins or follows and spaced) and _is_wordlike(low)
     if kind == "word" or is_unit or is_word or begins and low in ("no", "on", "is"):
         return [("word", run)]
@@ -485,7 +508,7 @@ class _Reader:
         if not signs:
             return sides[0]
         if signs == "∈" and sides[0].is_name:
-            return sides[1]
+            return sides[1]._replace(signs=signs)
         if signs == "=" and not sides[0].is_name:
             sides.reverse()
         if signs == "=" and sides[0].kind == sides[1].kind == "()":
@@ -516,13 +539,20 @@ class _Reader:
         while self.token.lower() in _SCALES:
             node = _apply(mul, node, _number(_SCALES[self.next().lower()]))
         unit = ""  # words, signs like %, and powers and quotients of them: cm^2, m/s, °C
-        while self.kind == "word" or self.sees("%°¤£€¢") or unit and self.sees("^/*{}-"):
+        while (
+            self.kind == "word"
+            or self.sees("%°¤£€¢")
+            or unit
+            and self.sees("^/*{-")
+            or unit.count("{") > unit.count("}")
+            and self.sees("}")
+        ):
             unit += " " * (self.kind == "word") + self.next()
             if unit[-1] in {"number": "^{", "name": "/*°"}.get(self.kind, ""):
                 unit += self.next()
         unit = _unit(re.sub(r"[{}]", "", unit), node.is_constant)
         unit = _UNITS.get(currency) or unit
-        return _for_each_sign(lambda part: part._replace(unit=unit), [node])
+        return _for_each_sign(lambda part: part._replace(unit=unit or part.unit), [node])
 
     def sum(self) -> _Node:
         node = self.product()
@@ -559,7 +589,9 @@ class _Reader:
         elif kind == "name":
             node = _symbol(re.sub("[{} ]", "", token))
         elif kind == "call":  # a variable named after the function and its argument
-            node = _apply(lambda x: _symbol(f"{token}({complex(x):.9g})").items[0], self.atom())
+            node = _apply(
+                lambda x: _symbol(f"{token}({complex(x):.9g})").items[x.real < 0], self.atom()
+            )
         elif kind == "function":
             node = self.function(token)
         elif token in (r"\frac", r"\binom"):
@@ -619,10 +651,12 @@ def _read(text: str) -> _Node:
     nodes = _Reader(text).items()
     if len(nodes) == 1:
         return nodes[0]
-    joined = re.search(r"\b(?:and|or)\b", text)
+    joined = {*re.findall(r"\b(?:and|or)\b", text)}
     if joined and any(set(node.signs) & {*"<≤≠"} for node in nodes):
-        return _Node(joined[0], nodes)
-    return _Node("", sum((node.values for node in nodes), []))
+        if len(joined) == 2:
+            raise ValueError("and beside or")
+        return _Node(*joined, nodes)
+    return _Node("", sum((node.values for node in nodes), []), signs="or" * (joined == {"or"}))
 
 
 def _for_each_sign(function, nodes: list[_Node]) -> _Node:
@@ -649,19 +683,24 @@ def _number(x) -> _Node:
 
 @functools.lru_cache(maxsize=4096)
 def _symbol(name: str) -> _Node:
-    """A constant, a variable or infinity. Variables have both signs, so that |x| is not x."""
+    """A constant, a variable or infinity.
+
+    Every variable has both signs, so that |x| is not x; there are three patterns of signs, and
+    letters next to each other in the alphabet have different ones: |x + y| is not |x| + |y|.
+    """
     if name in _CONSTANTS:
         return _Node("value", (_CONSTANTS[name],) * 3)
     draw = random.Random(name).randrange  # the same in every process
-    return _Node("value", tuple(Fraction(sign * draw(1, 10**6), 400_009) for sign in (1, -1, 1)))
+    signs = ((1, -1, 1), (1, 1, -1), (1, -1, -1))[sum(map(ord, name)) % 3]
+    return _Node("value", tuple(Fraction(sign * draw(1, 10**6), 400_009) for sign in signs))
 
 
 def _apply(function, *arguments: _Node) -> _Node:
     """The function at the three points; an ArithmeticError or ValueError where it has no value."""
     if "±" in [argument.kind for argument in arguments]:
         return _for_each_sign(functools.partial(_apply, function), arguments)
-    if any(argument.kind != "value" for argument in arguments):
-        raise ValueError("arithmetic on something other than a number")
+    if any(argument.kind != "value" or argument.unit not in ("", "°") for argument in arguments):
+        raise ValueError("arithmetic on something other than a number without a unit")
     points, numbers = [*zip(*(argument.items for argument in arguments))], []
     for point in points[:1] if points[0] == points[1] == points[2] else points:
         x = function(*point)
@@ -683,7 +722,7 @@ def _add(x: Fraction | complex, y: Fraction | complex) -> Fraction | complex:
 
 
 def _power(x: Fraction | complex, y: Fraction | complex) -> Fraction | complex:
-    """x^y, exact for whole y; real roots where there are any."""
+    """x^y, exact for whole y and for square roots of squares; real roots where there are any."""
     if not isinstance(y, Fraction):
         return complex(x) ** complex(y)
     n, degree = y.as_integer_ratio()
@@ -691,6 +730,10 @@ def _power(x: Fraction | complex, y: Fraction | complex) -> Fraction | complex:
         size = max(abs(x.numerator), x.denominator) - 1  # 0 and 1 may have any power
         if size.bit_length() * abs(n) > 2 * _MAX_BITS * degree:
             raise ValueError("too large")
+        if degree == 2 and x > 0:
+            root = Fraction(math.isqrt(x.numerator), math.isqrt(x.denominator))
+            if root * root == x:
+                return root**n
     if degree == 1:
         return x**n
     if degree % 2 and x.imag == 0 > x.real:
@@ -706,7 +749,7 @@ def _call(name: str, x, *base) -> Fraction | complex:
 
 def _small(n: Fraction | complex) -> int:
     if n not in range(301):
-        raise ValueError("no small whole number")
+        raise ValueError("not a small whole number")
     return int(n.real)
 
 
@@ -729,10 +772,12 @@ def _same_text(a: str, b: str) -> bool:
 
 
 def _plain(text: str) -> str:
-    """Text without spaces and a leading article; words also without case."""
+    """Text without an article and blanks, except between two numbers; words also without case."""
     text = re.sub(r"(?i)^(?:the|an|a)\s(?=[a-z]{3})", "", re.sub("[‹›]", "", text))
-    text = re.sub(r"\s+(?!\d)", "", re.sub(r"\{(\w)\}", r"\1", text))
-    return text.lower() if text.isalpha() and (len(text) > 2 or text.lower() == "no") else text
+    text = re.sub(r"\s+(?!\d)|(?<!\w)\s+", "", re.sub(r"\{(\w)\}", r"\1", text))
+    low = text.lower()
+    is_word = text.isalpha() and (low == "no" or _is_wordlike(low) or text[2:].islower())
+    return low if is_word else text
 
 
 class _Comparison:
@@ -770,7 +815,8 @@ class _Comparison:
                 return all(map(any, table)) and all(map(any, zip(*table))) and bool(x) == bool(y)
             # as often in one as in the other
             return len(x) == len(y) and all(0 < sum(row) == table.count(row) for row in table)
-        alike = a.kind == b.kind or kinds == {"", "()"}  # "1, 2" may be the point (1, 2)
+        is_point = kinds == {"", "()"} and not (a.signs or b.signs)  # "1, 2" may be (1, 2)
+        alike = a.kind == b.kind or is_point
         return alike and len(x) == len(y) and all(map(self.same, x, y))
 
     def same_value(self, a: _Node, b: _Node) -> bool:
@@ -851,7 +897,7 @@ class _Comparison:
         if len(node.items) > 3 or not sides[k].is_name or not set(signs) <= {*"<≤"}:
             return []
         kind = "(["[signs[k - 1] == "≤"] + ")]"[signs[k] == "≤"]
-        return [_Node(kind, [sides[k - 1], sides[k + 1]])]
+        return [_Node(kind, [sides[k - 1], sides[k + 1]], signs="∈")]
 
 
 def _close(x: Fraction | complex, y: Fraction | complex) -> bool:
@@ -916,12 +962,13 @@ _CHOICE = re.compile(r"""(?x)  # and its text, with no other choice in it: A. 12
     (?!.*\b[A-J]\s*[).:])\s*(.*))?""")
 _CHOICES = re.compile(r"[A-J]\)?(?:(?:[\s,;]|and)+\(?[A-J]\)?)+")  # A, (C) and D
 _FILLER = re.compile(r"""(?ix)  # words around an answer
-    ‹?\b(?:(?:the\ )?(?:final\ )?answer\ is|approximately|about|exactly
+    ‹?\b(?:(?:the\ )?(?:final\ )?answer\ is|approximately|about|exactly|only|just
     |a\ total\ of|equal\ to|either|both)\b\ ?›?\s*
     |(?<=[^\s,])(?:[ ,]*‹?(?:altogether|in\ total|in\ all|overall|combined|total)
     |,\ ?‹?(?:respectively|exactly|precisely|each|so\ far|now|of\ course))›?\s*\Z""")
 _LABELLED = re.compile(r"""(?sx)  # total cost: 5, A(1, 2); the label may be empty
-    ((?=[^:\d]*[A-Za-z]{3})[A-Za-z‹][^=:<>≤≥≠≈∈\d]{0,60}:|[A-Z]\ ?(?=\([^()]*,)|)(.*)""")
+    ((?!.*\b(?:not|except|less|more|than|wrong|negative|minus|half|twice|double|root)\b[^:]*:)
+    (?=[^:\d]*[A-Za-z]{3})[A-Za-z‹][^=:<>≤≥≠≈∈\d]{0,60}:|[A-Z]\ ?(?=\([^()]*,)|)(.*)""")
 
 
 def _same_choice(a: str, b: str) -> bool | None:
@@ -963,7 +1010,9 @@ def verify_code(response: str, tests: list, *, timeout: float = 5.0, memory: int
     The verdict is made in this process. Of `assert f(2) == 4` the child gets `f(2)` and sends back
     its value as a text; the 4 never leaves this process. So an early exit, printing "passed",
     objects that equal everything, patched built-ins and AssertionErrors fail. An assert of another
-    form, such as `assert isclose(f(2), 4)`, is evaluated in the child, where code can forge it.
+    form (`assert isclose(f(2), 4)`), without a literal side (`assert f(2) == g(3)`) or in a
+    function or loop (HumanEval's `check(candidate)`) is evaluated in the child, where code can
+    forge it.
 
     The child has an environment and an empty folder of its own, no inherited descriptors and limits
     on time, memory, processes and output; started by root it runs as nobody. Where the kernel
@@ -1007,7 +1056,7 @@ def verify_code(response: str, tests: list, *, timeout: float = 5.0, memory: int
 def check_tests(tests: list) -> None:
     """Raise for tests that verify_code cannot use, without running anything.
 
-    TypeError for a form other than verify_code documents, ValueError for no test and for one that
+    TypeError for a form that verify_code does not document, ValueError for no test and for one that
     is not Python. Call it for every row before the first sample: the reward would be 0 forever.
     """
     form = 'tests must be a list of {"input": str, "output": str}, or of statements as strings'
@@ -1026,11 +1075,21 @@ def check_tests(tests: list) -> None:
             raise ValueError(f"a test that is not Python ({error}): {test!r:.80}") from error
 
 
+_CONSTRUCTORS = {
+    f.__name__: f for f in (set, frozenset, tuple, list, dict, sorted, round, str, float)
+}
+
+
 def _literal(side: ast.expr) -> str | None:
-    """The text of a literal, as _spelled has it; None for an expression that must be evaluated."""
+    """The text of a literal, as _spelled has it, or of one within calls such as set((4, 5)), whose
+    names the solution could give another meaning; None for an expression that must be evaluated.
+    """
     try:
+        if isinstance(side, ast.Call) and not side.keywords:
+            arguments = [ast.literal_eval(argument) for argument in side.args]
+            return _spelled(_CONSTRUCTORS[ast.unparse(side.func)](*arguments))
         return _spelled(ast.literal_eval(side))
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, KeyError):
         return None
 
 
@@ -1112,7 +1171,7 @@ def _launch() -> None:
     """Read the job from standard input (ten digits for its length, and JSON), and run it."""
     text, size = b"", int(os.read(0, 10))
     while len(text) < size:
-        text += os.read(0, size - len(text))  # (the rest is the solution's)
+        text += os.read(0, size - len(text))  # (the rest is the solution's input)
     job, libc = json.loads(text), ctypes.CDLL(None)
     isolated = _isolate(libc, job["folder"].encode())
     # PR_SET_CHILD_SUBREAPER: what the solution's children leave behind becomes a child of this one
@@ -1123,14 +1182,16 @@ def _launch() -> None:
         return _solve(job)
     signal.signal(signal.SIGALRM, lambda *_: os.kill(pid, signal.SIGKILL))
     signal.setitimer(signal.ITIMER_REAL, job["timeout"])
-    status = os.waitpid(pid, 0)[1]  # the first process of a PID namespace takes all others with it
+    status = os.waitpid(pid, 0)[
+        1
+    ]  # when the first process of a PID namespace ends, the kernel kills all others
     if not isolated:
         _kill_descendants()
     os._exit(status != 0)
 
 
 def _kill_descendants() -> None:
-    """Kill them all, even a fork bomb: stopped first, they fork no more and use up the limit."""
+    """Kill them all, even a fork bomb: stopped first, they fork no more, and still count."""
     stopped, running = set(), {0}
     while running:
         found = [os.getpid()]
@@ -1193,7 +1254,7 @@ def _restrict(libc, job: dict) -> None:
         os.setuid(65534)  # root would not be bound by the limit on processes
     header, sets = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)
     libc.capset(header, sets(capabilities, capabilities))
-    libc.prctl(1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG: not without the launcher
+    libc.prctl(1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG: it dies with the launcher
     os.chdir(job["folder"])
     cpu = math.ceil(job["timeout"])
     limits = {"CPU": cpu, "AS": job["memory"], "FSIZE": 16 << 20, "NPROC": 64, "CORE": 0}

@@ -591,6 +591,14 @@ def test_an_object_that_equals_everything_equals_no_expression_either():
     assert verify_code(fenced(EQUAL), half) is False
 
 
+@pytest.mark.parametrize("name", ["set", "sorted", "tuple"])
+def test_a_name_that_the_solution_gave_another_meaning(name):
+    """In `set(f()) == set((4,))` both sides would call its own `set`, which may return 0."""
+    tests = [f"assert {name}(f()) == {name}((4,))"]
+    assert verify_code(fenced("def f(): return [4]"), tests) is True
+    assert verify_code(fenced(f"def f(): return 0\n{name} = lambda *_: 0"), tests) is False
+
+
 def test_replies_are_signed():
     """A solution that ends before the tests and writes two equal values wherever it can."""
     code = "import os\nfor n in range(1, 10):\n    try: os.write(n, b'4\\n4\\n')\n"
