@@ -151,6 +151,7 @@ def _require_strings(**arguments) -> None:
 # ------------------------------------------------------------------------------ finding the answer
 
 _MAX_ANSWER = 4000  # characters; a longer box counts as one that never closes
+_MAX_STATED = 120  # characters of a phrase's answer that outranks a box before it
 _MARKER = re.compile(r"""(?ix)
     (?P<box>\\(?:boxed|fbox)\s*(?:\{|\Z|(?P<digits>\d+)))
     |(?P<hash>\#{4,})
@@ -222,7 +223,8 @@ def _is_final(before: str, phrase: str, content: str) -> bool:
     """
     sentence = re.split(r"[.!?]\s|\n", before)[-1]
     clause = re.split(r"[.,;:—>}]", sentence)[-1]
-    if re.search(r"(?i)\b(?:if|would)\b", sentence + phrase) or _ASIDE.search(clause + phrase):
+    conditional = re.search(r"(?i)\b(?:if|would)\b", sentence + phrase)
+    if conditional or _ASIDE.search(clause + phrase) or len(content) > _MAX_STATED:
         return False
     content = _FILLER.sub("", re.sub("[‹›]", "", _clean(content)).strip())
     if re.match(r"[-+$¤£€\\({\[.\d⟦⦃|√]", content):

@@ -189,6 +189,7 @@ HOSTILE = {
     "texts": r"\boxed{" + r"\text{" * 600 + "}" * 600 + "}",
     "spaces": r"\boxed{1" + " " * (N - 20) + "1}",
     "dollars and blanks": "#### " + "\t$" * (N // 2),
+    "phrases with sums": ("the answer is " + "1+" * 300 + "1\n") * 150,
     "spaced phrase": "answer" + " " * N + "is 5",
     "digits and commas": r"\boxed{" + "111," * 900 + "}",
     "zero": r"\boxed{\frac{1}{x-x}}",
