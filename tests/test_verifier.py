@@ -188,6 +188,8 @@ HOSTILE = {
     "subscripts": r"\boxed{" + "a_b" * 190 + "^2=1}",
     "texts": r"\boxed{" + r"\text{" * 600 + "}" * 600 + "}",
     "spaces": r"\boxed{1" + " " * (N - 20) + "1}",
+    "dollars and blanks": "#### " + "\t$" * (N // 2),
+    "phrases with sums": ("the answer is " + "1+" * 300 + "1\n") * 150,
     "spaced phrase": "answer" + " " * N + "is 5",
     "digits and commas": r"\boxed{" + "111," * 900 + "}",
     "zero": r"\boxed{\frac{1}{x-x}}",
@@ -296,6 +298,7 @@ RIGHT = {
         "import sys\nprint('hi')\nsys.exit(0)",
         [{"input": "", "output": "hi"}],
     ),
+    "input that is no text": ("print(len(input()))", [{"input": "\ud800", "output": "1"}]),
     "long input": ("print(len(input()))", [{"input": "x" * 500_000, "output": "500000"}]),
     "a form feed": (READS, [{"input": "a b\nc", "output": "a\fb\nc"}]),
     # the solution's module is found by its name
@@ -361,6 +364,14 @@ RIGHT = {
         "def f(): return [2 + 0j, Decimal('-inf'), memoryview(b'a'), {2.0: {1: [0]}.items()}]",
         ["assert f() == [2, -float('inf'), b'a', {2: {1: [0]}.items()}]", "assert f()[0] == 2"],
     ),
+    "a thread that goes on": (
+        "import threading, time\nthreading.Thread(target=time.sleep, args=(60,)).start()\n" + F,
+        SQUARE,
+    ),
+    "an array": (
+        "from array import array\ndef f(): return array('i', [1, 2])",
+        ["assert f() == [1, 2]"],
+    ),
     "the order of a dictionary and of a set": (
         "def f(): return {1: {3, 2}, 'a': [2, 3]}",
         ["assert f() == {'a': [2, 3], 1: {2, 3}}"],
@@ -380,6 +391,8 @@ def test_right_programs_pass(name):
 
 
 WRONG = {
+    "a dictionary with a list as key": (F, ["assert f(2) == {[]: 4}"]),
+    "comments for tests": (F, ["# assert f(2) == 4"]),
     "a wrong value": ("def f(x):\n    return x ** 3", SQUARE),
     "the second test fails": ("def f(x):\n    return 4", SQUARE),
     "a syntax error": ("def f(x)\n    return x * x", SQUARE),
@@ -431,9 +444,11 @@ TOP_DOCSTRING = '"""\n```\n>>> f(2)\n```\n"""\n' + F
         (f"```\n{F}\n```", True),
         (F, False),
         (f"~~~py\n{F}\n~~~", True),
+        (f"```python3\n{F}\n```", True),
         (f"```Python title='a.py'\r\n{F}\r\n```", True),
         (f"```python\n{F}\n```<|im_end|>", True),
         ("1. Like this:\n\n   ```python\n   def f(x):\n       return x * x\n   ```\n", True),
+        ("1. ```python\n   n = 2\n\n   def f(x):\n       return x**n\n   ```\n", True),
         ("- ```python\n  def f(x):\n      return x * x\n  ```\n", True),
         ("1. Like this:\n\n\t```python\n\tdef f(x):\n\t    return x * x\n\t```\n", True),
         ("   ```python\ndef f(x):\n   return x * x\n   ```\n", True),
@@ -467,6 +482,7 @@ def test_the_last_block_counts(response, passes):
         ([4], TypeError),
         (["assert f(2) == 4", "assert f(3 == 9"], ValueError),
         (["assert f(2) == '\0'"], ValueError),
+        (["assert " + "-" * 100_000 + "1"], ValueError),
     ],
 )
 def test_malformed_tests_raise(tests, error):
@@ -481,6 +497,13 @@ def test_well_formed_tests_are_checked_without_running():
         assert check_tests(tests) is None
     with pytest.raises(ValueError, match="empty"):
         check_tests([])
+
+
+def test_outside_linux_it_says_so(monkeypatch):
+    """Without the sandbox nothing may run."""
+    monkeypatch.setattr(sys, "platform", "darwin")
+    with pytest.raises(NotImplementedError, match="Linux"):
+        verify_code(fenced(F), SQUARE)
 
 
 def in_a_cell(name: str, known: bool) -> dict:
@@ -569,8 +592,35 @@ def test_an_object_that_equals_everything_equals_no_expression_either():
     assert verify_code(fenced(EQUAL), half) is False
 
 
+@pytest.mark.parametrize("name", ["set", "sorted", "tuple"])
+def test_a_name_that_the_solution_gave_another_meaning(name):
+    """In `set(f()) == set((4,))` both sides would call its own `set`, which may return 0."""
+    tests = [f"assert {name}(f()) == {name}((4,))"]
+    assert verify_code(fenced("def f(): return [4]"), tests) is True
+    assert verify_code(fenced(f"def f(): return 0\n{name} = lambda *_: 0"), tests) is False
+
+
+def test_replies_are_signed():
+    """A solution that ends before the tests and writes two equal values wherever it can."""
+    code = "import os\nfor n in range(1, 10):\n    try: os.write(n, b'4\\n4\\n')\n"
+    code += "    except OSError: pass\nos._exit(0)"
+    assert verify_code(fenced(code), ["assert f(2) == 2 + 2"]) is False
+
+
+def test_built_ins_that_the_solution_patched_are_not_used():
+    """With its `eval` every expression would have the same value."""
+    code = "import builtins\nbuiltins.eval = lambda *_: 4\ndef f(x): return 0"
+    assert verify_code(fenced(code), ["assert f(2) == 2 + 2"]) is False
+
+
 @pytest.mark.parametrize(
-    "code", ["while True: print('x' * 10000)", "import os\nos._exit(0)", "print('ok')"]
+    "code",
+    [
+        "while True: print('x' * 10000)",
+        "import os\nos._exit(0)",
+        "print('ok')",
+        "import os\nos.write(1, bytes([255]))",  # which is no UTF-8
+    ],
 )
 def test_attacks_on_input_output_tests_fail(code):
     assert verify_code(fenced(code), [{"input": "", "output": "4"}], timeout=0.6) is False
@@ -622,6 +672,58 @@ def test_it_writes_nowhere_else(tmp_path):
     assert result == "refused" and not target.exists()
 
 
+def test_its_folder_holds_16_mib():
+    """A limit on files only would let many of them fill the memory that the folder is in."""
+    if not isolated():
+        pytest.skip("no namespaces here: the folder is on a disk")
+    code = "try:\n    for n in range(40): open(str(n), 'wb').write(bytes(2**20))\n"
+    assert printed(code + "except OSError: print(n)") == "16"
+
+
+def test_it_sees_no_process():
+    if not isolated():
+        pytest.skip("no namespaces here: processes are seen")
+    assert printed("import os; print(os.listdir('/proc'))") == "[]"
+
+
+def test_its_rights_and_limits():
+    """It must not gain rights by a set-uid program, nor run on where nothing can end it."""
+    code = """
+import ctypes, resource
+print(ctypes.CDLL(None).prctl(39, 0, 0, 0, 0))
+limits = resource.RLIMIT_CPU, resource.RLIMIT_FSIZE, resource.RLIMIT_CORE
+print(*[resource.getrlimit(limit)[1] for limit in limits])
+signal = ctypes.c_int()
+ctypes.CDLL(None).prctl(2, ctypes.byref(signal), 0, 0, 0)  # PR_GET_PDEATHSIG
+print(signal.value)
+"""
+    assert printed(code) == f"1\n5 {16 << 20} 0\n9"
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root becomes nobody")
+def test_nobody_is_in_no_group():
+    groups = os.getgroups()
+    os.setgroups([0, 4])
+    try:
+        assert printed("import os; print(os.getuid(), os.getgroups())") == "65534 []"
+    finally:
+        os.setgroups(groups)
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root becomes nobody")
+@pytest.mark.parametrize("readable, result", [("True", "refused"), ("False", "4")])
+def test_nobody_reads_what_an_interpreter_of_root_needs(readable, result, tmp_path, monkeypatch):
+    """Below /root no module could be imported, and every solution would fail."""
+    secret = tmp_path / "secret"
+    secret.write_text("4")
+    secret.chmod(0o600)
+    source = verifier._child_source()
+    test = "os.access(os.__file__, os.R_OK, effective_ids=True)"
+    monkeypatch.setattr(verifier, "_child_source", lambda: source.replace(test, readable))
+    code = f"try: print(open({str(secret)!r}).read())\nexcept OSError: print('refused')"
+    assert test in source and printed(code) == result
+
+
 def test_no_network():
     if not isolated():
         pytest.skip("no namespaces here: the network is not shut off")
@@ -662,6 +764,15 @@ while True:
 """
 
 
+DAEMON = """
+import os, time
+if os.fork() == 0:
+    os.setsid()
+    time.sleep(60)
+def f(x): return x * x
+"""
+
+
 def running(marker: str) -> int:
     """Processes whose command line holds the marker: forks of a Python child keep its arguments."""
     count = 0
@@ -687,29 +798,41 @@ def test_a_fork_bomb_is_contained(namespaces, monkeypatch):
     monkeypatch.setattr(verifier, "_child_source", lambda: source)
     assert printed(f"import os; print({marker!r} in open('/proc/self/cmdline').read())") != "False"
     assert namespaces or not isolated()
+    assert printed("print(open('x', 'w').write('y'))") == "1"
     assert verify_code(fenced(F), SQUARE) is True
     start = time.monotonic()
     assert verify_code(fenced(BOMB), SQUARE, timeout=1.0) is False
     assert time.monotonic() - start < 30, "the time limit did not end it"
-    deadline = time.monotonic() + 30
-    while running(marker) and time.monotonic() < deadline:
-        time.sleep(0.05)
+    assert running(marker) == 0
+    assert verify_code(fenced(DAEMON), SQUARE) is True
     assert running(marker) == 0
 
 
 def test_root_without_the_right_to_namespaces():
     """As in many containers: a root of a namespace of its own could not become nobody."""
+    marker = f"# without CAP_SYS_ADMIN {os.getpid()}"
     code = f"""
 import ctypes, os, sys
 if len(sys.argv) == 1:
     ctypes.CDLL(None).prctl(24, 21, 0, 0, 0)  # PR_CAPBSET_DROP, CAP_SYS_ADMIN
     os.execv(sys.executable, [*sys.orig_argv, "again"])
 import verifier
-print(verifier.verify_code({fenced(F)!r}, {SQUARE!r}))
+source = {marker!r} + "\\n" + verifier._child_source()
+verifier._child_source = lambda: source
+print(verifier.verify_code({fenced(DAEMON)!r}, {SQUARE!r}))
 """
     folder = os.path.dirname(verifier.__file__)
     command = [sys.executable, "-c", code]
     assert subprocess.check_output(command, cwd=folder, text=True) == "True\n"
+    assert running(marker) == 0
+
+
+def test_a_launcher_that_hangs_is_ended(monkeypatch):
+    """Where nothing isolates it, a solution can stop its launcher."""
+    monkeypatch.setattr(verifier, "_child_source", lambda: "import time\ntime.sleep(60)")
+    start = time.monotonic()
+    assert verify_code(fenced(F), SQUARE, timeout=0.1) is False
+    assert time.monotonic() - start < 30
 
 
 def test_maps_of_a_user_namespace_that_cannot_be_written(monkeypatch):
