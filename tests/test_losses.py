@@ -515,6 +515,9 @@ def test_micro_batches_by_hand():
     assert micro_batches([10, 7], 1000) == [[0], [1]]  # 17 of 20 would be
     # What one group does not use of the 10%, the next one may: 26 of 28, after 20 of 20.
     assert micro_batches([4, 10, 2, 10], 1000) == [[1, 3], [0, 2]]
+    # Four groups of at most 374 positions, not of 436: the lengths of bench_training.py's step.
+    lengths = [62, 89, 90, 105, 109, 147, 187, 253]
+    assert micro_batches(lengths, 1000) == [[7], [6, 5], [4, 3, 2], [1, 0]]
     assert micro_batches([], 64) == []
 
 
