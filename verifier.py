@@ -138,12 +138,13 @@ def extract_answer(response: str) -> str | None:
             after = response.find(content, end) + len(content)
             is_final = _is_final(before, match[0] if match["phrase"] else "", content)
             before += match[0]
-        empty = _EMPTY.fullmatch(content)
-        if empty or _REMARK_BEFORE.search(before) or _REMARK_AFTER.match(response, after):
+        if _EMPTY.fullmatch(content) or fallback and not is_final:
+            continue
+        if _REMARK_BEFORE.search(before) or _REMARK_AFTER.match(response, after):
             continue
         if is_final:
             return _with_boxes_before(response, markers, match, content)
-        fallback = fallback or content
+        fallback = content
     return fallback
 
 
@@ -233,8 +234,7 @@ def _with_boxes_before(text: str, markers: list, last: re.Match, content: str) -
     while last["box"] and markers and markers[-1]["box"]:
         box = markers.pop()
         other = _boxed(text, box)
-        between = text[box.end() + len(other or "") : last.start()]
-        if not other or not _JOINED.fullmatch(between):
+        if not other or not _JOINED.fullmatch(text, box.end() + len(other), last.start()):
             break
         if other != content:
             content = f"{other}, {content}"
