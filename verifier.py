@@ -8,13 +8,15 @@ it works. Nothing that a model wrote is evaluated (mathematics) or run in this p
 response raises or hangs; a gold answer or tests of the wrong type raise.
 
 Which answer counts? Markers are \boxed{} and \fbox{}, `####`, and "answer is" (or "answer:",
-<answer>). The LAST marker counts, so a revision outranks the first attempt whatever both used.
+<answer>). The LAST marker counts, so a revision outranks the first attempt whatever both used; but
+an answer that is only taken back stays. Boxes with no words between them but "and", "or" are one
+answer, a list. Of a sentence ("Answer: She sold 72 clips.") the only number is the answer.
 Skipped: boxes without an answer (\boxed{...}: an instruction repeated), headings (`#### Step 2`),
 phrases that state no answer ("the answer is correct", "the final answer is positive" after a box),
-conditions ("if ..., the answer would be") and remarks about another answer ("a common wrong answer
-is", "13 is a mistake"). But "the answer is 2 digits long" states 2, with a unit. A box that never
-closes ends the search: the response was cut there. A response without a marker has no answer:
-verify("42", "42") is False by design.
+conditions ("if ..., the answer would be"), denials ("is not", "I doubt whether it is") and remarks
+about another answer ("a common wrong answer is", "13 is a mistake"). But "the answer is 2 digits
+long" states 2, with a unit. A box that never closes ends the search: the response was cut there. A
+response without a marker has no answer: verify("42", "42") is False by design.
 
 Claimed equal (accuracy by category: tests/bench_verifier.py):
   integers     1,234 = 1{,}234 = 1\,234 = 1 234 = 1234. A comma is never a decimal point.
@@ -122,23 +124,27 @@ def extract_answer(response: str) -> str | None:
     """
     _require_strings(response=response)
     fallback = None  # what a phrase stated; used only if nothing better comes before it
-    for match in [*_MARKER.finditer(response)][:-100:-1]:  # last first; no honest text has more
+    markers = [*_MARKER.finditer(response)][-100:]  # no honest text has more
+    while markers:
+        match = markers.pop()
         before, end = response[max(0, match.start() - 120) : match.start()], match.end()
         if match["box"]:
-            content = match["digits"] or _boxed(response, end)
+            content = _boxed(response, match)
             if content is None:
                 return fallback
-            end += 0 if match["digits"] else len(content)
-            is_final = not (_REMARK_BEFORE.search(before) or _REMARK_AFTER.match(response, end))
+            after, is_final = end + len(content) * (not match["digits"]), True
         else:
             content = _stated(response[end : end + 500].lstrip(" \t#*:_"))
+            after = response.find(content, end) + len(content)
             is_final = _is_final(before, match[0] if match["phrase"] else "", content)
-        if _EMPTY.fullmatch(content):
+            before += match[0]
+        if _EMPTY.fullmatch(content) or fallback and not is_final:
+            continue
+        if _REMARK_BEFORE.search(before) or _REMARK_AFTER.match(response, after):
             continue
         if is_final:
-            return content.strip()
-        if not match["box"]:
-            fallback = fallback or content
+            return _with_boxes_before(response, markers, match, content)
+        fallback = content
     return fallback
 
 
@@ -154,23 +160,33 @@ _MAX_ANSWER = 4000  # characters; a longer box counts as one that never closes
 _MAX_STATED = 120  # characters of a phrase's answer that outranks a box before it
 _MARKER = re.compile(r"""(?ix)
     (?P<box>\\(?:boxed|fbox)\s*(?:\{|\Z|(?P<digits>\d+)))
-    |(?P<hash>\#{4,})
+    |(?P<hash>\#{4,}(?!\s*\d\d?\.\s+[A-Z][\w ]{2,40}\n))  # #### 1. A heading
     |(?P<phrase>\b(?<!</)answers?\b(?:
         (?:[^\n.:=\\a]|\\(?!f?box)|a(?!nswer)){0,60}?
             \s(?:is|are|was|equals|(?:would|should|will|must|to)\ be)\b
-            (?:\s+(?:therefore|thus|simply|then|just|indeed|actually|still|probably)\b)?[*:\s]*
+            (?:,?\s+(?:therefore|thus|simply|then|just|indeed|actually|still|probably|clearly
+                |obviously|hence|given\ by|equal\ to)\b,?)?[*:\s]*
         |>\s*                       # <answer>
         |[^\n\w:=]{0,4}[:=][*\s]*   # **Answer:**
         |[*\#\s]{0,4}\n\s*)         # ### Final Answer
         (?:(?<=\n)-\ )?)            # which is a list of one""")
 _REMARK_BEFORE = re.compile(r"""(?ix)  # a common wrong answer is \boxed{13}; 12, not \boxed{13}
-    \b(?:(?<!no\ )(?:wrong|incorrect|mistaken|common|tempting|naive|other|another|student'?s'?)
-    \ (?:\w+\ )?(?:answer|mistake|error)s?\b(?!\ to\b)[^.,!?\n]{0,60}[\s$*:(\\]*
-    |(?:if|who)\ [^.!?\n]{0,30}\bforg[eo]t\b(?!.*\ (?:is|are|was)\b)[^.!?\n]{0,60}[\s$*(\\]*
-    |(?:not|instead\ of|rather\ than)[\s$*(\\]*)\Z""")
-_REMARK_AFTER = re.compile(r"""(?x)  # \boxed{13} is a common mistake
-    [\s$)}\\]*(?:is|was|would)\ (?:\w+\ ){0,2}
-    (?:wrong|incorrect|mistake|error|not\ (?:be\ )?(?:correct|right|the\ answer))\b""")
+    (?:\b(?<!no\ )(?<!of\ )(?<!least\ )
+    (?:wrong|incorrect|mistaken|common|tempting|naive|other|another|student'?s'?)
+    \ (?:\w+\ )?(?:answer|mistake|error)s?\b(?!\ to\b)[^.,!?\n]{0,60}
+    |\b(?:if|who)\ [^.!?\n]{0,30}\bforg[eo]t\b(?!.*\ (?:is|are|was)\b)[^.!?\n]{0,60}
+    |\bif\ (?:that|it)\ is(?:\ not|n't)?\ (?:wrong|right|(?:in)?correct)\b(?!\ to)[^.!?\n]{0,60}
+    |(?:\bwhether|(?:\bnot|n't)\ (?:true|think|believe|sure|certain)|\btempt(?:ing|ed)\ to
+    |\b(?:people|someone|somebody|students|many|most|others)\ (?:\w+\ )?(?:say|think|guess|get)
+    |\bpreviously)\b[^.,;!?\n]{0,60}
+    |\bif\ you\ g[eo]t|(?:\bnot|n't|\bcannot)(?:\ be)?|\binstead\ of|\brather\ than)[\s$*(\\]*\Z""")
+_REMARK_AFTER = re.compile(r"""(?ix)  # \boxed{13} is a common mistake; 13, but this is wrong
+    [\s$)}\\*,]*(?:(?:but|though|which|that|this|it)\ )*(?:is|was|would)\ (?:\w+\ ){0,2}
+    (?:wrong|incorrect|mistake|error|not\ (?:be\ )?(?:correct|right|possible|the\ answer))\b
+    |[\s$)}\\*]*(?:\.\s*no,|\?\s*no\b)""")
+_JOINED = re.compile(r"""(?ix)  # between boxes that are one answer; not only a line's end
+    (?![\s$)}\]\\]*\n[\s$(\[\\]*\Z)(?:[\s$*.,;:/()\[\]{}\\]|\\q?quad\b|\\text\b
+    |\b(?:and|or|also|else|either|alternatively|maybe|perhaps|possibly|though|even)\b)*""")
 _ASIDE = re.compile(r"""(?ix)  # an answer other than the final one, or in a \text{Answer: 5}
     \b(?:wrong|incorrect|mistaken|common|tempting|naive|trap|other|another|similar|previous|earlier
     |old|first|initial|original|intermediate|partial|approximate|rough|next|possible|potential|guess
@@ -182,18 +198,26 @@ _EMPTY = re.compile(r"""(?isx)  # no answer in a box, or after a phrase; #### St
     .*|\}.*""")
 _REASON = re.compile(r"""(?ix)  # what may follow the answer in its sentence
     \b(?:because|since|which|where|when|so|as|if|but|hence|thus|therefore|after|from
-    |given|not|by|using|see|altogether|I\ (?:think|believe)|and\ (?:we|this|that|it|so|not))\b""")
+    |given|not|by|using|see|altogether|or\ equivalently|I\ (?:think|believe)
+    |and\ (?:we|this|that|it|so|not))\b""")
 _FORMULA = re.compile(r"""(?x)  # in its delimiters, alone or before a unit, and no item of a list
     (?:\$\$?|\\[(\[])((?:[^$\\]|\\[^)\]])+)(?:\$\$?|\\[)\]])
     (?!(?:[ ,;]|and\b|or\b)*(?:\$|\\\(|-?\d))
     (?:\s*(\\?%|°|[a-zA-Z]+)(?=\s*\*{0,2}(?:[.,;!]|\n|$)))?
     (?![\s*]*(?:or|and|to|less|more|is|equals|plus|minus|times)\b)(?=[\s*]*(?:[.,;:!\n]|$|[A-Za-z]))""")
+_SENTENCE = re.compile(r"""(?x)  # She sold 72 clips in May. Not: She sold 6 dozen; more than 5
+    (?!.*(?:n't|\b(?:not?|never|nor|neither|or|than|about|least|most|nearly|almost|approximately
+    |around|roughly|over|under|times|twice|half|dozen|\w+teen|\w+ty|hundred|thousand|[mb]illion
+    |one|two|three|four|five|six|seven|eight|nine|ten)\b))(?:that\ |[A-Z])[a-z]+\ [a-z]+\ """)
+_NUMBER = re.compile(r"(?<![\w^.=+*/(-])-?[¤$€£]?\d+(?:,\d{3})*(?:\.\d+)?%?(?![\w^*/=+)-]|[.,]\d)")
 _BOLD = re.compile(r"[A-Z][a-z]* [^\n*.]{3,100}\*\*([^*\n]{1,60})\*\*")  # It takes **5 hours**.
 
 
-def _boxed(text: str, start: int) -> str | None:
-    """The content of the box that opens before `start`; None when it does not close."""
-    depth = 1  # of braces; escaped ones are those of a set
+def _boxed(text: str, box: re.Match) -> str | None:
+    """The content of a box; None when it does not close."""
+    if box["digits"]:
+        return box["digits"]
+    start, depth = box.end(), 1  # of braces; escaped ones are those of a set
     for match in re.compile(r"(?s)\\.|[{}]").finditer(text, start, start + _MAX_ANSWER):
         depth += {"{": 1, "}": -1}.get(match[0], 0)
         if depth == 0:
@@ -201,15 +225,39 @@ def _boxed(text: str, start: int) -> str | None:
     return None
 
 
+def _with_boxes_before(text: str, markers: list, last: re.Match, content: str) -> str:
+    """The last answer; together with those in the boxes before it, if it is a box.
+
+    Rule: boxes without words between them but and, or, ... are one answer, a list: the roots are
+    \boxed{2} and \boxed{3}. So are alternatives, of which none is right by itself.
+    """
+    while last["box"] and markers and markers[-1]["box"]:
+        box = markers.pop()
+        other = _boxed(text, box)
+        if not other or not _JOINED.fullmatch(text, box.end() + len(other), last.start()):
+            break
+        if other != content:
+            content = f"{other}, {content}"
+        last = box
+    return re.sub(r"(?:\\?\s)+\Z", "", content.lstrip())  # a final \\ is a blank in TeX
+
+
 def _stated(text: str) -> str:
     """The answer at the beginning of a text: what is bold in a sentence; or a formula and its unit;
-    or the words up to the end of the sentence or to a reason (because, which, so).
+    or the only number of a sentence (She sold 72 clips in May); or the words up to the end of the
+    sentence or to a reason (because, which, so).
     """
+    text = re.sub(r"\A(?:<[a-z]+>|~~[^~\n]*~~|\s)+", "", text)
     if found := _BOLD.match(text) or _FORMULA.match(text):
         return " ".join(filter(None, found.groups()))
     sentence = re.split(
-        r"(?:[.?]|!(?!\s*[=+/-]))(?=[\s*]|$)|(?<=\w)\*\*(?!\w)|\n|<[|/]", text, maxsplit=1
+        r"(?:[.?]|!(?!\s*[=+/-]))(?=[\s*]|$)|(?<=\w)\*\*(?!\w)|\n|<[|/]|\s—\s|;\s(?=[a-z]{3})",
+        text,
+        maxsplit=1,
     )[0]
+    numbers = re.findall(r"\d[\d.,]*", sentence)
+    if _SENTENCE.match(sentence) and len(numbers) == 1 and (number := _NUMBER.search(sentence)):
+        return number[0]
     stated = _REASON.split(sentence, maxsplit=1)[0].rstrip(" *,;:(")
     return re.sub(r"\s\([A-Za-z][A-Za-z -]{3,}\)$", "", stated)  # 42 (forty-two)
 
