@@ -620,7 +620,7 @@ class _Reader:
 
     def bracket(self, left: str) -> _Node:
         items = [] if self.kind == "close" else self.items("close")
-        kind = left + (self.accept(_CLOSING[left]) or self.fail())
+        kind = left + self.accept(_CLOSING[left])
         if len(items) == 1 and kind in ("()", "[]", "{}"):
             return items[0]
         if kind == "⦃⦄":  # {±1, ±2} has four elements
@@ -934,7 +934,7 @@ def _rounds(exact: _Node, rounded: _Node) -> bool:
 
     Rule: a rounded number has two digits or more, for 1/3 ≈ 0 would be an answer and a guess.
     """
-    number = r"[¤£€]?-?\d*\.?(\d*)(?:\*10\^\{?(-?\d+)\}?)?[^\d+*/^-]*"
+    number = r"[¤£€]?-?\d*\.?(\d*)(?:\*10\^\{?(-?\d+))?[^\d+*/^-]*"
     match = re.fullmatch(number, rounded.text)
     if not match or not exact.kind == rounded.kind == "value" or not exact.is_constant:
         return False
