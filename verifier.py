@@ -235,8 +235,8 @@ def _is_final(before: str, phrase: str, content: str) -> bool:
 
 # ------------------------------------------------------------------------- one spelling for answers
 
-# Signs, synonyms, and names that do not look like a word (see _is_wordlike): any other word after
-# a number is its unit without being listed. The plural with s is added.
+# Signs, synonyms, and names that do not look like words or that follow a variable. Any other word
+# after a number is its unit without being listed (see _unit). A plural with s is added to each.
 _UNIT_NAMES = """$ dollar usd ¤ buck|£ gbp|€ euro eur|¢ cent|% percent|° degree deg|°c|°f
 |mm millimeter millimetre|cm centimeter centimetre|dm|m meter metre|km kilometer kilometre
 |in inch inche|ft foot feet|yd yard|mi mile|mg milligram|g gram|kg kilogram|lb pound|oz ounce
@@ -420,7 +420,7 @@ def _letters(run: str, kind: str, before: str, spaced: bool) -> list[tuple[str, 
     """
     if run == "a" and kind == "word" and spaced:  # 18 dollars a day
         return [("word", run)]
-    if len(run) == 1 or re.fullmatch("d[r-z]", run):  # dx and dt, not products of two numbers
+    if len(run) == 1 or re.fullmatch("d[r-z]", run):  # dx, dt: one variable, not d times x
         return [("name", run)]
     low, follows = run.lower(), kind in ("number", "close")
     begins = kind == "and" or before in "=<>≤≥≠≈∈([⦃"
@@ -532,7 +532,7 @@ class _Reader:
         while self.token.lower() in _SCALES:
             node = _apply(mul, node, _number(_SCALES[self.next().lower()]))
         unit = ""  # words, signs like %, and powers and quotients of them: cm^2, m/s, °C
-        while self.kind == "word" or self.sees("%°¤£€¢^/*-"):
+        while self.kind == "word" or self.sees("%°¤£€¢^/*"):
             unit += " " * (self.kind == "word") + self.next()
             start = len(self.read)
             if unit[-1] == "^":
@@ -547,7 +547,7 @@ class _Reader:
     def sum(self) -> _Node:
         node = self.product()
         while self.sees("+-±"):
-            node = _apply(_add, node, self.product())  # a - b is a + (-b), its sign is read there
+            node = _apply(_add, node, self.product())  # power() reads the sign: a - b is a + (-b)
         return node
 
     def product(self, signs: str = "*/(√{⟦[", kinds: tuple = _FACTORS) -> _Node:
@@ -685,7 +685,7 @@ def _symbol(name: str) -> _Node:
 
 
 def _unknown(name: str, x: Fraction | complex) -> Fraction:
-    """The value of a function of this name: negative at some points, so that |f(x)| is not f(x)."""
+    """The value of an unknown function; it may be negative if x is, so that |f(x)| is not f(x)."""
     return _symbol(f"{name}({complex(x):.9g})").items[x.real < 0]
 
 
@@ -1182,7 +1182,7 @@ def _launch() -> None:
     signal.signal(signal.SIGALRM, lambda *_: os.kill(pid, signal.SIGKILL))
     signal.setitimer(signal.ITIMER_REAL, job["timeout"])
     status = os.waitpid(pid, 0)[1]
-    if not isolated:  # (the end of a PID namespace's first process is that of all others in it)
+    if not isolated:  # (a PID namespace ends with its first process)
         _kill_descendants()
     os._exit(status != 0)
 
