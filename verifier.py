@@ -35,13 +35,12 @@ Claimed equal (accuracy by category: tests/bench_verifier.py):
   choices      (B) = B = \text{B} = B. 12; ACD = A, C, D; words as they are spelled, in any case
 Not claimed: conversion of units, number words (but thousand, million), decimal commas, multiples of
 matrices, determinants, set-builder notation, \mp, \choose (but \binom), sets after a minus (but
-\setminus), conditions that hold together as intervals (x > 0 and x < 1; x \ne 1, x \ne 2), "5 or
-so", the environments cases and aligned, answers longer than 600 characters, numbers beyond 10^2400.
-Ratios (3:4), congruences (3 \pmod 7), times and numbers in other bases count as written. A word
-after a number is its unit whatever it means: 5 wrong is 5, and 5 apples is not 5 pears. Decimals of
-more than ten right digits are not detected next to an irrational number (0.33333333333\pi), nor is
-a small term next to a large one (e^{-100} + 1), nor that |x - 3| is not 3 - x: at the points that
-are compared, every variable is below 2.5. 2|x| is not read.
+\setminus), conditions that hold together as intervals (x > 0 and x < 1; x \ne 1, x \ne 2), 2|x|,
+"5 or so", the environments cases and aligned, answers of more than 600 characters, numbers beyond
+10^2400. Ratios (3:4), congruences, times and numbers in other bases count as written. A word after
+a number is its unit whatever it means: 5 wrong is 5, and 5 apples is not 5 pears. Not detected are
+more than ten right digits next to an irrational number (0.33333333333\pi), a small term next to a
+large one (e^{-100} + 1), and that |x - 3| is not 3 - x: variables are compared below 2.5.
 
 One answer through all steps: verify(r"So it is \boxed{\frac{1}{2}\text{ cm}}.", "0.5")
   extract_answer  \frac{1}{2}\text{ cm}
@@ -164,7 +163,7 @@ _MARKER = re.compile(r"""(?ix)
     |(?P<phrase>\b(?<!</)answers?\b(?:
         (?:[^\n.:=\\a]|\\(?!f?box)|a(?!nswer)){0,60}?
             \s(?:is|are|was|equals|(?:would|should|will|must|to)\ be)\b
-            (?:,?\s+(?:therefore|thus|simply|then|just|indeed|actually|still|probably|clearly
+            (?:,?\s+(?:therefore|thus|simply|then|indeed|actually|still|probably|clearly
                 |obviously|hence|given\ by|equal\ to)\b,?)?[*:\s]*
         |>\s*                       # <answer>
         |[^\n\w:=]{0,4}[:=][*\s]*   # **Answer:**
@@ -174,12 +173,12 @@ _REMARK_BEFORE = re.compile(r"""(?ix)  # a common wrong answer is \boxed{13}; 12
     (?:\b(?<!no\ )(?<!of\ )(?<!least\ )
     (?:wrong|incorrect|mistaken|common|tempting|naive|other|another|student'?s'?)
     \ (?:\w+\ )?(?:answer|mistake|error)s?\b(?!\ to\b)[^.,!?\n]{0,60}
-    |\b(?:if|who)\ [^.!?\n]{0,30}\bforg[eo]t\b(?!.*\ (?:is|are|was)\b)[^.!?\n]{0,60}
+    |\b(?:if|who)\ [^.!?\n]{0,30}\bforg[eo]t\b(?!.*\ is\b)[^.!?\n]{0,60}
     |\bif\ (?:that|it)\ is(?:\ not|n't)?\ (?:wrong|right|(?:in)?correct)\b(?!\ to)[^.!?\n]{0,60}
     |(?:\bwhether|(?:\bnot|n't)\ (?:true|think|believe|sure|certain)|\btempt(?:ing|ed)\ to
     |\b(?:people|someone|somebody|students|many|most|others)\ (?:\w+\ )?(?:say|think|guess|get)
     |\bpreviously)\b[^.,;!?\n]{0,60}
-    |\bif\ you\ g[eo]t|(?:\bnot|n't|\bcannot)(?:\ be)?|\binstead\ of|\brather\ than)[\s$*(\\]*\Z""")
+    |\b(?:if\ you\ g[eo]t|instead\ of|rather\ than)|(?:\bnot|n't|\bcannot)(?:\ be)?)[\s$*([\\]*\Z""")
 _REMARK_AFTER = re.compile(r"""(?ix)  # \boxed{13} is a common mistake; 13, but this is wrong
     [\s$)}\\*,]*(?:(?:but|though|which|that|this|it)\ )*(?:is|was|would)\ (?:\w+\ ){0,2}
     (?:wrong|incorrect|mistake|error|not\ (?:be\ )?(?:correct|right|possible|the\ answer))\b
@@ -187,15 +186,15 @@ _REMARK_AFTER = re.compile(r"""(?ix)  # \boxed{13} is a common mistake; 13, but 
 _JOINED = re.compile(r"""(?ix)  # between boxes that are one answer; not only a line's end
     (?![\s$)}\]\\]*\n[\s$(\[\\]*\Z)(?:[\s$*.,;:/()\[\]{}\\]|\\q?quad\b|\\text\b
     |\b(?:and|or|also|else|either|alternatively|maybe|perhaps|possibly|though|even)\b)*""")
-_ASIDE = re.compile(r"""(?ix)  # an answer other than the final one, or in a \text{Answer: 5}
+_ASIDE = re.compile(r"""(?ix)  # an answer other than the final one
     \b(?:wrong|incorrect|mistaken|common|tempting|naive|trap|other|another|similar|previous|earlier
     |old|first|initial|original|intermediate|partial|approximate|rough|next|possible|potential|guess
     |sometimes|often|usually|makes|rounding|student|students|not|no|without|any|each|an|a)\b
-    |\b(?:check|verify|confirm)\w*\ (?:the|my|our)\ |\\[a-z]+\{""")
+    |\b(?:check|verify|confirm)\w*\ (?:the|my|our)\ """)
 _EMPTY = re.compile(r"""(?isx)  # no answer in a box, or after a phrase; #### Step 2
     (?:\\text\{)?(?:[\s._?…]|\\[lc]?dots|your|the|final|answer|number|letter|here)*\}?
     |(?:step|verif\w+|check\w*|solution|conclusion|explanation|note|analysis|case|part|summary)\b
-    .*|\}.*""")
+    .*""")
 _REASON = re.compile(r"""(?ix)  # what may follow the answer in its sentence
     \b(?:because|since|which|where|when|so|as|if|but|hence|thus|therefore|after|from
     |given|not|by|using|see|altogether|or\ equivalently|I\ (?:think|believe)
@@ -203,13 +202,15 @@ _REASON = re.compile(r"""(?ix)  # what may follow the answer in its sentence
 _FORMULA = re.compile(r"""(?x)  # in its delimiters, alone or before a unit, and no item of a list
     (?:\$\$?|\\[(\[])((?:[^$\\]|\\[^)\]])+)(?:\$\$?|\\[)\]])
     (?!(?:[ ,;]|and\b|or\b)*(?:\$|\\\(|-?\d))
-    (?:\s*(\\?%|°|[a-zA-Z]+)(?=\s*\*{0,2}(?:[.,;!]|\n|$)))?
+    (?:\s*([a-zA-Z]+)(?=\s*\*{0,2}(?:[.,;!]|\n|$)))?
     (?![\s*]*(?:or|and|to|less|more|is|equals|plus|minus|times)\b)(?=[\s*]*(?:[.,;:!\n]|$|[A-Za-z]))""")
 _SENTENCE = re.compile(r"""(?x)  # She sold 72 clips in May. Not: She sold 6 dozen; more than 5
     (?!.*(?:n't|\b(?:not?|never|nor|neither|or|than|about|least|most|nearly|almost|approximately
     |around|roughly|over|under|times|twice|half|dozen|\w+teen|\w+ty|hundred|thousand|[mb]illion
     |one|two|three|four|five|six|seven|eight|nine|ten)\b))(?:that\ |[A-Z])[a-z]+\ [a-z]+\ """)
 _NUMBER = re.compile(r"(?<![\w^.=+*/(-])-?[¤$€£]?\d+(?:,\d{3})*(?:\.\d+)?%?(?![\w^*/=+)-]|[.,]\d)")
+_SENTENCE_END = re.compile(r"""(?x)
+    (?:[.?]|!(?!\s*[=+/-]))(?=[\s*]|$)|(?<=\w)\*\*(?!\w)|\n|<[|/]|\s—\s|;\s(?=[a-z]{3})""")
 _BOLD = re.compile(r"[A-Z][a-z]* [^\n*.]{3,100}\*\*([^*\n]{1,60})\*\*")  # It takes **5 hours**.
 
 
@@ -250,11 +251,7 @@ def _stated(text: str) -> str:
     text = re.sub(r"\A(?:<[a-z]+>|~~[^~\n]*~~|\s)+", "", text)
     if found := _BOLD.match(text) or _FORMULA.match(text):
         return " ".join(filter(None, found.groups()))
-    sentence = re.split(
-        r"(?:[.?]|!(?!\s*[=+/-]))(?=[\s*]|$)|(?<=\w)\*\*(?!\w)|\n|<[|/]|\s—\s|;\s(?=[a-z]{3})",
-        text,
-        maxsplit=1,
-    )[0]
+    sentence = _SENTENCE_END.split(text, maxsplit=1)[0]
     numbers = re.findall(r"\d[\d.,]*", sentence)
     if _SENTENCE.match(sentence) and len(numbers) == 1 and (number := _NUMBER.search(sentence)):
         return number[0]
@@ -274,7 +271,7 @@ def _is_final(before: str, phrase: str, content: str) -> bool:
     conditional = re.search(r"(?i)\b(?:if|would)\b", sentence + phrase)
     if conditional or _ASIDE.search(clause + phrase) or len(content) > _MAX_STATED:
         return False
-    content = _FILLER.sub("", re.sub("[‹›]", "", _clean(content)).strip())
+    content = _FILLER.sub("", re.sub("[‹›]", "", _clean(content)))
     if re.match(r"[-+$¤£€\\({\[.\d⟦⦃|√]", content):
         with contextlib.suppress(ValueError, ArithmeticError):
             return _read(content) is not None
@@ -285,6 +282,8 @@ def _is_final(before: str, phrase: str, content: str) -> bool:
 
 # ------------------------------------------------------------------------- one spelling for answers
 
+# Signs, synonyms, and names that do not look like words or that follow a variable. Any other word
+# after a number is its unit without being listed (see _unit). A plural with s is added to each.
 _UNIT_NAMES = """$ dollar usd ¤ buck|£ gbp|€ euro eur|¢ cent|% percent|° degree deg|°c|°f
 |mm millimeter millimetre|cm centimeter centimetre|dm|m meter metre|km kilometer kilometre
 |in inch inche|ft foot feet|yd yard|mi mile|mg milligram|g gram|kg kilogram|lb pound|oz ounce
@@ -323,29 +322,28 @@ _UNICODE |= {"½": " 1/2", "¼": " 1/4", "¾": " 3/4", "⅓": " 1/3", "⅔": " 2
 _UNICODE |= {"ℝ": r"\mathbb{R}", "∅": r"\emptyset ", "\u200b": "", **dict.fromkeys('“”"`', "")}
 _UNICODE = str.maketrans(_UNICODE)
 
-
 _UNIT_LETTER = "[ghlmsJLNVW]"
 _VARIABLE = f"(?!{_UNIT_LETTER})[A-Za-z]"
-_TEXT = r"\\(?:text[a-z]*|operatorname|math(?:rm|bf|sf)|mbox)(?![a-z])"
+_TEXT = r"\\(?:text[a-z]*|operatorname|math(?:rm|bf)|mbox)(?![a-z])"
 _SEPARATOR = r"(?:\\[a-z]+)?\{\s*,?\s*(?:\\[!,])?\s*\}(?:\\[!,])?|,\\!"
 _SIGNS = {"<=": "≤", ">=": "≥", "!=": "≠", "==": "=", "begin": "⟦", "end": "⟧"}
 _REWRITES = [  # tests check every example, and every "in any order"
     # TeX as it was written, in any order
     (r"\.\.\.|…", r"\\dots "),  # 1, ... -> 1, \dots
-    (rf"\s?(?:{_SEPARATOR})\s*(?=\d{{3}}(?!\d))", ""),  # 1{,}234 -> 1234
+    (rf"(?:{_SEPARATOR})\s*(?=\d{{3}}(?!\d))", ""),  # 1{,}234 -> 1234
     # 0.1\overline{6} -> (0.10+6/90)
     (
         r"(\d{0,50})\.(\d{0,50})\\(?:overline|bar)\{(\d{1,50})\}",
         lambda m: f"({m[1]}.{m[2]}0+{m[3]}/{'9' * len(m[3])}{'0' * len(m[2])})",
     ),
-    (r" ?x ?(?=10\^)", "*"),  # 3 x 10^5 -> 3*10^5
+    (r"x ?(?=10\^)", "*"),  # 3 x 10^5 -> 3 *10^5
     (r"(?<![\\A-Za-z])(sqrt|pi|infinity)(?![A-Za-z])", r"\\\1"),  # sqrt(2) -> \sqrt(2)
     (r"\\mathbb ?\{?R\}?", r"(-\\infty,\\infty)"),  # \mathbb{R} -> (-\infty,\infty)
     (r"\\(?:text)?color\{[^{}]*\}|\\overline(?=\{[A-Z]{2}\})", ""),  # \overline{AB} -> {AB}
-    (r"\{([^{}]*)\\over(?![a-z])([^{}]*)\}", r"{\\frac{\1}{\2}}"),  # {1\over2} -> {\frac{1}{2}}
+    (r"\{([^{}]*)\\over([^{}]*)\}", r"{\\frac{\1}{\2}}"),  # {1\over2} -> {\frac{1}{2}}
     # words, in this order
     # a letter is a variable unless it is a unit: 3\mathrm{e}+2 -> 3 e+2
-    (rf"{_TEXT}\s*(?:\{{\s*({_VARIABLE})\s*\}}|({_VARIABLE})(?![A-Za-z]))", r" \1\2"),
+    (rf"{_TEXT}\s*(?:\{{\s*({_VARIABLE})\s*\}}|({_VARIABLE}))", r" \1\2"),
     (_TEXT + r"\s*\{\s*([A-Za-z][A-Za-z ./'-]*)\}", r" ‹\1› "),  # 5\text{ cm} -> 5 ‹cm›
     (_TEXT + r"\s*\{([^{}]*)\}", r" \1 "),  # \text{1st} -> 1st
     # \begin{pmatrix}1 -> ⟦1; 1\end{pmatrix} -> 1⟧
@@ -386,7 +384,8 @@ def _clean(text: str) -> str:
 _LETTER = "[A-Za-zΑ-Ωα-ορ-ω]"  # without pi
 _INDEX = r"(?:_(?:\w|\{\w{1,9}\})'*|'+)"
 _NAME = rf"(?:{_LETTER}{_INDEX}|P\([^()]*(?:[=<>≤≥|∪‹]|\\cap)[^()]*\))"  # x_1, x', P(X = 2)
-_CALL = rf"""(?:[fgFG]{_INDEX}?(?:\^(?:\{{-?\w+\}}|\w))?(?=\s*\()  # f(x + 1), f^{{-1}}(2), P(x)
+_CALL = rf"""(?:[fgFG]{_INDEX}?(?:\^(?:\{{-?\w+\}}|\w))?(?=\s*\()  # f(x + 1), f^{{-1}}(2)
+    # P(x), but e(x) and i(3) are products
     |(?![ei]\s*\(){_LETTER}{_INDEX}?(?=\s*\(\s*(?:[\d.]+|{_LETTER}{_INDEX}?)\s*\)))"""
 _TOKEN = re.compile(rf"""(?x)  # a number may have groups of three digits: 1,234 or 1 234
     \s*(?:(?P<and>[,;&]|(?i:‹?\s*(?:and|or)(?![A-Za-z])\s*›?))
@@ -405,13 +404,8 @@ _NUMBER_WORD = re.compile(r"""(?x)  # not a unit: it changes the number before i
     |nine|ten|eleven|twelve|fif|eigh|nin|twelf|hal|third|quarter)(?:ths?|s|f|fs|ves?)?|twice|thrice
     |score|least|most|double|triple|squared|cubed|doubled|tripled|halved|factorial|plus|minus
     |negative|point|remainder""")
-_SCALES = {
-    "hundred": 100,
-    "thousand": 10**3,
-    "million": 10**6,
-    "billion": 10**9,
-    "trillion": 10**12,
-}
+_SCALES = {"hundred": 100, "thousand": 10**3}
+_SCALES |= {"million": 10**6, "billion": 10**9, "trillion": 10**12}
 _CLOSING = {"(": ")]", "[": ")]", "{": "}", "⦃": "⦄"}
 _FACTORS = "name", "call", "function", "command"  # what may be a factor without a sign before it
 _LINKS = "/ * - a an to by as at on for with than from".split()  # in a unit of several words
@@ -423,23 +417,21 @@ class _Node(NamedTuple):
     kind: str  # value, relation, text, ∪, ±; the brackets of a group, [] of a matrix, "" of a list
     items: list | tuple  # of a value: three numbers, Fraction or complex; of a relation: its sides
     unit: str = ""  # of a value
-    signs: str = ""  # of a relation: = ≠ < ≤ ≈ ∈; what was written with > and ≥ is turned around
+    signs: str = ""  # of a relation: = ≠ < ≤ ≈ ∈; what was written with > and ≥ is turned around;
+    # "or" of a list and "∈" of an interval that an inequality means: such are not a point (1, 2)
     text: str = ""  # as it was written
 
     @property
-    def values(self) -> list:
+    def alternatives(self) -> list:
         return self.items if self.kind == "±" else [self]
 
     @property
     def is_constant(self) -> bool:
-        return all(node.kind == "value" and len(set(node.items)) == 1 for node in self.values)
+        return all(node.kind == "value" and len(set(node.items)) == 1 for node in self.alternatives)
 
     @property
     def is_name(self) -> bool:
-        """Whether it only names what is asked for.
-
-        Rule: words, or letters joined by + - * / and brackets, without numbers, powers, ln or exp.
-        """
+        """Whether it only names what is asked for: words, or letters joined by + - * / ( )."""
         return self.kind == "text" or _SIDE_NAME.fullmatch(self.text) is not None
 
 
@@ -475,7 +467,7 @@ def _letters(run: str, kind: str, before: str, spaced: bool) -> list[tuple[str, 
     """
     if run == "a" and kind == "word" and spaced:  # 18 dollars a day
         return [("word", run)]
-    if len(run) == 1 or re.fullmatch("d[r-vx-z]", run):
+    if len(run) == 1 or re.fullmatch("d[r-z]", run):  # dx, dt: one variable, not d times x
         return [("name", run)]
     low, follows = run.lower(), kind in ("number", "close")
     begins = kind == "and" or before in "=<>≤≥≠≈∈([⦃"
@@ -495,8 +487,8 @@ def _is_wordlike(word: str) -> bool:
 def _unit(text: str, constant: bool) -> str:
     """One spelling for a unit: centimeters -> cm, m^2 -> sq m, dollars -> $.
 
-    Rule: after a number every word is one that looks like one, except number words; after an
-    expression with variables only a known unit is.
+    Rule: after a number, what looks like a word is a unit, except number words; after an expression
+    with variables only a known unit is.
     """
     words = []
     for word in re.sub(r"\bper\b|/", " / ", text.lower()).split():
@@ -570,15 +562,13 @@ class _Reader:
 
     def quantity(self) -> _Node:
         """A sum with its unit, words, or brackets joined by ∪ or ∖."""
+        start = len(self.read)
         if self.kind == "word":
-            words = []
             while self.kind in ("word", "name"):
-                words.append(self.next())
+                self.next()
             if self.sees("("):  # Area(ABC), gcd(4, 6)
-                start = len(self.read)
                 self.atom()
-                words.append(self.read[start:])
-            return _Node("text", [" ".join(words)])
+            return _Node("text", [self.read[start:]])
         currency = self.accept("¤£€")
         node = self.sum()
         if node.kind not in ("value", "±"):
@@ -589,17 +579,14 @@ class _Reader:
         while self.token.lower() in _SCALES:
             node = _apply(mul, node, _number(_SCALES[self.next().lower()]))
         unit = ""  # words, signs like %, and powers and quotients of them: cm^2, m/s, °C
-        while (
-            self.kind == "word"
-            or self.sees("%°¤£€¢")
-            or unit
-            and self.sees("^/*{-")
-            or unit.count("{") > unit.count("}")
-            and self.sees("}")
-        ):
+        while self.kind == "word" or self.sees("%°¤£€¢^/*"):
             unit += " " * (self.kind == "word") + self.next()
-            if unit[-1] in {"number": "^{", "name": "/*°"}.get(self.kind, ""):
-                unit += self.next()
+            start = len(self.read)
+            if unit[-1] == "^":
+                self.atom()
+            elif self.kind == "name" and unit[-1] in "/*°":
+                self.next()
+            unit += self.read[start:]
         unit = _unit(re.sub(r"[{}]", "", unit), node.is_constant)
         unit = _UNITS.get(currency) or unit
         return _for_each_sign(lambda part: part._replace(unit=unit or part.unit), [node])
@@ -607,7 +594,7 @@ class _Reader:
     def sum(self) -> _Node:
         node = self.product()
         while self.sees("+-±"):
-            node = _apply(_add, node, self.product())  # which begins with its sign
+            node = _apply(_add, node, self.product())  # power() reads the sign: a - b is a + (-b)
         return node
 
     def product(self, signs: str = "*/(√{⟦[", kinds: tuple = _FACTORS) -> _Node:
@@ -639,9 +626,7 @@ class _Reader:
         elif kind == "name":
             node = _symbol(re.sub("[{} ]", "", token))
         elif kind == "call":  # a variable named after the function and its argument
-            node = _apply(
-                lambda x: _symbol(f"{token}({complex(x):.9g})").items[x.real < 0], self.atom()
-            )
+            node = _apply(functools.partial(_unknown, token), self.atom())
         elif kind == "function":
             node = self.function(token)
         elif token in (r"\frac", r"\binom"):
@@ -669,8 +654,8 @@ class _Reader:
         while self.sees("^_"):
             sign = self.next()
             scripts[sign] = self.atom()
-        names = "name", "call", "command"
-        argument = self.atom() if self.sees("(") else self.product("√{", names)
+        kinds = "name", "call", "command"
+        argument = self.atom() if self.sees("(") else self.product("√{", kinds)
         if argument.unit == "°" or self.accept("°"):
             argument = _apply(truediv, _apply(mul, argument, _symbol("π")), _number(180))
         power = scripts.get("^", _number(1))
@@ -682,11 +667,11 @@ class _Reader:
 
     def bracket(self, left: str) -> _Node:
         items = [] if self.kind == "close" else self.items("close")
-        kind = left + (self.accept(_CLOSING[left]) or self.fail())
+        kind = left + self.accept(_CLOSING[left])
         if len(items) == 1 and kind in ("()", "[]", "{}"):
             return items[0]
         if kind == "⦃⦄":  # {±1, ±2} has four elements
-            items = sum((item.values for item in items), [])
+            items = sum((item.alternatives for item in items), [])
         kind = "" if kind == "{}" else kind
         return _for_each_sign(lambda *items: _Node(kind, items), items)
 
@@ -706,12 +691,13 @@ def _read(text: str) -> _Node:
         if len(joined) == 2:
             raise ValueError("and beside or")
         return _Node(*joined, nodes)
-    return _Node("", sum((node.values for node in nodes), []), signs="or" * (joined == {"or"}))
+    items = sum((node.alternatives for node in nodes), [])
+    return _Node("", items, signs="or" * (joined == {"or"}))
 
 
 def _for_each_sign(function, nodes: list[_Node]) -> _Node:
     """The function of some nodes. Each ± among them stands for both signs of its own."""
-    choices = [node.values for node in nodes]
+    choices = [node.alternatives for node in nodes]
     if math.prod(map(len, choices)) > 16:
         raise ValueError("too many ±")
     results = [function(*choice) for choice in itertools.product(*choices)]
@@ -743,6 +729,11 @@ def _symbol(name: str) -> _Node:
     draw = random.Random(name).randrange  # the same in every process
     signs = ((1, -1, 1), (1, 1, -1), (1, -1, -1))[sum(map(ord, name)) % 3]
     return _Node("value", tuple(Fraction(sign * draw(1, 10**6), 400_009) for sign in signs))
+
+
+def _unknown(name: str, x: Fraction | complex) -> Fraction:
+    """The value of an unknown function; it may be negative if x is, so that |f(x)| is not f(x)."""
+    return _symbol(f"{name}({complex(x):.9g})").items[x.real < 0]
 
 
 def _apply(function, *arguments: _Node) -> _Node:
@@ -845,10 +836,8 @@ class _Comparison:
             return self.same_value(a, b)
         if self.same_group(a, b):
             return True
-        for x, y in ((a, b), (b, a)):
-            if any(self.same(meaning, y) for meaning in self.meanings(x)):
-                return True
-        return False
+        pairs = (a, b), (b, a)
+        return any(self.same(meaning, y) for x, y in pairs for meaning in self.meanings(x))
 
     def same_group(self, a: _Node, b: _Node) -> bool:
         """Lists, sets and unions have no order, unless only one of the two names its values;
@@ -863,7 +852,7 @@ class _Comparison:
             table = [[self.same(item, other) for other in y] for item in x]
             if "⦃⦄" in kinds:
                 return all(map(any, table)) and all(map(any, zip(*table))) and bool(x) == bool(y)
-            # as often in one as in the other
+            # Each item is in y (the sum) as often as in x, where equal items have equal rows.
             return len(x) == len(y) and all(0 < sum(row) == table.count(row) for row in table)
         is_point = kinds == {"", "()"} and not (a.signs or b.signs)  # "1, 2" may be (1, 2)
         alike = a.kind == b.kind or is_point
@@ -889,7 +878,7 @@ class _Comparison:
         a variable in both differences, as in 1 + 1 = 2, every factor would do, and none is tried.
         """
         x, y, names = self.said(a), self.said(b), f"{a.items[0].text} {b.items[0].text}"
-        named = x and y and re.fullmatch(r"(.*) \1|y \w\(x\)|\w\(x\) y", names)
+        named = x and y and re.fullmatch(r"(.*) \1|y \w\(x\)|\w\(x\) y", names)  # x x, y f(x)
         if named and self.same(x[0], y[0]):
             return True
         if a.signs != b.signs:
@@ -902,11 +891,11 @@ class _Comparison:
         return all(map(self.same, a.items, b.items))
 
     def said(self, chain: _Node) -> list[_Node]:
-        """What a chain of = and ≈ says: its exact value, and the last rounded one if any.
+        """What a chain of = and ≈ says: its last side before any ≈, and the last rounded one.
 
-        Rule: the exact value is the last side before any ≈. Every side before it is a name, or
-        equal to it (2x = 10 does not say 10), or after a name has variables (A = pi r^2 = 9 pi).
-        Every side after ≈ is it rounded. Of x ≈ 2.5, where only names are before ≈, 2.5 is said.
+        x = 10/4 = 5/2 says 5/2, and so does 10/4 = 5/2, where all sides are equal. 2x = 10 says
+        nothing; but after a name a formula may come: A = pi r^2 = 9 pi says 9 pi. x = 1/3 ≈ 0.333
+        says 1/3 and 0.333, x ≈ 0.333 only 0.333, and 1/3 ≈ 0.4 nothing, since it rounds to 0.3.
         """
         n = (chain.signs + "≈").index("≈") + 1
         sides, rounded = chain.items[:n], chain.items[n:]
@@ -930,24 +919,32 @@ class _Comparison:
         relations = node.items if node.kind in ("", "or") else [node]
         if any(item.kind != "relation" for item in relations):
             return []
-        parts = [self.intervals(item) for item in relations]
-        if not all(parts):
+        pieces = _intervals(relations)
+        if not pieces:
             return self.said(node) if node.kind == "relation" else []
-        pieces = sum(parts, [])
         return pieces if len(pieces) == 1 else [_Node("∪", pieces)]
 
-    def intervals(self, node: _Node) -> list[_Node]:
-        """The numbers for which an inequality holds, if one of its sides is a variable."""
-        infinity = _symbol("∞")
-        everything = _Node("()", [_apply(neg, infinity), infinity])
-        if node.signs == "≠" and node.items[0].is_name:
-            return _without_points(everything, node.items[1]).items
-        sides, signs = [everything.items[0], *node.items, infinity], f"<{node.signs}<"
-        k = 1 if len(node.items) == 2 and sides[1].is_name else 2  # where the variable is
-        if len(node.items) > 3 or not sides[k].is_name or not set(signs) <= {*"<≤"}:
+
+def _intervals(relations: list[_Node]) -> list[_Node]:
+    """Where one of some inequalities holds: x < 1 or 2 <= x < 3 give (-oo, 1) and [2, 3).
+
+    Rule: one variable is in all of them; x > 1, y < 2 give none.
+    """
+    infinity, pieces, variables = _symbol("∞"), [], set()
+    for relation in relations:
+        sides, signs = [_apply(neg, infinity), *relation.items, infinity], f"<{relation.signs}<"
+        k = 1 if len(sides) == 4 and sides[1].is_name else 2  # where the variable is
+        if len(sides) > 5 or not sides[k].is_name:
             return []
-        kind = "(["[signs[k - 1] == "≤"] + ")]"[signs[k] == "≤"]
-        return [_Node(kind, [sides[k - 1], sides[k + 1]], signs="∈")]
+        if signs == "<≠<":
+            pieces += _without_points(_Node("()", [sides[0], infinity]), sides[3 - k]).items
+        elif set(signs) <= {*"<≤"}:
+            kind = "(["[signs[k - 1] == "≤"] + ")]"[signs[k] == "≤"]
+            pieces.append(_Node(kind, [sides[k - 1], sides[k + 1]], signs="∈"))
+        else:
+            return []
+        variables.add(sides[k].text)
+    return pieces if len(variables) == 1 else []
 
 
 def _close(x: Fraction | complex, y: Fraction | complex) -> bool:
@@ -984,7 +981,7 @@ def _rounds(exact: _Node, rounded: _Node) -> bool:
 
     Rule: a rounded number has two digits or more, for 1/3 ≈ 0 would be an answer and a guess.
     """
-    number = r"[¤£€]?-?\d*\.?(\d*)(?:\*10\^\{?(-?\d+)\}?)?[^\d+*/^-]*"
+    number = r"[¤£€]?-?\d*\.?(\d*)(?:\*10\^\{?(-?\d+))?[^\d+*/^-]*"
     match = re.fullmatch(number, rounded.text)
     if not match or not exact.kind == rounded.kind == "value" or not exact.is_constant:
         return False
@@ -997,7 +994,7 @@ def _rounds(exact: _Node, rounded: _Node) -> bool:
 
 def _without_points(node: _Node, points: _Node) -> _Node:
     """An interval without a set of points: (-oo, oo) without {0} is (-oo, 0) ∪ (0, oo)."""
-    items = points.items if points.kind == "⦃⦄" else points.values
+    items = points.items if points.kind == "⦃⦄" else points.alternatives
     is_interval = node.kind in ("()", "(]", "[)", "[]") and len(node.items) == 2
     if not is_interval or any(point.kind != "value" for point in items):
         raise ValueError("no interval without points")
@@ -1084,13 +1081,13 @@ def verify_code(response: str, tests: list, *, timeout: float = 5.0, memory: int
     if isinstance(tests[0], dict):
         return all(_lines(_run(job, test["input"])) == _lines(test["output"]) for test in tests)
     token = os.urandom(16).hex()  # what the solution guesses and prints is no reply
-    steps, literals = [], []  # what the child gets; the literal sides, which it does not get
+    steps, literals = [], []  # what the child gets; the literal sides, for which it gets None
     for statement in ast.parse("\n".join(tests)).body:
         test = statement.test if isinstance(statement, ast.Assert) else None
         if isinstance(test, ast.Compare) and [*map(type, test.ops)] == [ast.Eq]:
             sides = [test.left, test.comparators[0]]
             texts = [*map(_literal, sides)]
-            steps.append([not text and ast.unparse(side) for side, text in zip(sides, texts)])
+            steps.append([None if text else ast.unparse(side) for side, text in zip(sides, texts)])
             literals += [text and f"{token} {text}" for text in texts]
         else:
             steps.append(ast.unparse(statement))
@@ -1125,9 +1122,8 @@ def check_tests(tests: list) -> None:
             raise ValueError(f"a test that is not Python ({error}): {test!r:.80}") from error
 
 
-_CONSTRUCTORS = {
-    f.__name__: f for f in (set, frozenset, tuple, list, dict, sorted, round, str, float)
-}
+_CONSTRUCTORS = set, frozenset, tuple, list, dict, sorted, round, str, float
+_CONSTRUCTORS = {function.__name__: function for function in _CONSTRUCTORS}
 
 
 def _literal(side: ast.expr) -> str | None:
@@ -1232,10 +1228,8 @@ def _launch() -> None:
         return _solve(job)
     signal.signal(signal.SIGALRM, lambda *_: os.kill(pid, signal.SIGKILL))
     signal.setitimer(signal.ITIMER_REAL, job["timeout"])
-    status = os.waitpid(pid, 0)[
-        1
-    ]  # when the first process of a PID namespace ends, the kernel kills all others
-    if not isolated:
+    status = os.waitpid(pid, 0)[1]
+    if not isolated:  # (a PID namespace ends with its first process)
         _kill_descendants()
     os._exit(status != 0)
 

@@ -592,11 +592,17 @@ def test_an_object_that_equals_everything_equals_no_expression_either():
     assert verify_code(fenced(EQUAL), half) is False
 
 
-@pytest.mark.parametrize("name", ["set", "sorted", "tuple"])
-def test_a_name_that_the_solution_gave_another_meaning(name):
-    """In `set(f()) == set((4,))` both sides would call its own `set`, which may return 0."""
-    tests = [f"assert {name}(f()) == {name}((4,))"]
-    assert verify_code(fenced("def f(): return [4]"), tests) is True
+@pytest.mark.parametrize(
+    "name, argument",
+    [
+        *[(name, "[4]") for name in ("set", "frozenset", "tuple", "list", "sorted", "str")],
+        *[("dict", "[(4, 5)]"), ("round", "4.2"), ("float", "'4.2'")],
+    ],
+)
+def test_a_name_that_the_solution_gave_another_meaning(name, argument):
+    """In `set(f()) == set([4])` both sides would call its own `set`, which may return 0."""
+    tests = [f"assert {name}(f()) == {name}({argument})"]
+    assert verify_code(fenced(f"def f(): return {argument}"), tests) is True
     assert verify_code(fenced(f"def f(): return 0\n{name} = lambda *_: 0"), tests) is False
 
 
