@@ -178,7 +178,8 @@ _REMARK_BEFORE = re.compile(r"""(?ix)  # a common wrong answer is \boxed{13}; 12
     |(?:\bwhether|(?:\bnot|n't)\ (?:true|think|believe|sure|certain)|\btempt(?:ing|ed)\ to
     |\b(?:people|someone|somebody|students|many|most|others)\ (?:\w+\ )?(?:say|think|guess|get)
     |\bpreviously)\b[^.,;!?\n]{0,60}
-    |\b(?:if\ you\ g[eo]t|instead\ of|rather\ than)|(?:\bnot|n't|\bcannot)(?:\ be)?)[\s$*([\\]*\Z""")
+    |\b(?:if\ you\ g[eo]t|instead\ of|rather\ than)|(?:\bnot|n't|\bcannot)(?:\ be)?)
+    [\s$*([\\]*\Z""")
 _REMARK_AFTER = re.compile(r"""(?ix)  # \boxed{13} is a common mistake; 13, but this is wrong
     [\s$)}\\*,]*(?:(?:but|though|which|that|this|it)\ )*(?:is|was|would)\ (?:\w+\ ){0,2}
     (?:wrong|incorrect|mistake|error|not\ (?:be\ )?(?:correct|right|possible|the\ answer))\b
