@@ -831,16 +831,12 @@ class Attempt:
 
 
 def sample_and_verify(
-    task: Task,
-    problems: list[Problem],
-    purpose: tuple,
-    contexts: list[list[int]] | None = None,
-    **settings,
+    task: Task, problems: list[Problem], purpose: tuple, contexts: list | None = None, **settings
 ) -> list[Attempt]:
     """One response for each problem (list it n times for n), and its verdict.
 
-    contexts: what each response continues, if not the problem's prompt. settings: of `sample_all`,
-    where they are not those of training samples.
+    contexts: the ids that each response continues, if not the problem's prompt. settings: of
+    `sample_all`, where they are not those of training samples.
     """
     args, lm = task.args, task.lm
     prompts = [p.prompt_ids for p in problems] if contexts is None else contexts
@@ -1015,13 +1011,7 @@ class Optimizer:
     of the gradient.
     """
 
-    def __init__(
-        self,
-        model: torch.nn.Module,
-        betas: tuple[float, float] = (0.9, 0.999),
-        weight_decay: float = 0.0,
-        clip: float = 1.0,
-    ):
+    def __init__(self, model: torch.nn.Module, betas=(0.9, 0.999), weight_decay=0.0, clip=1.0):
         self.weights = [p for p in model.parameters() if p.requires_grad]
         self.clip = clip
         self.narrow = []  # (bf16 weight, lower half, master, which is empty between steps)

@@ -295,11 +295,7 @@ def uniforms(seeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
 
 
 def sample(
-    logits: torch.Tensor,
-    u: torch.Tensor,
-    temperature: float = 1.0,
-    top_p: float = 1.0,
-    vocab_size: int | None = None,
+    logits: torch.Tensor, u: torch.Tensor, temperature=1.0, top_p=1.0, vocab_size: int | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Draw one token per row.
 
