@@ -413,18 +413,6 @@ class LM:
         return [self.phrase_ids(args.phrase_wrong), self.phrase_ids(args.phrase_right)]
 
 
-def choose_dtype(args: Namespace) -> torch.dtype:
-    """bfloat16 where the GPU computes in it (T4 and V100 do not), fp32 elsewhere."""
-    if args.dtype != "auto":
-        return getattr(torch, args.dtype)
-    if not args.device.startswith("cuda"):
-        return torch.float32
-    if torch.cuda.is_bf16_supported(including_emulation=False):
-        return torch.bfloat16
-    warn("this GPU has no bfloat16: the weights are float32, which takes twice the memory")
-    return torch.float32
-
-
 def load_lm(args: Namespace) -> LM:
     """The model in --dtype on --device. Fails where it cannot be loaded, sampled from, told when
     to stop, or saved again."""
@@ -438,12 +426,18 @@ def load_lm(args: Namespace) -> LM:
         # cuDNN's attention plans anew for every shape, and ours change at every step
         torch.backends.cuda.enable_cudnn_sdp(False)
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+        if args.dtype == "auto":  # bfloat16 where a GPU computes in it, which T4 and V100 do not
+            gpu = args.device.startswith("cuda")
+            has_bfloat16 = gpu and torch.cuda.is_bf16_supported(including_emulation=False)
+            args.dtype = "bfloat16" if has_bfloat16 else "float32"  # --resume elsewhere keeps it
+            if gpu and not has_bfloat16:
+                twice = "the weights are float32, which takes twice the memory"
+                warn(f"this GPU has no bfloat16: {twice}")
+        dtype = getattr(torch, args.dtype)
         # scaled_dot_product_attention of Apple's GPUs is silently wrong for strided keys and for
         # masks that several heads share (pytorch#181133, #184180, #195910). On a CPU in bf16 its
         # backward pass is slow: SmolLM2-135M takes 3.3 s with eager attention instead of 4.4 for
         # 16 x 105 tokens, forward and backward; for 4 x 420 it is 4.6 and 4.1. See `sample_all`.
-        dtype = choose_dtype(args)
-        args.dtype = str(dtype).removeprefix("torch.")  # --resume on another device keeps it
         short = args.device == "cpu" and dtype == torch.bfloat16 and args.max_new_tokens <= SHORT
         model = transformers.AutoModelForCausalLM.from_pretrained(
             name, dtype=dtype, attn_implementation="eager" if mps or short else None
