@@ -1185,7 +1185,7 @@ class Run:
 
     A run that was killed at any moment goes on from its last checkpoint and ends as if nothing had
     happened: files and folders appear and vanish whole (`write`, `save`, `remove`), and what the
-    log has of later steps is dropped.
+    log has of later steps is dropped. Where the final model is there already the program ends.
     """
 
     begun = False  # whether a run of this process can be resumed
@@ -1210,7 +1210,9 @@ class Run:
         }
         notes = self.check_resume(settings) if task.args.resume else []
         if (self.folder / "config.json").exists():  # complete: its settings and its log stay
-            return
+            self.clean_up()  # what a kill left beside the final model
+            print(f"{self.folder} is complete")
+            raise SystemExit(0)
         self.write("settings.json", json.dumps(settings, indent=1))
         Run.begun = True
         self.rewind()
@@ -1232,14 +1234,6 @@ class Run:
             if before["fingerprint"][what] != value:
                 fail(f"--resume needs the {what} that the run began with: these are other ones")
         return list(changed.values())
-
-    def was_complete(self) -> bool:
-        """Whether the final model is there. Then what a kill left beside it is removed."""
-        if not (self.folder / "config.json").exists():
-            return False
-        self.clean_up()
-        print(f"{self.folder} is complete")
-        return True
 
     # the log
 

@@ -350,8 +350,6 @@ def main(argv: list[str] | None = None) -> None:
         check_lengths(task)
     task.trained_on(tried, stage_1=True)
     run = Run(task, traces)
-    if run.was_complete():
-        return
     run.evaluate(0)
     if traces is None:
         traces = collect_all(task, run)
