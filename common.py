@@ -68,6 +68,8 @@ PROMPT_DEFAULTS = {
     "phrase_wrong": PHRASES[0],
     "phrase_right": PHRASES[1],
 }
+# Chat templates that show today's date show this day, or a prompt would be another one tomorrow.
+TODAY = time.strptime("2026-01-01", "%Y-%m-%d")
 # What --resume may change. FREE changes nothing that the run computes; NOTED may, and is logged.
 # Model and data may have been moved: they are compared by content.
 PLACES = {"model", "dataset", "eval_dataset", "traces", "output", "device", "resume"}
@@ -493,10 +495,10 @@ def check_is_there(name: str, what: str) -> None:
 def inherit_prompt(args: Namespace) -> dict:
     """Fill the prompt's flags that were not given from the srt.json beside the model.
 
-    Returns srt.json's content: "prompt" (the flags, and the date that chat templates show),
-    "problems" (keys of those that stage 1 used and stage 2 leaves out) and "trained" (keys of all
-    that this model or an ancestor was trained on). Without an srt.json all are empty. Fails when
-    a flag contradicts it, unless --force is given.
+    Returns srt.json's content: "prompt" (the flags), "problems" (keys of those that stage 1 used
+    and stage 2 leaves out) and "trained" (keys of all that this model or an ancestor was trained
+    on). Without an srt.json all are empty. Fails when a flag contradicts it, unless --force is
+    given.
     """
     check_is_there(args.model, "model")
     quiet = ("_raise_exceptions_for_missing_entries", "_raise_exceptions_for_connection_errors")
@@ -514,14 +516,6 @@ def inherit_prompt(args: Namespace) -> dict:
             was = f"{args.model} was trained with {before!r}"
             flag = name.replace("_", "-")
             fail(f"--{flag} is {given!r}, but {was}: drop the flag, or add --force")
-    # a template that shows today's date would ask otherwise tomorrow: the first stage's date stays
-    today = gathered([time.strftime("%Y-%m-%d")])[0][0]  # rank 0's: midnight may come between
-    args.date = prompt.get("date", today)
-    beside = args.traces.with_name("srt.json") if getattr(args, "traces", None) else None
-    if beside and beside.exists():  # traces of another day
-        args.date = json.loads(beside.read_text())["prompt"]["date"]
-    if args.resume:
-        args.date = read_settings(args.output)["flags"]["date"]
     return {"problems": [], "trained": [], **saved, "prompt": prompt}
 
 
@@ -561,10 +555,8 @@ def render(lm: LM, problem: str, args: Namespace) -> list[int]:
         wanted = bos is not None and bos in lm.tokenizer("")["input_ids"]
         return [bos] + ids if wanted and ids[:1] != [bos] else ids
     template = lm.tokenizer.get_chat_template()
-    # templates that show today's date show that of the first stage
-    day = time.strptime(args.date, "%Y-%m-%d")
     pattern = r"""strftime_now\(\s*(['"])(.*?)\1\s*\)"""
-    template = re.sub(pattern, lambda match: repr(time.strftime(match[2], day)), template)
+    template = re.sub(pattern, lambda match: repr(time.strftime(match[2], TODAY)), template)
     with explained("the chat template does not take this prompt"):  # it may raise what it likes
         return lm.tokenizer.apply_chat_template(
             [{"role": "user", "content": text}],
@@ -1127,7 +1119,7 @@ def setup(args: Namespace, half: bool = False) -> Task:
         on_rank_0(print)(figures.pop("sample"), file=sys.stderr)
         print(json.dumps(figures, indent=1))
         raise SystemExit(0)
-    saved["prompt"] = {name: getattr(args, name) for name in (*PROMPT_DEFAULTS, "date")}
+    saved["prompt"] = {name: getattr(args, name) for name in PROMPT_DEFAULTS}
     print(f"problems: {json.dumps(task.counts)}")
     if args.lora:
         # the seed counts what the model was trained on: stage 2 begins with other factors than 1

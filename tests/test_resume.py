@@ -511,68 +511,6 @@ def test_two_processes_in_one_folder(stopped, ended):
     call(sdzero, *flags, output=folder, resume=True)
 
 
-# ------------------------------------------------------------------------------- the day of the run
-
-DATED = "{{ strftime_now('%d %b %Y') }} " + CHAT_TEMPLATE
-
-
-@pytest.fixture
-def dated(tmp_path, monkeypatch):
-    """A model whose template shows today's date, and a way to change the day."""
-    tokenizer = make_tokenizer()
-    tokenizer.chat_template = DATED
-    monkeypatch.setattr(common, "load_rows", lambda *rest: Rows())
-    monkeypatch.setattr(common, "generate", sampled)
-    real = time.strftime
-
-    def set_day(day):
-        now = time.strptime(day, "%Y-%m-%d")
-        monkeypatch.setattr(time, "strftime", lambda form, *when: real(form, *(when or (now,))))
-
-    return save_model(tmp_path / "base", tokenizer=tokenizer), set_day
-
-
-def prompts_of(folder):
-    tokenizer = make_tokenizer()
-    return [tokenizer.decode(t["prompt_ids"]) for t in lines_of(folder / "traces.jsonl")]
-
-
-def test_the_day_of_the_first_stage_stays(dated, tmp_path, monkeypatch):
-    """Stage 2, --resume and --traces on other days ask as stage 1 did, and a model without a past
-    as of today. Catches prompts that change from one day to the next."""
-    base, set_day = dated
-    flags = [*SMALL, "--dataset", "x", "--batch-size", "2", "--problems", "6"]
-    asked = []
-
-    def noted(model, prompts, **rest):
-        asked.extend(make_tokenizer().decode(p)[:11] for p in prompts)
-        return sampled(model, prompts, **rest)
-
-    monkeypatch.setattr(common, "generate", noted)
-    set_day("2026-03-01")
-    collected, one = tmp_path / "collected", tmp_path / "one"
-    call(srt, *flags, model=base, output=collected, collect_only=True)
-    assert set(asked) == {"01 Mar 2026"}
-    set_day("2026-03-02")
-    traces = collected / "traces.jsonl"
-    call(srt, *flags, model=base, output=one, traces=traces, epochs=1)
-    set_day("2027-01-01")
-    call(sdzero, *flags, model=one, output=tmp_path / "two")
-    assert set(asked) == {"01 Mar 2026"}
-    assert {prompt[:11] for prompt in prompts_of(collected)} == {"01 Mar 2026"}
-    for folder in (one, tmp_path / "two"):
-        assert read(folder / "srt.json")["prompt"]["date"] == "2026-03-01"
-
-    asked.clear()
-    out = tmp_path / "resumed"
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(common.Run, "log", killed_after(2))
-        call(sdzero, *flags, model=base, output=out)
-    set_day("2027-12-31")
-    call(sdzero, *flags, model=base, output=out, resume=True)
-    assert set(asked) == {"01 Jan 2027"}
-
-
 # ---------------------------------------------------------------------------------- real processes
 
 
