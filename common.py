@@ -1132,17 +1132,6 @@ def setup(args: Namespace, half: bool = False) -> Task:
     return task
 
 
-def read_settings(folder: Path) -> dict:
-    """settings.json of a run, with what --resume needs of it."""
-    damaged = f"{folder / 'settings.json'} is damaged"
-    with explained(damaged, ValueError):
-        settings = json.loads((folder / "settings.json").read_text())
-    kinds = {"flags": dict, "fingerprint": dict, "started": str}
-    if isinstance(settings, dict) and all(isinstance(settings.get(k), kinds[k]) for k in kinds):
-        return settings
-    fail(damaged)
-
-
 def fingerprint(task: Task, traces: list | None) -> dict[str, str]:
     """What --resume compares instead of names and places: hashes of some weights, of the problems,
     and of the traces that the run was given."""
@@ -1213,17 +1202,20 @@ class Run:
 
     def check_resume(self, settings: dict) -> list[str]:
         """Fail where a flag would change the run; return what may change but is worth a note."""
-        before = read_settings(self.folder)
-        settings["started"] = before["started"]
+        path = self.folder / "settings.json"
+        with explained(f"{path} is damaged"):
+            before = json.loads(path.read_text())
+            flags, fingerprint = dict(before["flags"]), dict(before["fingerprint"])
+            settings["started"] = before["started"]
         changed = {
             name: f"--{name.replace('_', '-')} was {old!r}"
-            for name, old in before["flags"].items()
+            for name, old in flags.items()
             if settings["flags"].get(name, old) != old and name not in FREE
         }
         if fixed := [text for name, text in changed.items() if name not in NOTED]:
             fail(f"--resume needs the flags that the run began with: {', '.join(fixed)}")
         for what, value in settings["fingerprint"].items():
-            if before["fingerprint"][what] != value:
+            if fingerprint.get(what) != value:
                 fail(f"--resume needs the {what} that the run began with: these are other ones")
         return list(changed.values())
 
