@@ -1240,15 +1240,12 @@ class Run:
             self.remove("best")
         self.write(path.name, "".join(json.dumps(line) + "\n" for line in self.lines))
 
-    @on_rank_0
-    def append(self, text: str) -> None:
-        with self.writing(), open(self.folder / "metrics.jsonl", "a") as file:
-            file.write(text)
-
     def log(self, kind: str, step: int, values: dict) -> None:
         """One line for machines, one for people; warnings where the run goes wrong."""
         self.lines.append({"kind": kind, "step": step, **values})
-        self.append(json.dumps(self.lines[-1]) + "\n")
+        if rank() == 0:
+            with self.writing(), open(self.folder / "metrics.jsonl", "a") as file:
+                file.write(json.dumps(self.lines[-1]) + "\n")
         plain = {k: v for k, v in values.items() if k != "sample" and not isinstance(v, dict)}
         figures = [f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in plain.items()]
         print(f"{kind} {step}  " + "  ".join(figures))
