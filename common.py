@@ -332,11 +332,10 @@ def on_rank_0(function: Callable) -> Callable:
     return called
 
 
-@contextmanager
-def meeting():
-    """Ends the program where another process has ended, instead of waiting for it."""
+def meet(operation: Callable, *args) -> None:
+    """operation(*args) of all processes; ends the program where another one has ended."""
     try:
-        yield
+        operation(*args)
     except RuntimeError as error:
         cause = re.sub(r"^\[.*?\] *", "", last_cause(error)).partition(". ")[0]  # no place in gloo
         ended = "another process of this run has ended, or cannot be reached"
@@ -347,8 +346,7 @@ def gathered(part: list) -> list[list]:
     """The parts of all processes, by rank, on each of them."""
     parts = [part] * ranks()
     if len(parts) > 1:
-        with meeting():
-            dist.all_gather_object(parts, part)
+        meet(dist.all_gather_object, parts, part)
     return parts
 
 
@@ -381,9 +379,7 @@ def all_reduce(model: torch.nn.Module, parts: list[dict]) -> dict[str, torch.Ten
         return {}
     for weight in model.parameters() if ranks() > 1 else ():
         if weight.requires_grad:
-            grad = grad_of(weight)
-            with meeting():
-                dist.all_reduce(grad)
+            meet(dist.all_reduce, grad_of(weight))
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
