@@ -236,15 +236,12 @@ def make_parser(description: str, own: list[tuple], **defaults) -> argparse.Argu
     problems = defaults.pop("problems", "all")
     for name, kind, default, text in FLAGS + own:
         default = defaults.get(name.replace("-", "_"), default)
-        if default is not None and kind is not bool and default is not REQUIRED:
+        if kind is not bool and default not in (None, REQUIRED):
             text += f" (default: {default})"
         text = text.replace("{problems}", problems).replace("%", "%%")
-        if kind is bool:
-            parser.add_argument(f"--{name}", action="store_true", help=text)
-            continue
-        kinds = {"choices": kind} if isinstance(kind, list) else {"type": kind}
-        given = {"required": True} if default is REQUIRED else {"default": default}
-        parser.add_argument(f"--{name}", help=text, **kinds, **given)
+        how = {"choices": kind} if isinstance(kind, list) else {"type": kind}
+        how = {"action": "store_true"} if kind is bool else {**how, "default": default}
+        parser.add_argument(f"--{name}", help=text, required=default is REQUIRED, **how)
     return parser
 
 
@@ -1201,7 +1198,7 @@ class Run:
         path = self.folder / "settings.json"
         with explained(f"{path} is damaged"):
             before = json.loads(path.read_text())
-            flags, fingerprint = dict(before["flags"]), dict(before["fingerprint"])
+            flags, hashes = dict(before["flags"]), dict(before["fingerprint"])
             settings["started"] = before["started"]
         changed = {
             name: f"--{name.replace('_', '-')} was {old!r}"
@@ -1211,7 +1208,7 @@ class Run:
         if fixed := [text for name, text in changed.items() if name not in NOTED]:
             fail(f"--resume needs the flags that the run began with: {', '.join(fixed)}")
         for what, value in settings["fingerprint"].items():
-            if fingerprint.get(what) != value:
+            if hashes.get(what) != value:
                 fail(f"--resume needs the {what} that the run began with: these are other ones")
         return list(changed.values())
 
