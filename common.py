@@ -857,10 +857,9 @@ def evaluate(task: Task, step: int) -> dict:
     asked = [p for p in problems for _ in range(k)]
     attempts = sample_and_verify(task, asked, ("eval", step), **settings)
     pairs = revise(task, attempts, 1, ("eval revisions", step), **settings)
-    rewards = np.array([attempt.reward for attempt in attempts])
+    rewards = np.array([attempt.reward for attempt in attempts]).reshape(len(problems), k)
     first = np.array([attempt.reward for attempt, _ in pairs])
     revised = np.array([revision.reward for _, revision in pairs])
-    by_problem = rewards.reshape(len(problems), k)
 
     def mean(values):
         return float(np.mean(values)) if len(values) else None
@@ -870,7 +869,7 @@ def evaluate(task: Task, step: int) -> dict:
         "samples": k,
         "accuracy": mean(rewards),
         "accuracy_se": None,
-        "pass_at_k": mean(by_problem.max(1)),
+        "pass_at_k": mean(rewards.max(1)),
         "finished": mean([attempt.response.finished for attempt in attempts]),
         "length": mean([len(attempt.response.ids) for attempt in attempts]),
         "revised_accuracy": mean(revised),
@@ -883,7 +882,7 @@ def evaluate(task: Task, step: int) -> dict:
         "sample": attempts[0].shown(),
     }
     if len(problems) > 1:
-        figures["accuracy_se"] = float(by_problem.mean(1).std(ddof=1) / math.sqrt(len(problems)))
+        figures["accuracy_se"] = float(rewards.mean(1).std(ddof=1) / math.sqrt(len(problems)))
     if len(first) and first.mean() < 1:
         figures["correction_rate"] = (mean(revised) - mean(first)) / (1 - mean(first))
     if pairs and pairs[0][0] is attempts[0]:
