@@ -1170,9 +1170,8 @@ class Run:
         self.parts: dict = {}  # what has a state_dict besides the model
         gathered([])  # all processes have looked at the folder before one writes
         self.lock = locked(self.folder)
-        flags = {k: str(v) if isinstance(v, Path) else v for k, v in vars(task.args).items()}
         settings = {
-            "flags": flags,
+            "flags": vars(task.args),
             "fingerprint": fingerprint(task, traces),
             "eos_ids": sorted(task.lm.eos_ids),
             "vocab_size": task.lm.vocab_size,
@@ -1186,7 +1185,7 @@ class Run:
             self.clean_up()  # what a kill left beside the final model
             print(f"{self.folder} is complete")
             raise SystemExit(0)
-        self.write("settings.json", json.dumps(settings, indent=1))
+        self.write("settings.json", json.dumps(settings, indent=1, default=str))  # paths as text
         Run.begun = True
         self.rewind()
         for note in notes:
