@@ -784,11 +784,10 @@ def sample_all(
                 cuda_graph=args.cuda_graphs == "on" and lm.model.device.type == "cuda",
             )
 
+    # load_lm may have chosen eager, for training; one token at a time it takes twice as long
     chosen = lm.model.config._attn_implementation
-    if chosen != "eager" or lm.model.device.type != "cpu" or not lm.model._supports_sdpa:
-        return shared_out(sample, list(zip(prompts, seeds)))
-    # load_lm chose it for training; one token at a time over a cache it takes twice as long
-    lm.model.set_attn_implementation("sdpa")
+    if lm.model.device.type == "cpu" and lm.model._supports_sdpa:
+        lm.model.set_attn_implementation("sdpa")
     responses = shared_out(sample, list(zip(prompts, seeds)))
     lm.model.set_attn_implementation(chosen)
     return responses
