@@ -494,10 +494,9 @@ def inherit_prompt(args: Namespace) -> dict:
     given.
     """
     check_is_there(args.model, "model")
-    quiet = ("_raise_exceptions_for_missing_entries", "_raise_exceptions_for_connection_errors")
     try:
-        path = transformers.utils.cached_file(args.model, "srt.json", **dict.fromkeys(quiet, False))
-    except OSError:  # no such model: load_lm says so
+        path = transformers.utils.cached_file(args.model, "srt.json")
+    except OSError:  # the model has none; or there is no such model, which load_lm says
         path = None
     saved = json.loads(Path(path).read_text()) if path else {}
     prompt = saved.get("prompt", {})
@@ -900,9 +899,7 @@ def estimate_memory(
 
     Every response is taken to be as long as --max-new-tokens allows. teacher: of stage 2, "base",
     "live" or "ema"; None: stage 1. The activations are those of a Llama-like layer. "slot" is the
-    cache of one sequence, the longest: a revision. Stepping a bf16 weight takes 18 more bytes per
-    parameter, of that weight only; the largest comes last, when the other gradients are gone, so
-    that this never adds to the peak.
+    cache of one sequence, the longest: a revision.
     """
     config, size, cached = lm.model.config, lm.model.dtype.itemsize, cache_bytes_per_token(lm.model)
     parameters = sum(p.numel() for p in lm.model.parameters())
