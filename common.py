@@ -74,7 +74,7 @@ TODAY = time.strptime("2026-01-01", "%Y-%m-%d")
 # Model and data may have been moved: they are compared by content.
 PLACES = {"model", "dataset", "eval_dataset", "traces", "output", "device", "resume"}
 FREE = {"micro_tokens", "gradient_checkpointing", "save_every", "eval_every"} | PLACES
-NOTED = {"slots", "lr", "cache_bytes", "collect_bytes"}
+NOTED = {"slots", "lr", "cache_bytes", "training_bytes"}
 ADAPTER = "adapter/adapter_model.safetensors"  # in a model's folder, what PEFT and vLLM read
 DATA_FILES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 SHORT = 128  # tokens of a response; up to here bf16 on a CPU is trained with eager attention
@@ -752,16 +752,10 @@ def seed_of(*parts) -> int:
 
 
 def sample_all(
-    lm: LM,
-    args: Namespace,
-    prompts: list[list[int]],
-    purpose: tuple,
-    temperature: float,
-    top_p: float = 1.0,
-    cache_bytes: int | None = None,
+    lm: LM, args: Namespace, prompts: list[list[int]], purpose: tuple, temperature=1.0, top_p=1.0
 ) -> list[Rollout]:
     """One response for each prompt. purpose: what they are for, and the step, for the seed."""
-    slots, cache_bytes = args.slots, cache_bytes or getattr(args, "cache_bytes", None)
+    slots, cache_bytes = args.slots, getattr(args, "cache_bytes", None)
     if cache_bytes:  # else the sampler's own choice: on a GPU what is free, where nothing trains
         longest = max(map(len, prompts), default=0) + args.max_new_tokens
         slots = slots_that_fit(args, cache_bytes_per_token(lm.model) * longest, cache_bytes)
@@ -937,20 +931,20 @@ def estimate_memory(
 def fit_memory(lm: LM, args: Namespace, problems: list[Problem]) -> None:
     """Say what the run needs and what to lower, and divide up a GPU's memory.
 
-    A cache gets `cache_bytes`: nine tenths of the card, less weights, optimizer and teacher. Stage
-    1 collects before there is an optimizer: `collect_bytes` is more. This is arithmetic, hence the
-    same after --resume on the same card. On a CPU both are None: no limit.
+    A cache gets `cache_bytes`: nine tenths of the card, less the weights, and from `Run.restore`
+    on, with optimizer and teacher, `training_bytes`. This is arithmetic, hence the same after
+    --resume on the same card. On a CPU both are None: no limit.
     """
     longest = max(len(p.prompt_ids) for p in problems)
     parts = estimate_memory(lm, args, longest, getattr(args, "teacher", None))
     standing = parts["weights"] + parts["optimizer"] + parts["teacher"]
     training = standing + parts["gradients"] + parts["activations"] + parts["logits"]
-    args.cache_bytes, args.collect_bytes, card = None, None, math.inf
+    args.cache_bytes, args.training_bytes, card = None, None, math.inf
     if lm.model.device.type == "cuda":
         card = torch.cuda.mem_get_info(lm.model.device)[1]
-        args.cache_bytes = int(0.9 * card) - standing
-        args.collect_bytes = int(0.9 * card) - parts["weights"]
-    slots = slots_that_fit(args, parts["slot"], args.cache_bytes)
+        args.cache_bytes = int(0.9 * card) - parts["weights"]
+        args.training_bytes = int(0.9 * card) - standing
+    slots = slots_that_fit(args, parts["slot"], args.training_bytes)
     sampling = standing + slots * parts["slot"]
     needed = f"training {training / 1e9:.3g}, sampling {sampling / 1e9:.3g} at {slots} slots"
     figures = ", ".join(f"{name} {n / 1e9:.3g}" for name, n in parts.items())
@@ -1322,6 +1316,7 @@ class Run:
         """Put the last checkpoint back into the model and `parts` (optimizer, teacher), whose
         states later checkpoints will hold. Returns the number of steps done, 0 without one."""
         self.parts, model, step = parts, self.task.lm.model, self.last_checkpoint()
+        self.args.cache_bytes = self.args.training_bytes  # there is an optimizer from now on
         if not step:
             return 0
         path = self.folder / f"checkpoint-{step}"

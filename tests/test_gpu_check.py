@@ -135,7 +135,7 @@ def test_a_resumed_run_keeps_no_second_state(kind, tmp_path, monkeypatch):
     expected = [p.clone() for p in model.parameters()]
     model, optimizer, teacher = start()
     run = common.Run.__new__(common.Run)
-    run.args = argparse.Namespace(lora=None)
+    run.args = argparse.Namespace(lora=None, training_bytes=None)
     lm = common.LM(model, *[None] * 4)
     run.folder, run.task = tmp_path, common.Task(run.args, lm, *[None] * 5)
     assert run.restore(optimizer=optimizer, teacher=teacher) == 1

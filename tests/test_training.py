@@ -652,7 +652,7 @@ def test_the_memory_report(capsys):
     args = memory_flags(teacher="ema")
     common.fit_memory(lm, args, problems)
     captured = capsys.readouterr()
-    assert args.cache_bytes is args.collect_bytes is None and captured.err == ""
+    assert args.cache_bytes is args.training_bytes is None and captured.err == ""
     parts = estimate_memory(lm, args, 3, "ema")
     training = sum(parts.values()) - parts["slot"]
     sampling = sum(parts[x] for x in ("weights", "optimizer", "teacher")) + 3 * parts["slot"]
@@ -685,9 +685,9 @@ def test_slots_are_what_a_gpu_has_room_for(slots, capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (memory, memory))
     common.fit_memory(lm, args, problems)
     fitting = min(max(slots, 1), common.MAX_SLOTS)
-    assert common.slots_that_fit(args, parts["slot"], args.cache_bytes) == fitting
-    assert args.collect_bytes - args.cache_bytes == standing - parts["weights"]
-    assert common.slots_that_fit(memory_flags(slots=7), parts["slot"], args.cache_bytes) == 7
+    assert common.slots_that_fit(args, parts["slot"], args.training_bytes) == fitting
+    assert args.cache_bytes - args.training_bytes == standing - parts["weights"]
+    assert common.slots_that_fit(memory_flags(slots=7), parts["slot"], args.training_bytes) == 7
     errors = capsys.readouterr().err
     training = standing + parts["gradients"] + parts["activations"] + parts["logits"]
     assert ("--micro-tokens" in errors) == (training > memory)
