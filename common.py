@@ -886,15 +886,14 @@ def evaluate(task: Task, step: int) -> dict:
 # ----------------------------------------------------------------------------------------- memory
 
 
-def estimate_memory(
-    lm: LM, args: Namespace, longest_prompt: int, teacher: str | None = None
-) -> dict[str, int]:
+def estimate_memory(lm: LM, args: Namespace, longest_prompt: int) -> dict[str, int]:
     """Where a run's memory goes at most, in bytes by part (table: tests/memory_table.py).
 
-    Every response is taken to be as long as --max-new-tokens allows. teacher: of stage 2, "base",
-    "live" or "ema"; None: stage 1. The activations are those of a Llama-like layer. "slot" is the
-    cache of one sequence, the longest: a revision.
+    Every response is taken to be as long as --max-new-tokens allows. A run without --teacher is
+    stage 1. The activations are those of a Llama-like layer. "slot" is the cache of one sequence,
+    the longest: a revision.
     """
+    teacher = getattr(args, "teacher", None)
     config, size, cached = lm.model.config, lm.model.dtype.itemsize, cache_bytes_per_token(lm.model)
     parameters = sum(p.numel() for p in lm.model.parameters())
     # with LoRA only the adapters are trained, in fp32, and the base teacher takes nothing
@@ -936,7 +935,7 @@ def fit_memory(lm: LM, args: Namespace, problems: list[Problem]) -> None:
     --resume on the same card. On a CPU both are None: no limit.
     """
     longest = max(len(p.prompt_ids) for p in problems)
-    parts = estimate_memory(lm, args, longest, getattr(args, "teacher", None))
+    parts = estimate_memory(lm, args, longest)
     standing = parts["weights"] + parts["optimizer"] + parts["teacher"]
     training = standing + parts["gradients"] + parts["activations"] + parts["logits"]
     args.cache_bytes, args.training_bytes, card = None, None, math.inf
