@@ -488,10 +488,9 @@ def check_is_there(name: str, what: str) -> None:
 def inherit_prompt(args: Namespace) -> dict:
     """Fill the prompt's flags that were not given from the srt.json beside the model.
 
-    Returns srt.json's content: "prompt" (the flags), "problems" (keys of those that stage 1 used
-    and stage 2 leaves out) and "trained" (keys of all that this model or an ancestor was trained
-    on). Without an srt.json all are empty. Fails when a flag contradicts it, unless --force is
-    given.
+    Returns what the output's srt.json will say: "prompt" (these flags), "problems" (keys of those
+    that stage 1 used and stage 2 leaves out) and "trained" (keys of all that this model or an
+    ancestor was trained on). Fails when a flag contradicts the model's, unless --force is given.
     """
     check_is_there(args.model, "model")
     try:
@@ -508,7 +507,8 @@ def inherit_prompt(args: Namespace) -> dict:
             was = f"{args.model} was trained with {before!r}"
             flag = name.replace("_", "-")
             fail(f"--{flag} is {given!r}, but {was}: drop the flag, or add --force")
-    return {"problems": [], "trained": [], **saved, "prompt": prompt}
+    saved["prompt"] = {name: getattr(args, name) for name in PROMPT_DEFAULTS}
+    return {"problems": [], "trained": [], **saved}
 
 
 # --------------------------------------------------------------------------------------- problems
@@ -733,7 +733,7 @@ class Task:
     problems: list[Problem]  # to train on
     held_out: list[Problem]  # never trained on
     counts: dict  # of problems
-    saved: dict  # what the model's srt.json will say, see `inherit_prompt`
+    saved: dict  # what the output's srt.json will say, see `inherit_prompt`
 
     def trained_on(self, keys: list[str], stage_1: bool = False) -> None:
         """Let srt.json remember these problems. stage_1: stage 2 leaves them out."""
@@ -1100,7 +1100,6 @@ def setup(args: Namespace, half: bool = False) -> Task:
         on_rank_0(print)(figures.pop("sample"), file=sys.stderr)
         print(json.dumps(figures, indent=1))
         raise SystemExit(0)
-    saved["prompt"] = {name: getattr(args, name) for name in PROMPT_DEFAULTS}
     print(f"problems: {json.dumps(task.counts)}")
     if args.lora:
         # the seed counts what the model was trained on: stage 2 begins with other factors than 1
