@@ -1146,7 +1146,7 @@ class Run:
 
     A run that was killed at any moment goes on from its last checkpoint and ends as if nothing had
     happened: files and folders appear and vanish whole (`write`, `save`, `remove`), and what the
-    log has of later steps is dropped. Where the final model is there already the program ends.
+    log has of later steps is dropped. Where the final model is there, the program ends.
     """
 
     begun = False  # whether a run of this process can be resumed

@@ -186,8 +186,8 @@ def importance_weight(
 
 def _check_unwrapped(model) -> None:
     if not hasattr(model, "base_model"):
-        name = type(model).__name__
-        raise ValueError(f"no Hugging Face causal LM but {name}: of a DDP model pass ddp.module")
+        given = f"{type(model).__name__}; of a DDP model pass ddp.module"
+        raise ValueError(f"losses.py needs a Hugging Face causal LM, not {given}")
 
 
 def hidden_states(model, sequences: list[list[int]]) -> torch.Tensor:
