@@ -68,11 +68,13 @@ PROMPT_DEFAULTS = {
     "phrase_wrong": PHRASES[0],
     "phrase_right": PHRASES[1],
 }
+# Chat templates that show today's date show this day, or a prompt would be another one tomorrow.
+TODAY = time.strptime("2026-01-01", "%Y-%m-%d")
 # What --resume may change. FREE changes nothing that the run computes; NOTED may, and is logged.
 # Model and data may have been moved: they are compared by content.
 PLACES = {"model", "dataset", "eval_dataset", "traces", "output", "device", "resume"}
 FREE = {"micro_tokens", "gradient_checkpointing", "save_every", "eval_every"} | PLACES
-NOTED = {"slots", "lr", "cache_bytes", "collect_bytes"}
+NOTED = {"slots", "lr", "cache_bytes", "training_bytes"}
 ADAPTER = "adapter/adapter_model.safetensors"  # in a model's folder, what PEFT and vLLM read
 DATA_FILES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 SHORT = 128  # tokens of a response; up to here bf16 on a CPU is trained with eager attention
@@ -234,15 +236,12 @@ def make_parser(description: str, own: list[tuple], **defaults) -> argparse.Argu
     problems = defaults.pop("problems", "all")
     for name, kind, default, text in FLAGS + own:
         default = defaults.get(name.replace("-", "_"), default)
-        if default is not None and kind is not bool and default is not REQUIRED:
+        if kind is not bool and default not in (None, REQUIRED):
             text += f" (default: {default})"
         text = text.replace("{problems}", problems).replace("%", "%%")
-        if kind is bool:
-            parser.add_argument(f"--{name}", action="store_true", help=text)
-            continue
-        kinds = {"choices": kind} if isinstance(kind, list) else {"type": kind}
-        given = {"required": True} if default is REQUIRED else {"default": default}
-        parser.add_argument(f"--{name}", help=text, **kinds, **given)
+        how = {"choices": kind} if isinstance(kind, list) else {"type": kind}
+        how = {"action": "store_true"} if kind is bool else {**how, "default": default}
+        parser.add_argument(f"--{name}", help=text, required=default is REQUIRED, **how)
     return parser
 
 
@@ -330,11 +329,10 @@ def on_rank_0(function: Callable) -> Callable:
     return called
 
 
-@contextmanager
-def meeting():
-    """Ends the program where another process has ended, instead of waiting for it."""
+def meet(operation: Callable, *args) -> None:
+    """operation(*args) of all processes; ends the program where another one has ended."""
     try:
-        yield
+        operation(*args)
     except RuntimeError as error:
         cause = re.sub(r"^\[.*?\] *", "", last_cause(error)).partition(". ")[0]  # no place in gloo
         ended = "another process of this run has ended, or cannot be reached"
@@ -345,8 +343,7 @@ def gathered(part: list) -> list[list]:
     """The parts of all processes, by rank, on each of them."""
     parts = [part] * ranks()
     if len(parts) > 1:
-        with meeting():
-            dist.all_gather_object(parts, part)
+        meet(dist.all_gather_object, parts, part)
     return parts
 
 
@@ -379,9 +376,7 @@ def all_reduce(model: torch.nn.Module, parts: list[dict]) -> dict[str, torch.Ten
         return {}
     for weight in model.parameters() if ranks() > 1 else ():
         if weight.requires_grad:
-            grad = grad_of(weight)
-            with meeting():
-                dist.all_reduce(grad)
+            meet(dist.all_reduce, grad_of(weight))
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
@@ -413,18 +408,6 @@ class LM:
         return [self.phrase_ids(args.phrase_wrong), self.phrase_ids(args.phrase_right)]
 
 
-def choose_dtype(args: Namespace) -> torch.dtype:
-    """bfloat16 where the GPU computes in it (T4 and V100 do not), fp32 elsewhere."""
-    if args.dtype != "auto":
-        return getattr(torch, args.dtype)
-    if not args.device.startswith("cuda"):
-        return torch.float32
-    if torch.cuda.is_bf16_supported(including_emulation=False):
-        return torch.bfloat16
-    warn("this GPU has no bfloat16: the weights are float32, which takes twice the memory")
-    return torch.float32
-
-
 def load_lm(args: Namespace) -> LM:
     """The model in --dtype on --device. Fails where it cannot be loaded, sampled from, told when
     to stop, or saved again."""
@@ -438,12 +421,18 @@ def load_lm(args: Namespace) -> LM:
         # cuDNN's attention plans anew for every shape, and ours change at every step
         torch.backends.cuda.enable_cudnn_sdp(False)
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+        if args.dtype == "auto":  # bfloat16 where a GPU computes in it, which T4 and V100 do not
+            gpu = args.device.startswith("cuda")
+            has_bfloat16 = gpu and torch.cuda.is_bf16_supported(including_emulation=False)
+            args.dtype = "bfloat16" if has_bfloat16 else "float32"  # --resume elsewhere keeps it
+            if gpu and not has_bfloat16:
+                twice = "the weights are float32, which takes twice the memory"
+                warn(f"this GPU has no bfloat16: {twice}")
+        dtype = getattr(torch, args.dtype)
         # scaled_dot_product_attention of Apple's GPUs is silently wrong for strided keys and for
         # masks that several heads share (pytorch#181133, #184180, #195910). On a CPU in bf16 its
         # backward pass is slow: SmolLM2-135M takes 3.3 s with eager attention instead of 4.4 for
         # 16 x 105 tokens, forward and backward; for 4 x 420 it is 4.6 and 4.1. See `sample_all`.
-        dtype = choose_dtype(args)
-        args.dtype = str(dtype).removeprefix("torch.")  # --resume on another device keeps it
         short = args.device == "cpu" and dtype == torch.bfloat16 and args.max_new_tokens <= SHORT
         model = transformers.AutoModelForCausalLM.from_pretrained(
             name, dtype=dtype, attn_implementation="eager" if mps or short else None
@@ -499,16 +488,14 @@ def check_is_there(name: str, what: str) -> None:
 def inherit_prompt(args: Namespace) -> dict:
     """Fill the prompt's flags that were not given from the srt.json beside the model.
 
-    Returns srt.json's content: "prompt" (the flags, and the date that chat templates show),
-    "problems" (keys of those that stage 1 used and stage 2 leaves out) and "trained" (keys of all
-    that this model or an ancestor was trained on). Without an srt.json all are empty. Fails when
-    a flag contradicts it, unless --force is given.
+    Returns what the output's srt.json will say: "prompt" (these flags), "problems" (keys of those
+    that stage 1 used and stage 2 leaves out) and "trained" (keys of all that this model or an
+    ancestor was trained on). Fails when a flag contradicts the model's, unless --force is given.
     """
     check_is_there(args.model, "model")
-    quiet = ("_raise_exceptions_for_missing_entries", "_raise_exceptions_for_connection_errors")
     try:
-        path = transformers.utils.cached_file(args.model, "srt.json", **dict.fromkeys(quiet, False))
-    except OSError:  # no such model: load_lm says so
+        path = transformers.utils.cached_file(args.model, "srt.json")
+    except OSError:  # the model has none; or there is no such model, which load_lm says
         path = None
     saved = json.loads(Path(path).read_text()) if path else {}
     prompt = saved.get("prompt", {})
@@ -520,15 +507,8 @@ def inherit_prompt(args: Namespace) -> dict:
             was = f"{args.model} was trained with {before!r}"
             flag = name.replace("_", "-")
             fail(f"--{flag} is {given!r}, but {was}: drop the flag, or add --force")
-    # a template that shows today's date would ask otherwise tomorrow: the first stage's date stays
-    today = gathered([time.strftime("%Y-%m-%d")])[0][0]  # rank 0's: midnight may come between
-    args.date = prompt.get("date", today)
-    beside = args.traces.with_name("srt.json") if getattr(args, "traces", None) else None
-    if beside and beside.exists():  # traces of another day
-        args.date = json.loads(beside.read_text())["prompt"]["date"]
-    if args.resume:
-        args.date = read_settings(args.output)["flags"]["date"]
-    return {"problems": [], "trained": [], **saved, "prompt": prompt}
+    saved["prompt"] = {name: getattr(args, name) for name in PROMPT_DEFAULTS}
+    return {"problems": [], "trained": [], **saved}
 
 
 # --------------------------------------------------------------------------------------- problems
@@ -567,10 +547,8 @@ def render(lm: LM, problem: str, args: Namespace) -> list[int]:
         wanted = bos is not None and bos in lm.tokenizer("")["input_ids"]
         return [bos] + ids if wanted and ids[:1] != [bos] else ids
     template = lm.tokenizer.get_chat_template()
-    # templates that show today's date show that of the first stage
-    day = time.strptime(args.date, "%Y-%m-%d")
     pattern = r"""strftime_now\(\s*(['"])(.*?)\1\s*\)"""
-    template = re.sub(pattern, lambda match: repr(time.strftime(match[2], day)), template)
+    template = re.sub(pattern, lambda match: repr(time.strftime(match[2], TODAY)), template)
     with explained("the chat template does not take this prompt"):  # it may raise what it likes
         return lm.tokenizer.apply_chat_template(
             [{"role": "user", "content": text}],
@@ -755,7 +733,7 @@ class Task:
     problems: list[Problem]  # to train on
     held_out: list[Problem]  # never trained on
     counts: dict  # of problems
-    saved: dict  # what the model's srt.json will say, see `inherit_prompt`
+    saved: dict  # what the output's srt.json will say, see `inherit_prompt`
 
     def trained_on(self, keys: list[str], stage_1: bool = False) -> None:
         """Let srt.json remember these problems. stage_1: stage 2 leaves them out."""
@@ -774,16 +752,10 @@ def seed_of(*parts) -> int:
 
 
 def sample_all(
-    lm: LM,
-    args: Namespace,
-    prompts: list[list[int]],
-    purpose: tuple,
-    temperature: float,
-    top_p: float = 1.0,
-    cache_bytes: int | None = None,
+    lm: LM, args: Namespace, prompts: list[list[int]], purpose: tuple, temperature=1.0, top_p=1.0
 ) -> list[Rollout]:
     """One response for each prompt. purpose: what they are for, and the step, for the seed."""
-    slots, cache_bytes = args.slots, cache_bytes or getattr(args, "cache_bytes", None)
+    slots, cache_bytes = args.slots, getattr(args, "cache_bytes", None)
     if cache_bytes:  # else the sampler's own choice: on a GPU what is free, where nothing trains
         longest = max(map(len, prompts), default=0) + args.max_new_tokens
         slots = slots_that_fit(args, cache_bytes_per_token(lm.model) * longest, cache_bytes)
@@ -805,11 +777,10 @@ def sample_all(
                 cuda_graph=args.cuda_graphs == "on" and lm.model.device.type == "cuda",
             )
 
+    # load_lm may have chosen eager, for training; one token at a time it takes twice as long
     chosen = lm.model.config._attn_implementation
-    if chosen != "eager" or lm.model.device.type != "cpu" or not lm.model._supports_sdpa:
-        return shared_out(sample, list(zip(prompts, seeds)))
-    # load_lm chose it for training; one token at a time over a cache it takes twice as long
-    lm.model.set_attn_implementation("sdpa")
+    if lm.model.device.type == "cpu" and lm.model._supports_sdpa:
+        lm.model.set_attn_implementation("sdpa")
     responses = shared_out(sample, list(zip(prompts, seeds)))
     lm.model.set_attn_implementation(chosen)
     return responses
@@ -831,16 +802,12 @@ class Attempt:
 
 
 def sample_and_verify(
-    task: Task,
-    problems: list[Problem],
-    purpose: tuple,
-    contexts: list[list[int]] | None = None,
-    **settings,
+    task: Task, problems: list[Problem], purpose: tuple, contexts: list | None = None, **settings
 ) -> list[Attempt]:
     """One response for each problem (list it n times for n), and its verdict.
 
-    contexts: what each response continues, if not the problem's prompt. settings: of `sample_all`,
-    where they are not those of training samples.
+    contexts: the ids that each response continues, if not the problem's prompt. settings: of
+    `sample_all`, where they are not those of training samples.
     """
     args, lm = task.args, task.lm
     prompts = [p.prompt_ids for p in problems] if contexts is None else contexts
@@ -882,10 +849,9 @@ def evaluate(task: Task, step: int) -> dict:
     asked = [p for p in problems for _ in range(k)]
     attempts = sample_and_verify(task, asked, ("eval", step), **settings)
     pairs = revise(task, attempts, 1, ("eval revisions", step), **settings)
-    rewards = np.array([attempt.reward for attempt in attempts])
+    rewards = np.array([attempt.reward for attempt in attempts]).reshape(len(problems), k)
     first = np.array([attempt.reward for attempt, _ in pairs])
     revised = np.array([revision.reward for _, revision in pairs])
-    by_problem = rewards.reshape(len(problems), k)
 
     def mean(values):
         return float(np.mean(values)) if len(values) else None
@@ -895,7 +861,7 @@ def evaluate(task: Task, step: int) -> dict:
         "samples": k,
         "accuracy": mean(rewards),
         "accuracy_se": None,
-        "pass_at_k": mean(by_problem.max(1)),
+        "pass_at_k": mean(rewards.max(1)),
         "finished": mean([attempt.response.finished for attempt in attempts]),
         "length": mean([len(attempt.response.ids) for attempt in attempts]),
         "revised_accuracy": mean(revised),
@@ -908,7 +874,7 @@ def evaluate(task: Task, step: int) -> dict:
         "sample": attempts[0].shown(),
     }
     if len(problems) > 1:
-        figures["accuracy_se"] = float(by_problem.mean(1).std(ddof=1) / math.sqrt(len(problems)))
+        figures["accuracy_se"] = float(rewards.mean(1).std(ddof=1) / math.sqrt(len(problems)))
     if len(first) and first.mean() < 1:
         figures["correction_rate"] = (mean(revised) - mean(first)) / (1 - mean(first))
     if pairs and pairs[0][0] is attempts[0]:
@@ -920,17 +886,14 @@ def evaluate(task: Task, step: int) -> dict:
 # ----------------------------------------------------------------------------------------- memory
 
 
-def estimate_memory(
-    lm: LM, args: Namespace, longest_prompt: int, teacher: str | None = None
-) -> dict[str, int]:
+def estimate_memory(lm: LM, args: Namespace, longest_prompt: int) -> dict[str, int]:
     """Where a run's memory goes at most, in bytes by part (table: tests/memory_table.py).
 
-    Every response is taken to be as long as --max-new-tokens allows. teacher: of stage 2, "base",
-    "live" or "ema"; None: stage 1. The activations are those of a Llama-like layer. "slot" is the
-    cache of one sequence, the longest: a revision. Stepping a bf16 weight takes 18 more bytes per
-    parameter, of that weight only; the largest comes last, when the other gradients are gone, so
-    that this never adds to the peak.
+    Every response is taken to be as long as --max-new-tokens allows. A run without --teacher is
+    stage 1. The activations are those of a Llama-like layer. "slot" is the cache of one sequence,
+    the longest: a revision.
     """
+    teacher = getattr(args, "teacher", None)
     config, size, cached = lm.model.config, lm.model.dtype.itemsize, cache_bytes_per_token(lm.model)
     parameters = sum(p.numel() for p in lm.model.parameters())
     # with LoRA only the adapters are trained, in fp32, and the base teacher takes nothing
@@ -967,20 +930,20 @@ def estimate_memory(
 def fit_memory(lm: LM, args: Namespace, problems: list[Problem]) -> None:
     """Say what the run needs and what to lower, and divide up a GPU's memory.
 
-    A cache gets `cache_bytes`: nine tenths of the card, less weights, optimizer and teacher. Stage
-    1 collects before there is an optimizer: `collect_bytes` is more. This is arithmetic, hence the
-    same after --resume on the same card. On a CPU both are None: no limit.
+    A cache gets `cache_bytes`: nine tenths of the card, less the weights, and from `Run.restore`
+    on, with optimizer and teacher, `training_bytes`. This is arithmetic, hence the same after
+    --resume on the same card. On a CPU both are None: no limit.
     """
     longest = max(len(p.prompt_ids) for p in problems)
-    parts = estimate_memory(lm, args, longest, getattr(args, "teacher", None))
+    parts = estimate_memory(lm, args, longest)
     standing = parts["weights"] + parts["optimizer"] + parts["teacher"]
     training = standing + parts["gradients"] + parts["activations"] + parts["logits"]
-    args.cache_bytes, args.collect_bytes, card = None, None, math.inf
+    args.cache_bytes, args.training_bytes, card = None, None, math.inf
     if lm.model.device.type == "cuda":
         card = torch.cuda.mem_get_info(lm.model.device)[1]
-        args.cache_bytes = int(0.9 * card) - standing
-        args.collect_bytes = int(0.9 * card) - parts["weights"]
-    slots = slots_that_fit(args, parts["slot"], args.cache_bytes)
+        args.cache_bytes = int(0.9 * card) - parts["weights"]
+        args.training_bytes = int(0.9 * card) - standing
+    slots = slots_that_fit(args, parts["slot"], args.training_bytes)
     sampling = standing + slots * parts["slot"]
     needed = f"training {training / 1e9:.3g}, sampling {sampling / 1e9:.3g} at {slots} slots"
     figures = ", ".join(f"{name} {n / 1e9:.3g}" for name, n in parts.items())
@@ -1015,13 +978,7 @@ class Optimizer:
     of the gradient.
     """
 
-    def __init__(
-        self,
-        model: torch.nn.Module,
-        betas: tuple[float, float] = (0.9, 0.999),
-        weight_decay: float = 0.0,
-        clip: float = 1.0,
-    ):
+    def __init__(self, model: torch.nn.Module, betas=(0.9, 0.999), weight_decay=0.0, clip=1.0):
         self.weights = [p for p in model.parameters() if p.requires_grad]
         self.clip = clip
         self.narrow = []  # (bf16 weight, lower half, master, which is empty between steps)
@@ -1143,7 +1100,6 @@ def setup(args: Namespace, half: bool = False) -> Task:
         on_rank_0(print)(figures.pop("sample"), file=sys.stderr)
         print(json.dumps(figures, indent=1))
         raise SystemExit(0)
-    saved["prompt"] = {name: getattr(args, name) for name in (*PROMPT_DEFAULTS, "date")}
     print(f"problems: {json.dumps(task.counts)}")
     if args.lora:
         # the seed counts what the model was trained on: stage 2 begins with other factors than 1
@@ -1154,17 +1110,6 @@ def setup(args: Namespace, half: bool = False) -> Task:
         checkpoint_layers(lm.model)
     fit_memory(lm, args, task.problems)
     return task
-
-
-def read_settings(folder: Path) -> dict:
-    """settings.json of a run, with what --resume needs of it."""
-    damaged = f"{folder / 'settings.json'} is damaged"
-    with explained(damaged, ValueError):
-        settings = json.loads((folder / "settings.json").read_text())
-    kinds = {"flags": dict, "fingerprint": dict, "started": str}
-    if isinstance(settings, dict) and all(isinstance(settings.get(k), kinds[k]) for k in kinds):
-        return settings
-    fail(damaged)
 
 
 def fingerprint(task: Task, traces: list | None) -> dict[str, str]:
@@ -1201,7 +1146,7 @@ class Run:
 
     A run that was killed at any moment goes on from its last checkpoint and ends as if nothing had
     happened: files and folders appear and vanish whole (`write`, `save`, `remove`), and what the
-    log has of later steps is dropped.
+    log has of later steps is dropped. Where the final model is there, the program ends.
     """
 
     begun = False  # whether a run of this process can be resumed
@@ -1213,9 +1158,8 @@ class Run:
         self.parts: dict = {}  # what has a state_dict besides the model
         gathered([])  # all processes have looked at the folder before one writes
         self.lock = locked(self.folder)
-        flags = {k: str(v) if isinstance(v, Path) else v for k, v in vars(task.args).items()}
         settings = {
-            "flags": flags,
+            "flags": vars(task.args),
             "fingerprint": fingerprint(task, traces),
             "eos_ids": sorted(task.lm.eos_ids),
             "vocab_size": task.lm.vocab_size,
@@ -1226,8 +1170,10 @@ class Run:
         }
         notes = self.check_resume(settings) if task.args.resume else []
         if (self.folder / "config.json").exists():  # complete: its settings and its log stay
-            return
-        self.write("settings.json", json.dumps(settings, indent=1))
+            self.clean_up()  # what a kill left beside the final model
+            print(f"{self.folder} is complete")
+            raise SystemExit(0)
+        self.write("settings.json", json.dumps(settings, indent=1, default=str))  # paths as text
         Run.begun = True
         self.rewind()
         for note in notes:
@@ -1235,27 +1181,22 @@ class Run:
 
     def check_resume(self, settings: dict) -> list[str]:
         """Fail where a flag would change the run; return what may change but is worth a note."""
-        before = read_settings(self.folder)
-        settings["started"] = before["started"]
+        path = self.folder / "settings.json"
+        with explained(f"{path} is damaged"):
+            before = json.loads(path.read_text())
+            flags, hashes = dict(before["flags"]), dict(before["fingerprint"])
+            settings["started"] = before["started"]
         changed = {
             name: f"--{name.replace('_', '-')} was {old!r}"
-            for name, old in before["flags"].items()
+            for name, old in flags.items()
             if settings["flags"].get(name, old) != old and name not in FREE
         }
         if fixed := [text for name, text in changed.items() if name not in NOTED]:
             fail(f"--resume needs the flags that the run began with: {', '.join(fixed)}")
         for what, value in settings["fingerprint"].items():
-            if before["fingerprint"][what] != value:
+            if hashes.get(what) != value:
                 fail(f"--resume needs the {what} that the run began with: these are other ones")
         return list(changed.values())
-
-    def was_complete(self) -> bool:
-        """Whether the final model is there. Then what a kill left beside it is removed."""
-        if not (self.folder / "config.json").exists():
-            return False
-        self.clean_up()
-        print(f"{self.folder} is complete")
-        return True
 
     # the log
 
@@ -1278,15 +1219,12 @@ class Run:
             self.remove("best")
         self.write(path.name, "".join(json.dumps(line) + "\n" for line in self.lines))
 
-    @on_rank_0
-    def append(self, text: str) -> None:
-        with self.writing(), open(self.folder / "metrics.jsonl", "a") as file:
-            file.write(text)
-
     def log(self, kind: str, step: int, values: dict) -> None:
         """One line for machines, one for people; warnings where the run goes wrong."""
         self.lines.append({"kind": kind, "step": step, **values})
-        self.append(json.dumps(self.lines[-1]) + "\n")
+        if rank() == 0:
+            with self.writing(), open(self.folder / "metrics.jsonl", "a") as file:
+                file.write(json.dumps(self.lines[-1]) + "\n")
         plain = {k: v for k, v in values.items() if k != "sample" and not isinstance(v, dict)}
         figures = [f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in plain.items()]
         print(f"{kind} {step}  " + "  ".join(figures))
@@ -1376,6 +1314,7 @@ class Run:
         """Put the last checkpoint back into the model and `parts` (optimizer, teacher), whose
         states later checkpoints will hold. Returns the number of steps done, 0 without one."""
         self.parts, model, step = parts, self.task.lm.model, self.last_checkpoint()
+        self.args.cache_bytes = self.args.training_bytes  # there is an optimizer from now on
         if not step:
             return 0
         path = self.folder / f"checkpoint-{step}"

@@ -186,10 +186,8 @@ def importance_weight(
 
 def _check_unwrapped(model) -> None:
     if not hasattr(model, "base_model"):
-        raise ValueError(
-            f"losses.py needs a Hugging Face causal LM, not {type(model).__name__}: "
-            "in place of DistributedDataParallel pass ddp.module"
-        )
+        given = f"{type(model).__name__}; of a DDP model pass ddp.module"
+        raise ValueError(f"losses.py needs a Hugging Face causal LM, not {given}")
 
 
 def hidden_states(model, sequences: list[list[int]]) -> torch.Tensor:
@@ -326,10 +324,8 @@ class OutputLayer:
         if not torch.allclose(ours.float(), theirs.float(), rtol=rtol, atol=1e-4):
             if not theirs.isfinite().all():
                 raise ValueError("the model cannot be used: its logits are not finite")
-            raise ValueError(
-                f"losses.py does not know how the family {config.model_type!r} gets from its last "
-                "hidden state to its logits"
-            )
+            family = f"the family {config.model_type!r}"
+            raise ValueError(f"losses.py does not know how {family} makes logits of hidden states")
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits of hidden states, by autograd."""
@@ -414,10 +410,8 @@ def backward_by_chunks(
     DDP and FSDP add up gradients over devices by such hooks: there, sum `.grad` yourself.
     """
     if hidden.dim() != 2:
-        raise ValueError(
-            f"hidden must be [N, H], a row for each token of the loss, not {list(hidden.shape)}: "
-            "take those rows from [B, T, H] as predicting_last does, or all by hidden.flatten(0, 1)"
-        )
+        rows = "take rows as predicting_last does, or all by hidden.flatten(0, 1)"
+        raise ValueError(f"hidden must be [N, H], not {list(hidden.shape)}: {rows}")
     sides = [(layer, hidden.detach())] + ([] if teacher is None else [teacher])
     for tensor in (sides[-1][1], *tensors):
         if len(tensor) != len(hidden):
@@ -451,10 +445,7 @@ def backward_by_chunks(
                 raise ValueError(f"loss of {len(chunk)} rows must be [n] or [n, C]: {part.shape}")
             if part.dim() > 2 or part.shape[1:] == (layer.vocab_size,):
                 # Such as F.kl_div(..., reduction="none"): column 0 would be the loss of id 0.
-                raise ValueError(
-                    f"loss returned {list(part.shape)}, one number per vocabulary entry: "
-                    "sum over the vocabulary first"
-                )
+                raise ValueError(f"loss returned {list(part.shape)}: sum over the vocabulary first")
             ((part if part.dim() == 1 else part[:, 0]).sum() / divisor).backward()
             chunk.copy_(logits.grad)  # in the student's buffer
             if columns is None:  # allocated late, not to split the allocator's chunk-sized pieces

@@ -144,12 +144,10 @@ def generate(
             step = FixedShapes(decoder) if cuda_graph else decoder.step
             return decode_all(decoder, step, prompts, limits, seeds, ahead, every, progress)
         except RuntimeError as error:  # on CPUs and Apple's GPUs it is no torch.OutOfMemoryError
-            known = ("allocate memory", "out of memory")
-            if isinstance(error, torch.OutOfMemoryError) or any(k in str(error) for k in known):
-                message = f"out of memory: keys and values of {memory}"
-                message += "; lower slots or max_new_tokens"
-                raise torch.OutOfMemoryError(message) from error
-            raise
+            if not any(words in str(error) for words in ("allocate memory", "out of memory")):
+                raise
+            message = f"out of memory: keys and values of {memory}; lower slots or max_new_tokens"
+            raise torch.OutOfMemoryError(message) from error
 
 
 def as_lists(prompts, max_new_tokens, eos_token_ids, seed) -> tuple[list, list, list, list]:
@@ -186,10 +184,8 @@ def check_numbers(
     length = max((len(p) + limit for p, limit in zip(prompts, limits)), default=0)
     positions = getattr(model.config, "max_position_embeddings", None)
     if positions and length > positions:
-        raise ValueError(
-            f"a prompt and its max_new_tokens are {length} tokens, but the model has {positions} "
-            "positions (max_position_embeddings)"
-        )
+        limit = f"the model has {positions} positions (max_position_embeddings)"
+        raise ValueError(f"a prompt and its max_new_tokens are {length} tokens, but {limit}")
 
 
 def plain(value):
@@ -246,16 +242,15 @@ def check_supported(model) -> None:
     if attention not in ("sdpa", "eager"):  # the others do not take our 4-D masks
         raise ValueError(f"rollout.py needs attention 'sdpa' or 'eager', not {attention!r}")
     layers = set(getattr(config, "layer_types", None) or ())
-    if refused := layers - {"full_attention", "sliding_attention"}:
-        names = ", ".join(sorted(refused))
-        raise ValueError(f"rollout.py does not support layers of type {names} ({family})")
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     settings = [rope, *rope.values()]  # one dict, or one dict for each layer type
     types = {str(r.get("rope_type", r.get("type"))) for r in settings if isinstance(r, dict)}
+    refused = layers - {"full_attention", "sliding_attention"}
     # The frequencies of these two depend on the longest sequence of the BATCH.
-    if refused := types & {"dynamic", "longrope"}:
-        names = ", ".join(sorted(refused))
-        raise ValueError(f"rollout.py does not support rotary embeddings: {names} ({family})")
+    refused |= types & {"dynamic", "longrope"}
+    if refused:
+        names, what = ", ".join(sorted(refused)), "layers or rotary embeddings"
+        raise ValueError(f"rollout.py does not support {what} of type {names} ({family})")
 
 
 # -------------------------------------------------------------------------------- random numbers
@@ -295,11 +290,7 @@ def uniforms(seeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
 
 
 def sample(
-    logits: torch.Tensor,
-    u: torch.Tensor,
-    temperature: float = 1.0,
-    top_p: float = 1.0,
-    vocab_size: int | None = None,
+    logits: torch.Tensor, u: torch.Tensor, temperature=1.0, top_p=1.0, vocab_size: int | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Draw one token per row.
 
@@ -596,10 +587,8 @@ def decode_all(decoder, step, prompts, limits, seeds, ahead: int, check_every: i
             # Drop what was sampled after the EOS, before the host looked.
             stop = next((t + 1 for t in range(start, row.length) if ids[t] in eos), row.length)
             if any(map(math.isnan, logprobs[start:stop])):
-                raise FloatingPointError(
-                    "the model's logits are not finite: its weights hold nan or inf, or its dtype "
-                    "overflows"
-                )
+                why = "its weights hold nan or inf, or its dtype overflows"
+                raise FloatingPointError(f"the model's logits are not finite: {why}")
             finished = ids[stop - 1] in eos
             rollouts[row.prompt] = Rollout(ids[start:stop], logprobs[start:stop], finished)
             if progress is not None:

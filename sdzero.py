@@ -306,8 +306,6 @@ def main(argv: list[str] | None = None) -> None:
     check_lengths(task)
     task.trained_on([p.key for p in task.problems])
     run = Run(task)
-    if run.was_complete():
-        return
     # made before `restore`: the frozen teacher is the model that the run began with
     make_teacher = LoraTeacher if args.lora else Teacher
     teacher = make_teacher(student, args.teacher, args.teacher_rate, args.teacher_interval)

@@ -115,9 +115,8 @@ def collect(task: Task, problems: list[Problem], chunk: int) -> tuple[list[Trace
     """
     args, phrases = task.args, task.lm.phrases(task.args)
     asked = [p for p in problems for _ in range(args.attempts)]
-    room = {"cache_bytes": args.collect_bytes}  # more than in training: no optimizer yet
-    attempts = sample_and_verify(task, asked, ("attempts", chunk), **room)
-    pairs = revise(task, attempts, args.revisions, ("revisions", chunk), **room)
+    attempts = sample_and_verify(task, asked, ("attempts", chunk))
+    pairs = revise(task, attempts, args.revisions, ("revisions", chunk))
 
     traces = {}
     for attempt, revision in pairs:
@@ -350,8 +349,6 @@ def main(argv: list[str] | None = None) -> None:
         check_lengths(task)
     task.trained_on(tried, stage_1=True)
     run = Run(task, traces)
-    if run.was_complete():
-        return
     run.evaluate(0)
     if traces is None:
         traces = collect_all(task, run)

@@ -429,8 +429,6 @@ def main(argv: list[str] | None = None) -> None:
         traces = worked_solutions(task, solutions) if args.method == "sft" else None
         shown = {key: ids_of(task.lm, text) for key, text in solutions.items()}
     run = Run(task)
-    if run.was_complete():
-        return
     if args.method in ("sft", "rft"):
         fine_tune(task, args, run, traces)
     elif args.method == "grpo":

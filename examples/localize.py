@@ -382,7 +382,8 @@ def load_both(args: Namespace) -> tuple[LM, LM, dict]:
     return lm, teacher, saved
 
 
-def make_page(args: Namespace) -> None:
+def main(argv: list[str] | None = None) -> None:
+    args = parse_arguments(argv)
     verify_all = load_verifier(args.verifier)
     lm, teacher, saved = load_both(args)
     _, held_out, _ = split_problems(lm, args, saved, half=False)
@@ -406,16 +407,6 @@ def make_page(args: Namespace) -> None:
         figures = [f"{key} {g[key]:.4g}" for _, key, _ in ROWS]
         print(f"{name}  " + "  ".join(figures))
     print(f"saved {args.output}")
-
-
-def main(argv: list[str] | None = None) -> None:
-    args = parse_arguments(argv)
-    try:
-        make_page(args)
-    except KeyboardInterrupt:  # `entry` would advise --resume
-        fail("interrupted", 130)
-    except torch.OutOfMemoryError:
-        fail("out of memory: lower --slots (sampling) or --micro-tokens (scoring)", 1)
 
 
 if __name__ == "__main__":

@@ -782,7 +782,7 @@ def estimated(model, examples, args) -> int:
     lm.phrase_ids = lambda text: PHRASE
     args.max_new_tokens = max(len(e.response.ids) for e in examples)
     args.batch_size = len(examples)
-    parts = common.estimate_memory(lm, args, len(examples[0].prompt_ids), "base")
+    parts = common.estimate_memory(lm, args, len(examples[0].prompt_ids))
     return sum(n for part, n in parts.items() if not part.startswith("slot"))
 
 

@@ -64,15 +64,15 @@ def on_meta(name: str) -> common.LM:
     return lm
 
 
-def estimate(lm: common.LM, script, teacher: str | None) -> tuple[dict, list[str]]:
+def estimate(lm: common.LM, script) -> tuple[dict, list[str]]:
     """The parts in bytes with the README's command, and for each card the sequences at once."""
     nowhere = Path(tempfile.gettempdir()) / "nothing is here"
     flags = ["--model", "-", "--dataset", "-", "--output", str(nowhere)]
     args = script.parse_arguments([*flags, "--gradient-checkpointing"])
-    parts = common.estimate_memory(lm, args, PROMPT, teacher)
+    parts = common.estimate_memory(lm, args, PROMPT)
     parts = {name: n for name, n in parts.items() if not name.startswith("slot")}
     length, standing = PROMPT + args.max_new_tokens, parts["weights"]
-    if teacher:
+    if script is sdzero:
         standing += parts["optimizer"] + parts["teacher"]
     else:
         length += len(PHRASE) + args.max_new_tokens
@@ -89,8 +89,8 @@ def main():
     options = parser.parse_args()
     for name in SHAPES:
         lm, cells = on_meta(name), [f"Qwen3-{name}"]
-        for script, teacher in ((srt, None), (sdzero, "base")):
-            parts, slots = estimate(lm, script, teacher)
+        for script in (srt, sdzero):
+            parts, slots = estimate(lm, script)
             cells += [f"{sum(parts.values()) / 1e9:.1f}", " / ".join(slots)]
             if options.parts:
                 figures = ", ".join(f"{part} {n / 1e9:.2f}" for part, n in parts.items())

@@ -378,7 +378,7 @@ def test_a_prompt_template_with_every_kind_of_tokenizer(adds, tmp_path):
 def test_a_chat_template_renders_the_users_side_only(base):
     """Its switches reach it, and what the tokenizer adds elsewhere does not."""
     args = srt.parse_arguments(["--model", "m", "--dataset", "d"])
-    args.prompt_template, args.prompt_suffix, args.date = "", " Think.", "2026-01-01"
+    args.prompt_template, args.prompt_suffix = "", " Think."
     args.template_kwargs = {"mark": "#"}
     for adds in ("", "bos eos"):
         lm = common.LM(None, make_tokenizer(adds=adds), {0}, 99, 256)
@@ -387,16 +387,17 @@ def test_a_chat_template_renders_the_users_side_only(base):
 
 
 DATES = {
-    "%d %b %Y": "03 Feb 2026",
-    "%Y-%m-%d": "2026-02-03",
-    "%B %-d, %Y": "February 3, 2026",
-    "%A, %d/%m/%y": "Tuesday, 03/02/26",
+    "%d %b %Y": "01 Jan 2026",
+    "%Y-%m-%d": "2026-01-01",
+    "%B %-d, %Y": "January 1, 2026",
+    "%A, %d/%m/%y": "Thursday, 01/01/26",
 }
 
 
 @pytest.mark.parametrize("form", DATES)
-def test_a_template_shows_the_day_of_the_first_stage(form):
-    """Templates ask whether the function is there; blanks and lines around it stay as they are."""
+def test_a_template_that_shows_the_date_always_shows_the_same_one(form):
+    """Catches prompts that change from one day to the next. Templates ask whether the function is
+    there; blanks and lines around it stay as they are."""
     tokenizer = make_tokenizer()
     tokenizer.chat_template = (
         "\n  {%- if strftime_now is defined %}\n  {%- set day = strftime_now('" + form + "') %}\n"
@@ -404,8 +405,7 @@ def test_a_template_shows_the_day_of_the_first_stage(form):
     )
     lm = common.LM(None, tokenizer, {0}, 99, 256)
     args = srt.parse_arguments(["--model", "m", "--dataset", "d"])
-    args.prompt_template = args.prompt_suffix = ""
-    args.date, args.template_kwargs = "2026-02-03", {}
+    args.prompt_template, args.prompt_suffix, args.template_kwargs = "", "", {}
     text = tokenizer.decode(common.render(lm, "1+1", args))
     plain = tokenizer.chat_template.replace(f"strftime_now('{form}')", f"'{DATES[form]}'")
     plain = tokenizer.apply_chat_template(

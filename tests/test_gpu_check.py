@@ -135,7 +135,7 @@ def test_a_resumed_run_keeps_no_second_state(kind, tmp_path, monkeypatch):
     expected = [p.clone() for p in model.parameters()]
     model, optimizer, teacher = start()
     run = common.Run.__new__(common.Run)
-    run.args = argparse.Namespace(lora=None)
+    run.args = argparse.Namespace(lora=None, training_bytes=None)
     lm = common.LM(model, *[None] * 4)
     run.folder, run.task = tmp_path, common.Task(run.args, lm, *[None] * 5)
     assert run.restore(optimizer=optimizer, teacher=teacher) == 1
@@ -153,7 +153,7 @@ def test_the_memory_table_by_hand():
     parameters = 151936 * 2560 + 2560  # tied embeddings, the last norm
     attention = 2560 * (32 + 8 + 8) * 128 + 32 * 128 * 2560 + 2 * 128
     parameters += 36 * (attention + 3 * 2560 * 9728 + 2 * 2560)
-    parts, slots = memory_table.estimate(memory_table.on_meta("4B"), sdzero, "base")
+    parts, slots = memory_table.estimate(memory_table.on_meta("4B"), sdzero)
     assert parts["weights"] == parts["teacher"] == 2 * parameters
     assert parts["optimizer"] == 10 * parameters and parts["gradients"] == 4 * parameters
     one_slot = 36 * 2 * 8 * 128 * 2 * (512 + 8192)

@@ -465,7 +465,7 @@ def test_the_estimate_of_what_stays_is_what_is_allocated(dtype):
     assert parts["optimizer"] == bytes_of(kept)
     for kind in ("base", "live", "ema"):
         own = LoraTeacher(model, kind).average.values()
-        assert estimate_memory(lm, memory_flags(), 3, kind)["teacher"] == bytes_of(own), kind
+        assert estimate_memory(lm, memory_flags(teacher=kind), 3)["teacher"] == bytes_of(own), kind
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

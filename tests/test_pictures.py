@@ -36,11 +36,15 @@ def load(name):
 localize, curves = load("localize"), load("curves")
 
 
-def call(folder, *flags):
-    """A page of the student and the teacher in a folder, for the problems in it."""
+def flags_for(folder):
+    """Of a page of the student and the teacher in a folder, for the problems in it."""
     sources = ["--model", folder / "student", "--teacher", folder / "teacher"]
     sources += ["--dataset", folder / "data.jsonl", "--output", folder / "page.html"]
-    localize.main([str(flag) for flag in (*sources, *FLAGS, *flags)])
+    return [*sources, *FLAGS]
+
+
+def call(folder, *flags):
+    localize.main([str(flag) for flag in (*flags_for(folder), *flags)])
 
 
 @pytest.fixture(scope="module")
@@ -252,15 +256,14 @@ def test_what_a_user_can_mend(flags, message, models_and_problems, capsys, monke
 
 
 @pytest.mark.parametrize("error, code", [(KeyboardInterrupt, 130), (torch.OutOfMemoryError, 1)])
-def test_an_end_that_nothing_resumes(error, code, models_and_problems, capsys, monkeypatch):
+def test_an_end_that_nothing_resumes(error, code, models_and_problems, ended, monkeypatch):
     def stop(*args):
         raise error
 
     monkeypatch.setattr(localize, "sample_all", stop)
-    with pytest.raises(SystemExit) as stopped:
-        call(models_and_problems)
-    message = capsys.readouterr().err.splitlines()[-1]
-    assert stopped.value.code == code and "--resume" not in message
+    found, _, err = ended(localize, *flags_for(models_and_problems))
+    message = err.splitlines()[-1]
+    assert found == code and "--resume" not in message and message.startswith("localize.py: ")
 
 
 # ------------------------------------------------------------------------------------- curves.py

@@ -562,7 +562,7 @@ def test_the_estimate_of_what_stays_is_what_is_allocated(family, dtype):
     for kind in ("base", "live", "ema"):
         teacher = Teacher(model, kind)
         own = [] if kind == "live" else [*teacher.module.parameters(), *teacher.average.values()]
-        assert estimate_memory(lm, memory_flags(), 3, kind)["teacher"] == bytes_of(own), kind
+        assert estimate_memory(lm, memory_flags(teacher=kind), 3)["teacher"] == bytes_of(own), kind
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -570,8 +570,7 @@ def test_the_estimate_of_what_stays_is_what_is_allocated(family, dtype):
 def test_the_estimate_of_the_cache_is_that_of_the_models_own_cache(family, dtype):
     """A slot holds the longest that is sampled, a revision: x + y + P_r + y, which the context
     limits."""
-    model, args = tiny(family, dtype=dtype), memory_flags(max_new_tokens=20)
-    phrase = len("\n\nNo.\n\n")
+    model, phrase = tiny(family, dtype=dtype), len("\n\nNo.\n\n")
 
     def cache_bytes(length):
         with torch.no_grad():
@@ -579,9 +578,9 @@ def test_the_estimate_of_the_cache_is_that_of_the_models_own_cache(family, dtype
         return bytes_of(x for layer in cache.layers for x in (layer.keys, layer.values))
 
     for teacher in (None, "base"):
-        slot = estimate_memory(as_lm(model), args, 3, teacher)["slot"]
-        assert slot == cache_bytes(3 + 20 + phrase + 20)
-    assert estimate_memory(as_lm(model, context=40), args, 3)["slot"] == cache_bytes(40)
+        args = memory_flags(max_new_tokens=20, teacher=teacher)
+        assert estimate_memory(as_lm(model), args, 3)["slot"] == cache_bytes(3 + 20 + phrase + 20)
+        assert estimate_memory(as_lm(model, context=40), args, 3)["slot"] == cache_bytes(40)
 
 
 SHAPES = {
@@ -627,7 +626,7 @@ def test_the_logits_estimate_is_what_a_backward_by_chunks_takes(teacher, monkeyp
 
     with Live(known) as live:
         losses.backward_by_chunks(loss, layer, hidden * 1, divisor=1, teacher=against)
-    estimate = estimate_memory(as_lm(model), memory_flags(), 3, teacher)["logits"]
+    estimate = estimate_memory(as_lm(model), memory_flags(teacher=teacher), 3)["logits"]
     hidden_bytes = 3 * hidden.numel() * 4  # hidden * 1 and two gradients
     assert estimate / 3 < live.peak - hidden_bytes < estimate
 
@@ -637,7 +636,7 @@ def test_tokens_of_a_micro_batch():
     lm = as_lm(tiny("llama", dtype=torch.float32), context=1000)
 
     def activations(teacher=None, **flags):
-        return estimate_memory(lm, memory_flags(**flags), 3, teacher)["activations"]
+        return estimate_memory(lm, memory_flags(teacher=teacher, **flags), 3)["activations"]
 
     one = activations(batch_size=1)
     assert activations(batch_size=2) == 2 * one
@@ -652,8 +651,8 @@ def test_the_memory_report(capsys):
     args = memory_flags(teacher="ema")
     common.fit_memory(lm, args, problems)
     captured = capsys.readouterr()
-    assert args.cache_bytes is args.collect_bytes is None and captured.err == ""
-    parts = estimate_memory(lm, args, 3, "ema")
+    assert args.cache_bytes is args.training_bytes is None and captured.err == ""
+    parts = estimate_memory(lm, args, 3)
     training = sum(parts.values()) - parts["slot"]
     sampling = sum(parts[x] for x in ("weights", "optimizer", "teacher")) + 3 * parts["slot"]
     figures = f"training {training / 1e9:.3g}, sampling {sampling / 1e9:.3g} at 3 slots"
@@ -679,15 +678,15 @@ def test_slots_are_what_a_gpu_has_room_for(slots, capsys, monkeypatch):
     monkeypatch.setattr(common, "cache_bytes_per_token", lambda model: slot)
     lm, problems = as_lm(OnGPU(model)), [Problem("", None, [5, 9, 3])]
     args = memory_flags(slots=None, teacher="base", micro_tokens=1)
-    parts = estimate_memory(lm, args, 3, "base")
+    parts = estimate_memory(lm, args, 3)
     standing = parts["weights"] + parts["optimizer"] + parts["teacher"]
     memory = math.ceil((standing + slots * parts["slot"]) / 0.9) if slots else standing
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (memory, memory))
     common.fit_memory(lm, args, problems)
     fitting = min(max(slots, 1), common.MAX_SLOTS)
-    assert common.slots_that_fit(args, parts["slot"], args.cache_bytes) == fitting
-    assert args.collect_bytes - args.cache_bytes == standing - parts["weights"]
-    assert common.slots_that_fit(memory_flags(slots=7), parts["slot"], args.cache_bytes) == 7
+    assert common.slots_that_fit(args, parts["slot"], args.training_bytes) == fitting
+    assert args.cache_bytes - args.training_bytes == standing - parts["weights"]
+    assert common.slots_that_fit(memory_flags(slots=7), parts["slot"], args.training_bytes) == 7
     errors = capsys.readouterr().err
     training = standing + parts["gradients"] + parts["activations"] + parts["logits"]
     assert ("--micro-tokens" in errors) == (training > memory)
