@@ -1009,11 +1009,11 @@ _CHOICE = re.compile(r"""(?x)  # and its text, with no other choice in it: A. 12
     (?:(?i:option|choice)\ )?\(?\s*([A-J])(?:\s*[).:]+(?!\s*(?:or|and|not|[/,]))
     (?!.*\b[A-J]\s*[).:])\s*(.*))?""")
 _CHOICES = re.compile(r"[A-J]\)?(?:(?:[\s,;]|and)+\(?[A-J]\)?)+")  # A, (C) and D
-_FILLER = re.compile(r"""(?ix)  # words around an answer
+_FILLER = re.compile(r"""(?ix)  # words around an answer; the lookbehind saves time on commas
     ‹?\b(?:(?:the\ )?(?:final\ )?answer\ is|approximately|about|exactly|only|just
     |a\ total\ of|equal\ to|either|both)\b\ ?›?\s*
     |(?<=[^\s,])(?:[ ,]*‹?(?:altogether|in\ total|in\ all|overall|combined|total)
-    |,\ ?‹?(?:respectively|exactly|precisely|each|so\ far|now|of\ course))›?\s*\Z""")
+    |,\ ?‹?(?:respectively|exactly|precisely|each|now|of\ course))›?\s*\Z""")
 _LABELLED = re.compile(r"""(?sx)  # total cost: 5, A(1, 2); the label may be empty
     ((?!.*\b(?:not|except|less|more|than|wrong|negative|minus|half|twice|double|root)\b[^:]*:)
     (?=[^:\d]*[A-Za-z]{3})[A-Za-z‹][^=:<>≤≥≠≈∈\d]{0,60}:|[A-Z]\ ?(?=\([^()]*,)|)(.*)""")

@@ -376,6 +376,10 @@ RIGHT = {
         "def f(): return {1: {3, 2}, 'a': [2, 3]}",
         ["assert f() == {'a': [2, 3], 1: {2, 3}}"],
     ),
+    "a literal within a call with a keyword": (
+        "def f(): return [2, 1]",
+        ["assert f() == sorted([1, 2], reverse=True)"],
+    ),
     "objects of one class": (
         "class P:\n    def __init__(self, x): self.x = x\n"
         "    def __eq__(self, other): return self.x == other.x",
