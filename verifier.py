@@ -327,7 +327,7 @@ _REWRITES = [  # tests check every example, and every "in any order"
 
 def _clean(text: str) -> str:
     """The answer in one spelling, with the private characters of the top of this file."""
-    text = text.translate(_UNICODE)
+    text = " ".join(text.translate(_UNICODE).split())  # (long runs of blanks would take minutes)
     for pattern, replacement in _REWRITES:
         text = re.sub(pattern, replacement, text)
     return " ".join(text.split()).lstrip(" ,;:=≈").rstrip(" .,;:")
@@ -355,8 +355,8 @@ _NUMBER_WORD = re.compile(r"""(?x)  # not a unit: it changes the number before i
     \w+tieths?|(?:\w+illion|(?:thir|four|fif|six|seven|eigh|nine)teen
     |(?:twen|thir|for|fif|six|seven|eigh|nine)ty|hundred|thousand|dozen|one|two|three|four|five|six|seven|eight
     |nine|ten|eleven|twelve|fif|eigh|nin|twelf|hal|third|quarter)(?:ths?|s|f|fs|ves?)?|twice|thrice
-    |score|least|most|double|triple|squared|cubed|doubled|tripled|halved|factorial|plus|minus
-    |negative|point|remainder""")
+    |score|least|most|double|triple|factorial|plus|minus|negative|point|remainder|root|power
+    |(?:squar|cub|doubl|tripl|halv|divid|multipli|increas|decreas|reduc|rais|add|subtract)ed""")
 _SCALES = {
     "hundred": 100,
     "thousand": 10**3,
@@ -639,6 +639,7 @@ class _Reader:
             return items[0]
         if kind == "⦃⦄":  # {±1, ±2} has four elements
             items = sum((item.values for item in items), [])
+            items = [x._replace(kind=x.kind.replace("⦃⦄", "⦃⦃⦄⦄")) for x in items]  # a set in it
         kind = "" if kind == "{}" else kind
         return _for_each_sign(lambda *items: _Node(kind, items), items)
 
@@ -676,7 +677,7 @@ def _for_each_sign(function, nodes: list[_Node]) -> _Node:
 _MAX_LENGTH, _MAX_DEPTH, _MAX_BITS = 600, 24, 2**13
 # Floats have 16 digits. A sum of 1e-13 of its terms, or a sine of 1e-15 of its argument, is a
 # rounding error and 0. Which floats are equal: see _close.
-_CONSTANTS = {"π": complex(math.pi), "e": complex(math.e), "i": 1j}
+_CONSTANTS = {"π": complex(math.pi), "e": complex(math.e), "i": 1j, "∞": complex(math.inf)}
 
 
 def _number(x) -> _Node:
@@ -685,7 +686,7 @@ def _number(x) -> _Node:
 
 @functools.lru_cache(maxsize=4096)
 def _symbol(name: str) -> _Node:
-    """A constant, a variable or infinity.
+    """A constant (infinity is one) or a variable.
 
     Every variable has both signs, so that |x| is not x; there are three patterns of signs, and
     letters next to each other in the alphabet have different ones: |x + y| is not |x| + |y|.
@@ -709,7 +710,8 @@ def _apply(function, *arguments: _Node) -> _Node:
         if isinstance(x, Fraction):
             extreme = max(x.numerator.bit_length(), x.denominator.bit_length()) > _MAX_BITS
         else:  # (a float that became zero by underflow would equal others)
-            extreme = not cmath.isfinite(x) or abs(x) < 1e-250 and all(point)
+            finite = function is neg or all(map(cmath.isfinite, (x, *point)))  # -∞; no 0*∞
+            extreme = not finite or abs(x) < 1e-250 and all(point)
         if extreme:
             raise ValueError("too large or too small")
         numbers.append(x)
@@ -809,7 +811,8 @@ class _Comparison:
         kinds, x, y = {kind.replace("±", "⦃⦄") for kind in (a.kind, b.kind)}, a.items, b.items
         if kinds == {"text"}:
             return _plain(x[0]) == _plain(y[0])
-        unordered = {"", "⦃⦄"}, {"", "and"}, {"", "or"}, {"∪"}  # kinds that may be equal
+        # kinds that may be equal
+        unordered = {"", "⦃⦄"}, {"⦃⦃⦄⦄"}, {"", "and"}, {"", "or"}, {"∪"}
         in_any_order = any(kinds <= pair for pair in unordered)
         if in_any_order and _are_named(x) == _are_named(y):
             table = [[self.same(item, other) for other in y] for item in x]
@@ -876,7 +879,7 @@ class _Comparison:
         """What an answer may mean besides itself, when the other one is not a relation: {5},
         x = 5, and 10/2 or 5 mean 5; x > 3 means (3, oo), x < 1 or x > 2 a union, x ≠ 0 all but 0.
         """
-        if node.kind in ("", "⦃⦄") and node.items and node.items[0].kind != "⦃⦄":
+        if node.kind in ("", "⦃⦄") and node.items:
             if all(self.same(node.items[0], item) for item in node.items[1:]):
                 return node.items[:1]
         relations = node.items if node.kind in ("", "or") else [node]
@@ -905,15 +908,17 @@ class _Comparison:
 def _close(x: Fraction | complex, y: Fraction | complex) -> bool:
     """Whether exact numbers are equal, or floats to 11 digits, or one of each to 13.
 
-    Rule: a float equals no decimal of four places or more, which would be an irrational number
-    rounded (1.41421356237309 is not the root of 2).
+    Rule: a float equals no decimal of four places or more, and no number above 10^9, which would be
+    an irrational number rounded (1.41421356237309 is not the root of 2).
     """
     exact = [number for number in (x, y) if isinstance(number, Fraction)]
     if len(exact) == 2:
         return x == y
-    if any(number.denominator > 1024 and 10**400 % number.denominator == 0 for number in exact):
-        return False
-    return abs(x - y) <= (1e-13 if exact else 1e-11) * max(abs(x), abs(y))
+    for number in exact:
+        places = number.denominator > 1024 and 10**400 % number.denominator == 0
+        if places or abs(number) > 10**9:
+            return False
+    return x == y or abs(x - y) < (1e-13 if exact else 1e-11) * max(abs(x), abs(y))
 
 
 def _differences(relation: _Node) -> list[_Node]:
