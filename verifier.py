@@ -22,19 +22,19 @@ Claimed equal (accuracy by category: tests/bench_verifier.py):
                1/3), unless gold is that decimal or the response says both (1/3 \approx 0.333).
   fractions    a/b, \frac, \dfrac, \tfrac, mixed numbers; lowest terms or not
   percentages  50% = 0.5 = 1/2; and 50% = 50, since gold answers to "what percent" lack the sign
-  powers       2^{10} = 1024; scientific notation 1.5 \times 10^3 = 1.5e3; 5!, \binom{5}{2}
+  powers       2^{10} = 1024; scientific notation 1.5 \times 10^3 = 1.5e3; 5!, n!, \binom{5}{2}
   irrationals  roots, pi, e, i, logarithms and trigonometric functions to 11 digits or more
   units        dropped when one side has none, else equal (cm = centimeters, $ = dollars, degrees)
   assignments  x = 5, f(2) = 5, m + n = 5, Area = 5 for 5; not 2x = 10 for 10
-  tuples       in order; intervals with their brackets; vectors and matrices entry by entry
+  tuples       in order; intervals with their brackets; vectors, matrices, multiples of them
   sets, lists  in any order; 1, 1, 2 is not 1, 2; 2, 1 is not x = 1, y = 2; {1, 2} is not (1, 2)
   expressions  polynomial and rational ones: 2(x+1) = 2x+2. The case of a letter counts.
   relations    equations up to a constant factor, inequalities a positive one; x > 3 = (3, \infty)
   choices      (B) = B = \text{B} = B. 12; ACD = A, C, D; words as they are spelled, in any case
-Not claimed: conversion of units, number words (but thousand, million), decimal commas, multiples of
-matrices, determinants, set-builder notation, \mp, \choose (but \binom), sets after a minus (but
-\setminus), conditions that hold together as intervals (x > 0 and x < 1; x \ne 1, x \ne 2), "5 or
-so", the environments cases and aligned, answers longer than 600 characters, numbers beyond 10^2400.
+Not claimed: conversion of units, number words (but thousand, million), decimal commas,
+determinants, set-builder notation, \mp, \choose (but \binom), sets after a minus (but \setminus),
+conditions that hold together as intervals (x > 0 and x < 1; x \ne 1, x \ne 2), "5 or so", the
+environments cases and aligned, answers longer than 600 characters, numbers beyond 10^2400.
 Ratios (3:4), congruences (3 \pmod 7), times and numbers in other bases count as written. A word
 after a number is its unit whatever it means: 5 wrong is 5, and 5 apples is not 5 pears. Decimals of
 more than ten right digits are not detected next to an irrational number (0.33333333333\pi), nor is
@@ -237,7 +237,7 @@ def _is_final(before: str, phrase: str, content: str) -> bool:
 
 # ------------------------------------------------------------------------- one spelling for answers
 
-_UNIT_NAMES = """$ dollar usd ¤ buck|£ gbp|€ euro eur|¢ cent|% percent|° degree deg|°c|°f
+_UNIT_NAMES = """$ dollar usd ¤ buck|£ gbp|€ euro eur|¢ cent|¥ yen yuan|% percent|° degree deg|°c|°f
 |mm millimeter millimetre|cm centimeter centimetre|dm|m meter metre|km kilometer kilometre
 |in inch inche|ft foot feet|yd yard|mi mile|mg milligram|g gram|kg kilogram|lb pound|oz ounce
 |ml milliliter millilitre|l liter litre|s second sec|min minute|h hour hr|mph|kph|week|year yr
@@ -254,17 +254,18 @@ _FUNCTIONS |= {"cot": lambda x: 1 / cmath.tan(x), "sec": lambda x: 1 / cmath.cos
 _FUNCTIONS |= {"csc": lambda x: 1 / cmath.sin(x), "ln": cmath.log}
 _FUNCTIONS |= {"log": lambda x, base=10: cmath.log(x) / cmath.log(base)}
 
-_SPELLINGS = r"""\frac frac dfrac tfrac cfrac, \binom binom dbinom tbinom, * cdot times ast, / div
-√ sqrt, π pi, ∞ infty infinity, ° circ degree, % %, ¤ $, £ pounds, ± pm, ⏎ \, or lor vee
+_SPELLINGS = r"""\frac frac dfrac tfrac cfrac nicefrac, \binom binom dbinom tbinom, * cdot times ast
+/ div, √ sqrt, π pi, ∞ infty infinity, ° circ degree, % %, ¤ $, £ pounds, ± pm, ⏎ \, or lor vee
 and land wedge, < lt, > gt, ≤ le leq leqslant, ≥ ge geq geqslant, ≠ ne neq, ≈ approx simeq, ∈ in
-⦃ { lbrace, ⦄ } rbrace, [ lbrack, ] rbrack, ( langle, ) rangle, | | lvert rvert vert, ⦃⦄ emptyset
-⦃⦄ varnothing, ∪ cup bigcup, ∖ setminus backslash smallsetminus, ‹gcd› gcd, ‹lcm› lcm, ‹max› max
-‹min› min, ‹det› det, α alpha, β beta, γ gamma, δ delta, ε epsilon varepsilon, η eta, θ theta
-λ lambda, μ mu, ν nu, ρ rho, σ sigma, τ tau, φ phi, ψ psi, ω omega, Δ Delta, Γ Gamma, Ω Omega"""
-_IGNORED = r"""left right big Big bigl bigr Bigl Bigr bigg Bigg displaystyle textstyle quad qquad
-limits boxed mathit mathbb mathcal boldsymbol bm vec overrightarrow angle triangle hline bf rm it
-checkmark , ; : ! > ( ) [ ]"""  # these become a space
-_COMMANDS = dict.fromkeys([" ", *_IGNORED.split()], " ")
+⦃ { lbrace, ⦄ } rbrace, [ lbrack, ] rbrack, ( langle, ) rangle rfloor rceil, ⌊( lfloor, ⌈( lceil
+| | lvert rvert vert, ⦃⦄ emptyset varnothing, ∪ cup bigcup, ∖ setminus backslash smallsetminus
+‹gcd› gcd, ‹lcm› lcm, ‹max› max, ‹min› min, ‹det› det, log lg, tan tg, cot ctg, arctan arctg
+α alpha, β beta, γ gamma, δ delta, ε epsilon varepsilon, η eta, θ theta, λ lambda, μ mu, ν nu
+ρ rho, σ sigma, τ tau, φ phi, ψ psi, ω omega, Δ Delta, Γ Gamma, Ω Omega"""
+_IGNORED = r"""left right big Big bigl bigr Bigl Bigr bigg Bigg displaystyle textstyle quad qquad bm
+limits boxed mathit mathbb mathbf mathcal boldsymbol vec overrightarrow angle triangle hline bf rm
+it large Large underline therefore checkmark , ; : ! > ( ) [ ]"""  # these become a space
+_COMMANDS = dict.fromkeys([" ", "", *_IGNORED.split()], " ")
 _COMMANDS.update((name, f" {name} ") for name in _FUNCTIONS)
 for _line in re.split(", |\n", _SPELLINGS):  # a sign, and its names in TeX
     _COMMANDS.update(dict.fromkeys(_line.split()[1:], f" {_line.split()[0]} "))
@@ -278,24 +279,28 @@ _UNICODE = str.maketrans(_UNICODE)
 
 _UNIT_LETTER = "[ghlmsJLNVW]"
 _VARIABLE = f"(?!{_UNIT_LETTER})[A-Za-z]"
-_TEXT = r"\\(?:text[a-z]*|operatorname|math(?:rm|bf|sf)|mbox)(?![a-z])"
+_TEXT = r"\\(?:text[a-z]*|operatorname|math(?:rm|bf|sf|tt)|mbox)(?![a-z])"
 _SEPARATOR = r"(?:\\[a-z]+)?\{\s*,?\s*(?:\\[!,])?\s*\}(?:\\[!,])?|,\\!"
 _SIGNS = {"<=": "≤", ">=": "≥", "!=": "≠", "==": "=", "begin": "⟦", "end": "⟧"}
 _REWRITES = [  # tests check every example, and every "in any order"
     # TeX as it was written, in any order
-    (r"\.\.\.|…", r"\\dots "),  # 1, ... -> 1, \dots
+    (r"\.\.\.|\\[lc]dots|…", r"\\dots "),  # 1, ... -> 1, \dots
     (rf"\s?(?:{_SEPARATOR})\s*(?=\d{{3}}(?!\d))", ""),  # 1{,}234 -> 1234
     # 0.1\overline{6} -> (0.10+6/90)
     (
-        r"(\d{0,50})\.(\d{0,50})\\(?:overline|bar)\{(\d{1,50})\}",
+        r"(\d{0,50})\.(\d{0,50})\\(?:overline|bar|dot)\{(\d{1,50})\}",
         lambda m: f"({m[1]}.{m[2]}0+{m[3]}/{'9' * len(m[3])}{'0' * len(m[2])})",
     ),
     (r" ?x ?(?=10\^)", "*"),  # 3 x 10^5 -> 3*10^5
     (r"(?<![\\A-Za-z])(sqrt|pi|infinity)(?![A-Za-z])", r"\\\1"),  # sqrt(2) -> \sqrt(2)
-    (r"\\mathbb ?\{?R\}?", r"(-\\infty,\\infty)"),  # \mathbb{R} -> (-\infty,\infty)
-    (r"\\(?:text)?color\{[^{}]*\}|\\overline(?=\{[A-Z]{2}\})", ""),  # \overline{AB} -> {AB}
+    (r"\\mathbb ?\{?R\}?|\\R(?![A-Za-z])", r"(-\\infty,\\infty)"),  # \mathbb{R} -> (-\infty,\infty)
+    # \overline{AB} -> {AB}; \hspace{2pt}5 -> 5
+    (r"\\(?:(?:text)?color|hspace|tag|phantom)\{[^{}]*\}|\\overline(?=\{[A-Z]{2}\})", " "),
+    (r"(?<=\\\\)\[[\d.]+ ?[a-z]{2}\]", ""),  # 1\\[4pt]2 -> 1\\2
     (r"\{([^{}]*)\\over(?![a-z])([^{}]*)\}", r"{\\frac{\1}{\2}}"),  # {1\over2} -> {\frac{1}{2}}
     # words, in this order
+    # \operatorname{tg}x -> \tg x
+    (_TEXT + r"\s*\{((?:arc)?(?:sin|cos|tan|tg)|cot|ctg|ln|lg|log)\}", r"\\\1 "),
     # a letter is a variable unless it is a unit: 3\mathrm{e}+2 -> 3 e+2
     (rf"{_TEXT}\s*(?:\{{\s*({_VARIABLE})\s*\}}|({_VARIABLE})(?![A-Za-z]))", r" \1\2"),
     (_TEXT + r"\s*\{\s*([A-Za-z][A-Za-z ./'-]*)\}", r" ‹\1› "),  # 5\text{ cm} -> 5 ‹cm›
@@ -303,24 +308,34 @@ _REWRITES = [  # tests check every example, and every "in any order"
     # \begin{pmatrix}1 -> ⟦1; 1\end{pmatrix} -> 1⟧
     (r"\\(begin|end)\{(?:[pbB]?matrix|array)\}(?:\{[clr|]*\})?", lambda m: _SIGNS[m[1]]),
     # the other commands: 2\cdot\pi -> 2 *  π
-    (r"\\([A-Za-z]+|(?s:.))", lambda m: _COMMANDS.get(m[1], m[0] + " ")),
+    (r"\\([A-Za-z]+|(?s:.)|\Z)", lambda m: _COMMANDS.get(m[1], m[0] + " ")),
     # signs and digits, in any order
     (r"\\frac \{ ‹([^›]*)› \}\{ ‹([^›]*)› \}", r"‹\1/\2›"),  # \frac { ‹m› }{ ‹s› } -> ‹m/s›
     (r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}"),  # \frac 12 -> \frac{1}{2}
+    (r"_\s*\{[\s‹]*(\w+)[\s›]*\}", r"_{\1}"),  # x_{ ‹max› } -> x_{max}
+    (r"(?<![A-Za-z])C_(\{\w+\}|\w)\^(\{\w+\}|\w)", r"\\binom \1 \2"),  # C_9^{2} -> \binom 9 {2}
     (r"(?<=[\w)])\*\*(?=[\w(])", "^"),  # x**2 -> x^2
     (r"[<>!=]=", lambda m: _SIGNS[m[0]]),  # x <= 2 -> x ≤ 2
-    (r"\^\s*(?:\{\s*[°o]\s*\}|°)", "°"),  # 30^{°} -> 30°
+    # 30^{°} -> 30°; 21^{ ‹st› } -> 21‹st›
+    (r"\^\s*(?:\{\s*(?:[°o]|(‹(?:st|nd|rd|th)›))\s*\}|°)", lambda m: m[1] or "°"),
     # 3 1/2 -> (3+1/2)
     (r"(?<![\w.^])(\d+) *(\\frac *(?:\{ *\d+ *\} *){2}|(?<= )\d+ ?/ ?\d+)", r"(\1+\2)"),
     # in this order
     (r"\A([^$]*)\$(?=\s?[\d.])([^$]*)\Z", r"\1¤\2"),  # $5 -> ¤5
     (r"\*\*|__|\$", " "),  # **5** -> 5
     # after a number and a space, a last letter is a unit: 5 m/s -> 5 ‹m›/s
-    (rf"\A(\s*[-+]?[\d.,]+) ({_UNIT_LETTER})(?=(?:[\^/]\w+)*\s*\Z)", r"\1 ‹\2›"),
+    (rf"\A(\s*[-+]?[\d.,]+) +({_UNIT_LETTER})(?=(?:[\^/]\w+)*\s*\Z)", r"\1 ‹\2›"),
     # in any order
-    (r"-\s*([¤£€])", r"\1-"),  # -¤5 -> ¤-5
+    (r"-\s*([¤£€¥])", r"\1-"),  # -¤5 -> ¤-5
     # a number after a power is a factor: 2^6 3^5 -> 2^6*3^5; 8!2! -> 8!*2!
     (r"((?<!_)[\w)]\^(?:\{[^{}]*\}|\w(?=\s))|!)\s*(?=\d)", r"\1*"),
+    # a left side that is not read is a name: \lim f = 3 -> ‹\lim f› = 3; A^2 = ⟦4⟧ -> ‹A^2› = ⟦4⟧
+    (
+        r"""(?x)\A\s*((?:\\(?:sum|prod|int|lim|Pr|complement)|‹(?:max|min|proj)›)(?![a-z])[^,;:]*
+        |\|?\w\ *(?:\\bmod|\\cap|∪)\ +\w+\ *\|?\ *|\(\w\ *°\ *\w\)\ *\(\w+\)\ *
+        |[A-Z]\^(?:\w|\{[^{}]*\})\s*(?==[^=]*⟦))=(?=[^=]*\Z)""",
+        lambda m: f"‹{re.sub('[‹›]', '', m[1]).strip()}› =",
+    ),
     (r"(?i)\A[\s‹]*no (?:real )?solutions?[\s›]*\Z", "⦃⦄"),  # ‹No solution› -> ⦃⦄
 ]
 
@@ -338,7 +353,7 @@ def _clean(text: str) -> str:
 _LETTER = "[A-Za-zΑ-Ωα-ορ-ω]"  # without pi
 _INDEX = r"(?:_(?:\w|\{\w{1,9}\})'*|'+)"
 _NAME = rf"(?:{_LETTER}{_INDEX}|P\([^()]*(?:[=<>≤≥|∪‹]|\\cap)[^()]*\))"  # x_1, x', P(X = 2)
-_CALL = rf"""(?:[fgFG]{_INDEX}?(?:\^(?:\{{-?\w+\}}|\w))?(?=\s*\()  # f(x + 1), f^{{-1}}(2), P(x)
+_CALL = rf"""(?:(?:[fgFG]{_INDEX}?(?:\^(?:\{{-?\w+\}}|\w))?|[⌊⌈])(?=\s*\()  # f(x + 1), f^{{-1}}(2)
     |(?![ei]\s*\(){_LETTER}{_INDEX}?(?=\s*\(\s*(?:[\d.]+|{_LETTER}{_INDEX}?)\s*\)))"""
 _TOKEN = re.compile(rf"""(?x)  # a number may have groups of three digits: 1,234 or 1 234
     \s*(?:(?P<and>[,;&]|(?i:‹?\s*(?:and|or)(?![A-Za-z])\s*›?))
@@ -346,7 +361,7 @@ _TOKEN = re.compile(rf"""(?x)  # a number may have groups of three digits: 1,234
     |(?P<number>(?:(?<![,^_])\d{{1,3}}(?:(?:,\d{{3}})+|(?:[ ]\d{{3}})+)(?![, ]?\d)
         |\d+)(?:\.\d+)?(?:[eE][+-]?\d{{1,3}})?|\.\d+)
     |(?P<function>(?:{"|".join(_FUNCTIONS)})(?![A-Za-z]))
-    |(?P<name>{_NAME}|[π∞])|(?P<call>{_CALL})|(?P<letters>(?:(?!{_CALL}){_LETTER})+)
+    |(?P<name>{_NAME}|[π∞])|(?P<call>{_CALL})|(?P<letters>(?:(?!{_CALL}|{_NAME}){_LETTER})+)
     |(?P<command>\\[A-Za-z]+)|(?P<close>[}}⦄)\]⟧⏎])|(?P<sign>\S))""")
 _SIDE_NAME = re.compile(rf"""(?x)  # x, m + n, a/b, sin A, f^{{-1}}(2), [ABC]; not 2x, x + 1, x^2
     (?!-)(?:(?!log|ln|exp)(?:{_NAME}|{_LETTER})(?:\^\{{-1\}}(?=\())?(?:\(-?\d+\))?
@@ -451,7 +466,7 @@ def _unit(text: str, constant: bool) -> str:
     expression with variables only a known unit is.
     """
     words = []
-    for word in re.sub(r"\bper\b|/", " / ", text.lower()).split():
+    for word in re.sub(r"\bper\b|/", " / ", text.lower().replace("*", " ")).split():
         name, _, power = word.strip(".").partition("^")
         is_word = constant and all(map(_is_wordlike, name.split("-")))
         if _NUMBER_WORD.fullmatch(name) or not (name in _UNITS or name in _LINKS or is_word):
@@ -531,7 +546,7 @@ class _Reader:
                 self.atom()
                 words.append(self.read[start:])
             return _Node("text", [" ".join(words)])
-        currency = self.accept("¤£€")
+        currency = self.accept("¤£€¥")
         node = self.sum()
         if node.kind not in ("value", "±"):
             while sign := self.accept("∪∖"):
@@ -543,14 +558,14 @@ class _Reader:
         unit = ""  # words, signs like %, and powers and quotients of them: cm^2, m/s, °C
         while (
             self.kind == "word"
-            or self.sees("%°¤£€¢")
+            or self.sees("%°¤£€¢¥")
             or unit
             and self.sees("^/*{-")
             or unit.count("{") > unit.count("}")
             and self.sees("}")
         ):
             unit += " " * (self.kind == "word") + self.next()
-            if unit[-1] in {"number": "^{", "name": "/*°"}.get(self.kind, ""):
+            if unit[-1] in {"number": "^{-", "name": "/*°"}.get(self.kind, ""):
                 unit += self.next()
         unit = _unit(re.sub(r"[{}]", "", unit), node.is_constant)
         unit = _UNITS.get(currency) or unit
@@ -577,7 +592,7 @@ class _Reader:
         if self.accept("^"):  # once: 2^3^4 is not TeX, and may be read in two ways
             node = _apply(_power, node, self.power() if self.sees("-") else self.atom())
         while self.accept("!"):
-            node = _apply(lambda n: Fraction(math.factorial(_small(n))), node)
+            node = _apply(_factorial, node)
         node = _apply(neg, node) if signs.count("-") % 2 else node
         return _Node("±", [node, _apply(neg, node)]) if "±" in signs else node
 
@@ -675,6 +690,7 @@ def _for_each_sign(function, nodes: list[_Node]) -> _Node:
 
 # With these limits no text takes 100 ms (measured); a number of 2^13 bits is near 10^2400.
 _MAX_LENGTH, _MAX_DEPTH, _MAX_BITS = 600, 24, 2**13
+_WHOLE = frozenset(range(301))  # what may have a factorial; 3, 3.0 and Fraction(3) are in it
 # Floats have 16 digits. A sum of 1e-13 of its terms, or a sine of 1e-15 of its argument, is a
 # rounding error and 0. Which floats are equal: see _close.
 _CONSTANTS = {"π": complex(math.pi), "e": complex(math.e), "i": 1j, "∞": complex(math.inf)}
@@ -702,6 +718,9 @@ def _apply(function, *arguments: _Node) -> _Node:
     """The function at the three points; an ArithmeticError or ValueError where it has no value."""
     if "±" in [argument.kind for argument in arguments]:
         return _for_each_sign(functools.partial(_apply, function), arguments)
+    if arguments[-1].kind == "[]" and function in (mul, neg):  # a matrix, a row of it
+        entries = (_apply(function, *arguments[:-1], entry) for entry in arguments[-1].items)
+        return arguments[-1]._replace(items=[*entries])
     if any(argument.kind != "value" or argument.unit not in ("", "°") for argument in arguments):
         raise ValueError("arithmetic on something other than a number without a unit")
     points, numbers = [*zip(*(argument.items for argument in arguments))], []
@@ -751,14 +770,17 @@ def _call(name: str, x, *base) -> Fraction | complex:
     return Fraction(0) if abs(result) < 1e-15 * abs(x) and name != "exp" else result
 
 
-def _small(n: Fraction | complex) -> int:
-    if n not in range(301):
-        raise ValueError("not a small whole number")
-    return int(n.real)
+def _factorial(n: Fraction | complex) -> Fraction | complex:
+    """n!, by the gamma function where n is not whole, so that (n + 1)! is (n + 1) n!."""
+    if n in _WHOLE:
+        return Fraction(math.factorial(int(n.real)))
+    return complex(math.gamma(n.real + 1) if n.imag == 0 else math.nan)
 
 
 def _binomial(n: Fraction | complex, k: Fraction | complex) -> Fraction | complex:
-    factors = [(n - i) / Fraction(i + 1) for i in range(_small(k))]
+    if k not in _WHOLE:
+        return _factorial(n) / (_factorial(k) * _factorial(n - k))
+    factors = [(n - i) / Fraction(i + 1) for i in range(int(k.real))]
     return math.prod(factors, start=Fraction(1))
 
 
@@ -777,8 +799,8 @@ def _same_text(a: str, b: str) -> bool:
 
 def _plain(text: str) -> str:
     """Text without an article and blanks, except between two numbers; words also without case."""
-    text = re.sub(r"(?i)^(?:the|an|a)\s(?=[a-z]{3})", "", re.sub("[‹›]", "", text))
-    text = re.sub(r"\s+(?!\d)|(?<!\w)\s+", "", re.sub(r"\{(\w)\}", r"\1", text))
+    text = re.sub("(?i)^(?:the|an|a) (?=[a-z]{3})", "", re.sub("[‹› ]+", " ", text).strip())
+    text = re.sub(r"\s(?!\d)|(?<!\w)\s", "", re.sub(r"\{(\w)\}", r"\1", text))
     low = text.lower()
     is_word = text.isalpha() and (low == "no" or _is_wordlike(low) or text[2:].islower())
     return low if is_word else text
@@ -811,8 +833,7 @@ class _Comparison:
         kinds, x, y = {kind.replace("±", "⦃⦄") for kind in (a.kind, b.kind)}, a.items, b.items
         if kinds == {"text"}:
             return _plain(x[0]) == _plain(y[0])
-        # kinds that may be equal
-        unordered = {"", "⦃⦄"}, {"⦃⦃⦄⦄"}, {"", "and"}, {"", "or"}, {"∪"}
+        unordered = {"", "⦃⦄"}, {"⦃⦃⦄⦄"}, {"", "and"}, {"", "or"}, {"∪"}  # may be equal
         in_any_order = any(kinds <= pair for pair in unordered)
         if in_any_order and _are_named(x) == _are_named(y):
             table = [[self.same(item, other) for other in y] for item in x]
@@ -911,13 +932,11 @@ def _close(x: Fraction | complex, y: Fraction | complex) -> bool:
     Rule: a float equals no decimal of four places or more, and no number above 10^9, which would be
     an irrational number rounded (1.41421356237309 is not the root of 2).
     """
-    exact = [number for number in (x, y) if isinstance(number, Fraction)]
+    exact = [abs(number) for number in (x, y) if isinstance(number, Fraction)]
     if len(exact) == 2:
         return x == y
-    for number in exact:
-        places = number.denominator > 1024 and 10**400 % number.denominator == 0
-        if places or abs(number) > 10**9:
-            return False
+    if any(n > 10**9 or n.denominator > 1024 and 10**400 % n.denominator == 0 for n in exact):
+        return False
     return x == y or abs(x - y) < (1e-13 if exact else 1e-11) * max(abs(x), abs(y))
 
 
@@ -941,7 +960,7 @@ def _rounds(exact: _Node, rounded: _Node) -> bool:
 
     Rule: a rounded number has two digits or more, for 1/3 ≈ 0 would be an answer and a guess.
     """
-    number = r"[¤£€]?-?\d*\.?(\d*)(?:\*10\^\{?(-?\d+)\}?)?[^\d+*/^-]*"
+    number = r"[¤£€¥]?-?\d*\.?(\d*)(?:\*10\^\{?(-?\d+)\}?)?[^\d+*/^-]*"
     match = re.fullmatch(number, rounded.text)
     if not match or not exact.kind == rounded.kind == "value" or not exact.is_constant:
         return False
@@ -972,10 +991,13 @@ _FILLER = re.compile(r"""(?ix)  # words around an answer
     ‹?\b(?:(?:the\ )?(?:final\ )?answer\ is|approximately|about|exactly|only|just
     |a\ total\ of|equal\ to|either|both)\b\ ?›?\s*
     |(?<=[^\s,])(?:[ ,]*‹?(?:altogether|in\ total|in\ all|overall|combined|total)
-    |,\ ?‹?(?:respectively|exactly|precisely|each|so\ far|now|of\ course))›?\s*\Z""")
-_LABELLED = re.compile(r"""(?sx)  # total cost: 5, A(1, 2); the label may be empty
-    ((?!.*\b(?:not|except|less|more|than|wrong|negative|minus|half|twice|double|root)\b[^:]*:)
-    (?=[^:\d]*[A-Za-z]{3})[A-Za-z‹][^=:<>≤≥≠≈∈\d]{0,60}:|[A-Z]\ ?(?=\([^()]*,)|)(.*)""")
+    |,\ ?‹?(?:respectively|exactly|precisely|each|so\ far|now|of\ course))›?\s*\Z
+    |(?<=[^\s,(])[ ,(‹]*(?:for\ (?:all|any|every)\b[^\d<>≤≥≠]{0,40}|(?:since|because)\b.*
+    |[kn]\ ∈\ \{?Z\}?\s*\)?)\Z""")
+_LABELLED = re.compile(r"""(?sx)  # total cost: 5, ‹The cost is› 5, A(1, 2); the label may be empty
+    ((?![^:]{0,60}\b(?i:not|except|less|more|than|wrong|negative|minus|half|twice|double|root)\b
+    [^:]{0,60}(?::|\bis\b))(?=[^:\d]*[A-Za-z]{3})[A-Za-z‹][^=:<>≤≥≠≈∈\d]{0,60}(?::|\bis\b\ ?›?)
+    |[A-Z]\ ?(?=\([^()]*,)|)(.*)""")
 
 
 def _same_choice(a: str, b: str) -> bool | None:

@@ -219,6 +219,9 @@ HOSTILE = {
     "small binomials": r"\boxed{" + r"\binom{\pi}{20}*" * 33 + "1}",
     # a brace before blanks took 40 s
     "braces and blanks": r"\boxed{_{" + " " * 3_900 + "1}}",
+    "commands for blanks": r"\boxed{_{" + r"\ " * 1_900 + "1}}",
+    "factorials of letters": r"\boxed{" + "(x)!" * 140 + "}",
+    "negated label": r"\boxed{" + "more " * 780 + "}",
     "equations": r"\boxed{" + r"\sqrt{2}=x," * 50 + "1}",
 }
 
