@@ -24,19 +24,19 @@ Claimed equal (accuracy by category: tests/bench_verifier.py):
                1/3), unless gold is that decimal or the response says both (1/3 \approx 0.333).
   fractions    a/b, \frac, \dfrac, \tfrac, mixed numbers; lowest terms or not
   percentages  50% = 0.5 = 1/2; and 50% = 50, since gold answers to "what percent" lack the sign
-  powers       2^{10} = 1024; scientific notation 1.5 \times 10^3 = 1.5e3; 5!, \binom{5}{2}
+  powers       2^{10} = 1024; scientific notation 1.5 \times 10^3 = 1.5e3; 5!, n!, \binom{5}{2}
   irrationals  roots, pi, e, i, logarithms and trigonometric functions to 11 digits or more
   units        dropped when one side has none, else equal (cm = centimeters, $ = dollars, degrees)
   assignments  x = 5, f(2) = 5, m + n = 5, Area = 5 for 5; not 2x = 10 for 10
-  tuples       in order; intervals with their brackets; vectors and matrices entry by entry
+  tuples       in order; intervals with their brackets; vectors, matrices, multiples of them
   sets, lists  in any order; 1, 1, 2 is not 1, 2; 2, 1 is not x = 1, y = 2; {1, 2} is not (1, 2)
   expressions  polynomial and rational ones: 2(x+1) = 2x+2. The case of a letter counts.
   relations    equations up to a constant factor, inequalities a positive one; x > 3 = (3, \infty)
   choices      (B) = B = \text{B} = B. 12; ACD = A, C, D; words as they are spelled, in any case
-Not claimed: conversion of units, number words (but thousand, million), decimal commas, multiples of
-matrices, determinants, set-builder notation, \mp, \choose (but \binom), sets after a minus (but
-\setminus), conditions that hold together as intervals (x > 0 and x < 1; x \ne 1, x \ne 2), 2|x|,
-"5 or so", the environments cases and aligned, answers of more than 600 characters, numbers beyond
+Not claimed: conversion of units, number words (but thousand, million), decimal commas,
+determinants, set-builder notation, \mp, \choose (but \binom), sets after a minus (but \setminus),
+conditions that hold together as intervals (x > 0 and x < 1; x \ne 1, x \ne 2), 2|x|, "5 or so", the
+environments cases and aligned, answers of more than 600 characters, numbers beyond
 10^2400. Ratios (3:4), congruences, times and numbers in other bases count as written. A word after
 a number is its unit whatever it means: 5 wrong is 5, and 5 apples is not 5 pears. Not detected are
 more than ten right digits next to an irrational number (0.33333333333\pi), a small term next to a
@@ -285,7 +285,7 @@ def _is_final(before: str, phrase: str, content: str) -> bool:
 
 # Signs, synonyms, and names that do not look like words or that follow a variable. Any other word
 # after a number is its unit without being listed (see _unit). A plural with s is added to each.
-_UNIT_NAMES = """$ dollar usd ¤ buck|£ gbp|€ euro eur|¢ cent|% percent|° degree deg|°c|°f
+_UNIT_NAMES = """$ dollar usd ¤ buck|£ gbp|€ euro eur|¢ cent|¥ yen yuan|% percent|° degree deg|°c|°f
 |mm millimeter millimetre|cm centimeter centimetre|dm|m meter metre|km kilometer kilometre
 |in inch inche|ft foot feet|yd yard|mi mile|mg milligram|g gram|kg kilogram|lb pound|oz ounce
 |ml milliliter millilitre|l liter litre|s second sec|min minute|h hour hr|mph|kph|week|year yr
@@ -302,17 +302,18 @@ _FUNCTIONS |= {"cot": lambda x: 1 / cmath.tan(x), "sec": lambda x: 1 / cmath.cos
 _FUNCTIONS |= {"csc": lambda x: 1 / cmath.sin(x), "ln": cmath.log}
 _FUNCTIONS |= {"log": lambda x, base=10: cmath.log(x) / cmath.log(base)}
 
-_SPELLINGS = r"""\frac frac dfrac tfrac cfrac, \binom binom dbinom tbinom, * cdot times ast, / div
-√ sqrt, π pi, ∞ infty infinity, ° circ degree, % %, ¤ $, £ pounds, ± pm, ⏎ \, or lor vee
+_SPELLINGS = r"""\frac frac dfrac tfrac cfrac nicefrac, \binom binom dbinom tbinom, * cdot times ast
+/ div, √ sqrt, π pi, ∞ infty infinity, ° circ degree, % %, ¤ $, £ pounds, ± pm, ⏎ \, or lor vee
 and land wedge, < lt, > gt, ≤ le leq leqslant, ≥ ge geq geqslant, ≠ ne neq, ≈ approx simeq, ∈ in
-⦃ { lbrace, ⦄ } rbrace, [ lbrack, ] rbrack, ( langle, ) rangle, | | lvert rvert vert, ⦃⦄ emptyset
-⦃⦄ varnothing, ∪ cup bigcup, ∖ setminus backslash smallsetminus, ‹gcd› gcd, ‹lcm› lcm, ‹max› max
-‹min› min, ‹det› det, α alpha, β beta, γ gamma, δ delta, ε epsilon varepsilon, η eta, θ theta
-λ lambda, μ mu, ν nu, ρ rho, σ sigma, τ tau, φ phi, ψ psi, ω omega, Δ Delta, Γ Gamma, Ω Omega"""
-_IGNORED = r"""left right big Big bigl bigr Bigl Bigr bigg Bigg displaystyle textstyle quad qquad
-limits boxed mathit mathbb mathcal boldsymbol bm vec overrightarrow angle triangle hline bf rm it
-checkmark , ; : ! > ( ) [ ]"""  # these become a space
-_COMMANDS = dict.fromkeys([" ", *_IGNORED.split()], " ")
+⦃ { lbrace, ⦄ } rbrace, [ lbrack, ] rbrack, ( langle, ) rangle rfloor rceil, ⌊( lfloor, ⌈( lceil
+| | lvert rvert vert, ⦃⦄ emptyset varnothing, ∪ cup bigcup, ∖ setminus backslash smallsetminus
+‹gcd› gcd, ‹lcm› lcm, ‹max› max, ‹min› min, ‹det› det, log lg, tan tg, cot ctg, arctan arctg
+α alpha, β beta, γ gamma, δ delta, ε epsilon varepsilon, η eta, θ theta, λ lambda, μ mu, ν nu
+ρ rho, σ sigma, τ tau, φ phi, ψ psi, ω omega, Δ Delta, Γ Gamma, Ω Omega"""
+_IGNORED = r"""left right big Big bigl bigr Bigl Bigr bigg Bigg displaystyle textstyle quad qquad bm
+limits boxed mathit mathbb mathbf mathcal boldsymbol vec overrightarrow angle triangle hline bf rm
+it large Large underline therefore checkmark , ; : ! > ( ) [ ]"""  # these become a space
+_COMMANDS = dict.fromkeys([" ", "", *_IGNORED.split()], " ")
 _COMMANDS.update((name, f" {name} ") for name in _FUNCTIONS)
 for _line in re.split(", |\n", _SPELLINGS):  # a sign, and its names in TeX
     _COMMANDS.update(dict.fromkeys(_line.split()[1:], f" {_line.split()[0]} "))
@@ -325,24 +326,28 @@ _UNICODE = str.maketrans(_UNICODE)
 
 _UNIT_LETTER = "[ghlmsJLNVW]"
 _VARIABLE = f"(?!{_UNIT_LETTER})[A-Za-z]"
-_TEXT = r"\\(?:text[a-z]*|operatorname|math(?:rm|bf)|mbox)(?![a-z])"
+_TEXT = r"\\(?:text[a-z]*|operatorname|math(?:rm|bf|sf|tt)|mbox)(?![a-z])"
 _SEPARATOR = r"(?:\\[a-z]+)?\{\s*,?\s*(?:\\[!,])?\s*\}(?:\\[!,])?|,\\!"
 _SIGNS = {"<=": "≤", ">=": "≥", "!=": "≠", "==": "=", "begin": "⟦", "end": "⟧"}
 _REWRITES = [  # tests check every example, and every "in any order"
     # TeX as it was written, in any order
-    (r"\.\.\.|…", r"\\dots "),  # 1, ... -> 1, \dots
+    (r"\.\.\.|\\[lc]dots|…", r"\\dots "),  # 1, ... -> 1, \dots
     (rf"(?:{_SEPARATOR})\s*(?=\d{{3}}(?!\d))", ""),  # 1{,}234 -> 1234
     # 0.1\overline{6} -> (0.10+6/90)
     (
-        r"(\d{0,50})\.(\d{0,50})\\(?:overline|bar)\{(\d{1,50})\}",
+        r"(\d{0,50})\.(\d{0,50})\\(?:overline|bar|dot)\{(\d{1,50})\}",
         lambda m: f"({m[1]}.{m[2]}0+{m[3]}/{'9' * len(m[3])}{'0' * len(m[2])})",
     ),
     (r"x ?(?=10\^)", "*"),  # 3 x 10^5 -> 3 *10^5
     (r"(?<![\\A-Za-z])(sqrt|pi|infinity)(?![A-Za-z])", r"\\\1"),  # sqrt(2) -> \sqrt(2)
-    (r"\\mathbb ?\{?R\}?", r"(-\\infty,\\infty)"),  # \mathbb{R} -> (-\infty,\infty)
-    (r"\\(?:text)?color\{[^{}]*\}|\\overline(?=\{[A-Z]{2}\})", ""),  # \overline{AB} -> {AB}
+    (r"\\mathbb ?\{?R\}?|\\R(?![A-Za-z])", r"(-\\infty,\\infty)"),  # \mathbb{R} -> (-\infty,\infty)
+    # \overline{AB} -> {AB}; \hspace{2pt}5 -> 5
+    (r"\\(?:(?:text)?color|hspace|tag|phantom)\{[^{}]*\}|\\overline(?=\{[A-Z]{2}\})", " "),
+    (r"(?<=\\\\)\[[\d.]+ ?[a-z]{2}\]", ""),  # 1\\[4pt]2 -> 1\\2
     (r"\{([^{}]*)\\over([^{}]*)\}", r"{\\frac{\1}{\2}}"),  # {1\over2} -> {\frac{1}{2}}
     # words, in this order
+    # \operatorname{tg}x -> \tg x
+    (_TEXT + r"\s*\{((?:arc)?(?:sin|cos|tan|tg)|cot|ctg|ln|lg|log)\}", r"\\\1 "),
     # a letter is a variable unless it is a unit: 3\mathrm{e}+2 -> 3 e+2
     (rf"{_TEXT}\s*(?:\{{\s*({_VARIABLE})\s*\}}|({_VARIABLE}))", r" \1\2"),
     (_TEXT + r"\s*\{\s*([A-Za-z][A-Za-z ./'-]*)\}", r" ‹\1› "),  # 5\text{ cm} -> 5 ‹cm›
@@ -350,31 +355,41 @@ _REWRITES = [  # tests check every example, and every "in any order"
     # \begin{pmatrix}1 -> ⟦1; 1\end{pmatrix} -> 1⟧
     (r"\\(begin|end)\{(?:[pbB]?matrix|array)\}(?:\{[clr|]*\})?", lambda m: _SIGNS[m[1]]),
     # the other commands: 2\cdot\pi -> 2 *  π
-    (r"\\([A-Za-z]+|(?s:.))", lambda m: _COMMANDS.get(m[1], m[0] + " ")),
+    (r"\\([A-Za-z]+|(?s:.)|\Z)", lambda m: _COMMANDS.get(m[1], m[0] + " ")),
     # signs and digits, in any order
     (r"\\frac \{ ‹([^›]*)› \}\{ ‹([^›]*)› \}", r"‹\1/\2›"),  # \frac { ‹m› }{ ‹s› } -> ‹m/s›
     (r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}"),  # \frac 12 -> \frac{1}{2}
+    (r"_\s*\{[\s‹]*(\w+)[\s›]*\}", r"_{\1}"),  # x_{ ‹max› } -> x_{max}
+    (r"(?<![A-Za-z])C_(\{\w+\}|\w)\^(\{\w+\}|\w)", r"\\binom \1 \2"),  # C_9^{2} -> \binom 9 {2}
     (r"(?<=[\w)])\*\*(?=[\w(])", "^"),  # x**2 -> x^2
     (r"[<>!=]=", lambda m: _SIGNS[m[0]]),  # x <= 2 -> x ≤ 2
-    (r"\^\s*(?:\{\s*[°o]\s*\}|°)", "°"),  # 30^{°} -> 30°
+    # 30^{°} -> 30°; 21^{ ‹st› } -> 21‹st›
+    (r"\^\s*(?:\{\s*(?:[°o]|(‹(?:st|nd|rd|th)›))\s*\}|°)", lambda m: m[1] or "°"),
     # 3 1/2 -> (3+1/2)
     (r"(?<![\w.^])(\d+) *(\\frac *(?:\{ *\d+ *\} *){2}|(?<= )\d+ ?/ ?\d+)", r"(\1+\2)"),
     # in this order
     (r"\A([^$]*)\$(?=\s?[\d.])([^$]*)\Z", r"\1¤\2"),  # $5 -> ¤5
     (r"\*\*|__|\$", " "),  # **5** -> 5
     # after a number and a space, a last letter is a unit: 5 m/s -> 5 ‹m›/s
-    (rf"\A(\s*[-+]?[\d.,]+) ({_UNIT_LETTER})(?=(?:[\^/]\w+)*\s*\Z)", r"\1 ‹\2›"),
+    (rf"\A(\s*[-+]?[\d.,]+) +({_UNIT_LETTER})(?=(?:[\^/]\w+)*\s*\Z)", r"\1 ‹\2›"),
     # in any order
-    (r"-\s*([¤£€])", r"\1-"),  # -¤5 -> ¤-5
+    (r"-\s*([¤£€¥])", r"\1-"),  # -¤5 -> ¤-5
     # a number after a power is a factor: 2^6 3^5 -> 2^6*3^5; 8!2! -> 8!*2!
     (r"((?<!_)[\w)]\^(?:\{[^{}]*\}|\w(?=\s))|!)\s*(?=\d)", r"\1*"),
+    # a left side that is not read is a name: \lim f = 3 -> ‹\lim f› = 3; A^2 = ⟦4⟧ -> ‹A^2› = ⟦4⟧
+    (
+        r"""(?x)\A\s*((?:\\(?:sum|prod|int|lim|Pr|complement)|‹(?:max|min|proj)›)(?![a-z])[^,;:]*
+        |\|?\w\ *(?:\\bmod|\\cap|∪)\ +\w+\ *\|?\ *|\(\w\ *°\ *\w\)\ *\(\w+\)\ *
+        |[A-Z]\^(?:\w|\{[^{}]*\})\s*(?==[^=]*⟦))=(?=[^=]*\Z)""",
+        lambda m: f"‹{re.sub('[‹›]', '', m[1]).strip()}› =",
+    ),
     (r"(?i)\A[\s‹]*no (?:real )?solutions?[\s›]*\Z", "⦃⦄"),  # ‹No solution› -> ⦃⦄
 ]
 
 
 def _clean(text: str) -> str:
     """The answer in one spelling, with the private characters of the top of this file."""
-    text = text.translate(_UNICODE)
+    text = " ".join(text.translate(_UNICODE).split())  # (long runs of blanks would take minutes)
     for pattern, replacement in _REWRITES:
         text = re.sub(pattern, replacement, text)
     return " ".join(text.split()).lstrip(" ,;:=≈").rstrip(" .,;:")
@@ -385,7 +400,7 @@ def _clean(text: str) -> str:
 _LETTER = "[A-Za-zΑ-Ωα-ορ-ω]"  # without pi
 _INDEX = r"(?:_(?:\w|\{\w{1,9}\})'*|'+)"
 _NAME = rf"(?:{_LETTER}{_INDEX}|P\([^()]*(?:[=<>≤≥|∪‹]|\\cap)[^()]*\))"  # x_1, x', P(X = 2)
-_CALL = rf"""(?:[fgFG]{_INDEX}?(?:\^(?:\{{-?\w+\}}|\w))?(?=\s*\()  # f(x + 1), f^{{-1}}(2)
+_CALL = rf"""(?:(?:[fgFG]{_INDEX}?(?:\^(?:\{{-?\w+\}}|\w))?|[⌊⌈])(?=\s*\()  # f(x + 1), f^{{-1}}(2)
     # P(x), but e(x) and i(3) are products
     |(?![ei]\s*\(){_LETTER}{_INDEX}?(?=\s*\(\s*(?:[\d.]+|{_LETTER}{_INDEX}?)\s*\)))"""
 _TOKEN = re.compile(rf"""(?x)  # a number may have groups of three digits: 1,234 or 1 234
@@ -394,7 +409,7 @@ _TOKEN = re.compile(rf"""(?x)  # a number may have groups of three digits: 1,234
     |(?P<number>(?:(?<![,^_])\d{{1,3}}(?:(?:,\d{{3}})+|(?:[ ]\d{{3}})+)(?![, ]?\d)
         |\d+)(?:\.\d+)?(?:[eE][+-]?\d{{1,3}})?|\.\d+)
     |(?P<function>(?:{"|".join(_FUNCTIONS)})(?![A-Za-z]))
-    |(?P<name>{_NAME}|[π∞])|(?P<call>{_CALL})|(?P<letters>(?:(?!{_CALL}){_LETTER})+)
+    |(?P<name>{_NAME}|[π∞])|(?P<call>{_CALL})|(?P<letters>(?:(?!{_CALL}|{_NAME}){_LETTER})+)
     |(?P<command>\\[A-Za-z]+)|(?P<close>[}}⦄)\]⟧⏎])|(?P<sign>\S))""")
 _SIDE_NAME = re.compile(rf"""(?x)  # x, m + n, a/b, sin A, f^{{-1}}(2), [ABC]; not 2x, x + 1, x^2
     (?!-)(?:(?!log|ln|exp)(?:{_NAME}|{_LETTER})(?:\^\{{-1\}}(?=\())?(?:\(-?\d+\))?
@@ -403,8 +418,8 @@ _NUMBER_WORD = re.compile(r"""(?x)  # not a unit: it changes the number before i
     \w+tieths?|(?:\w+illion|(?:thir|four|fif|six|seven|eigh|nine)teen
     |(?:twen|thir|for|fif|six|seven|eigh|nine)ty|hundred|thousand|dozen|one|two|three|four|five|six|seven|eight
     |nine|ten|eleven|twelve|fif|eigh|nin|twelf|hal|third|quarter)(?:ths?|s|f|fs|ves?)?|twice|thrice
-    |score|least|most|double|triple|squared|cubed|doubled|tripled|halved|factorial|plus|minus
-    |negative|point|remainder""")
+    |score|least|most|double|triple|factorial|plus|minus|negative|point|remainder|root|power
+    |(?:squar|cub|doubl|tripl|halv|divid|multipli|increas|decreas|reduc|rais|add|subtract)ed""")
 _SCALES = {"hundred": 100, "thousand": 10**3}
 _SCALES |= {"million": 10**6, "billion": 10**9, "trillion": 10**12}
 _CLOSING = {"(": ")]", "[": ")]", "{": "}", "⦃": "⦄"}
@@ -492,7 +507,7 @@ def _unit(text: str, constant: bool) -> str:
     with variables only a known unit is.
     """
     words = []
-    for word in re.sub(r"\bper\b|/", " / ", text.lower()).split():
+    for word in re.sub(r"\bper\b|/", " / ", text.lower().replace("*", " ")).split():
         name, _, power = word.strip(".").partition("^")
         is_word = constant and all(map(_is_wordlike, name.split("-")))
         if _NUMBER_WORD.fullmatch(name) or not (name in _UNITS or name in _LINKS or is_word):
@@ -563,14 +578,16 @@ class _Reader:
 
     def quantity(self) -> _Node:
         """A sum with its unit, words, or brackets joined by ∪ or ∖."""
-        start = len(self.read)
         if self.kind == "word":
+            words = []
             while self.kind in ("word", "name"):
-                self.next()
+                words.append(self.next())
             if self.sees("("):  # Area(ABC), gcd(4, 6)
+                start = len(self.read)
                 self.atom()
-            return _Node("text", [self.read[start:]])
-        currency = self.accept("¤£€")
+                words.append(self.read[start:])
+            return _Node("text", [" ".join(words)])
+        currency = self.accept("¤£€¥")
         node = self.sum()
         if node.kind not in ("value", "±"):
             while sign := self.accept("∪∖"):
@@ -580,7 +597,7 @@ class _Reader:
         while self.token.lower() in _SCALES:
             node = _apply(mul, node, _number(_SCALES[self.next().lower()]))
         unit = ""  # words, signs like %, and powers and quotients of them: cm^2, m/s, °C
-        while self.kind == "word" or self.sees("%°¤£€¢^/*"):
+        while self.kind == "word" or self.sees("%°¤£€¢¥^/*" if unit else "%°¤£€¢¥"):
             unit += " " * (self.kind == "word") + self.next()
             start = len(self.read)
             if unit[-1] == "^":
@@ -613,7 +630,7 @@ class _Reader:
         if self.accept("^"):  # once: 2^3^4 is not TeX, and may be read in two ways
             node = _apply(_power, node, self.power() if self.sees("-") else self.atom())
         while self.accept("!"):
-            node = _apply(lambda n: Fraction(math.factorial(_small(n))), node)
+            node = _apply(_factorial, node)
         node = _apply(neg, node) if signs.count("-") % 2 else node
         return _Node("±", [node, _apply(neg, node)]) if "±" in signs else node
 
@@ -673,6 +690,7 @@ class _Reader:
             return items[0]
         if kind == "⦃⦄":  # {±1, ±2} has four elements
             items = sum((item.alternatives for item in items), [])
+            items = [x._replace(kind=x.kind.replace("⦃⦄", "⦃⦃⦄⦄")) for x in items]  # a set in it
         kind = "" if kind == "{}" else kind
         return _for_each_sign(lambda *items: _Node(kind, items), items)
 
@@ -709,9 +727,10 @@ def _for_each_sign(function, nodes: list[_Node]) -> _Node:
 
 # With these limits no text takes 100 ms (measured); a number of 2^13 bits is near 10^2400.
 _MAX_LENGTH, _MAX_DEPTH, _MAX_BITS = 600, 24, 2**13
+_WHOLE = frozenset(range(301))  # what may have a factorial; 3, 3.0 and Fraction(3) are in it
 # Floats have 16 digits. A sum of 1e-13 of its terms, or a sine of 1e-15 of its argument, is a
 # rounding error and 0. Which floats are equal: see _close.
-_CONSTANTS = {"π": complex(math.pi), "e": complex(math.e), "i": 1j}
+_CONSTANTS = {"π": complex(math.pi), "e": complex(math.e), "i": 1j, "∞": complex(math.inf)}
 
 
 def _number(x) -> _Node:
@@ -720,7 +739,7 @@ def _number(x) -> _Node:
 
 @functools.lru_cache(maxsize=4096)
 def _symbol(name: str) -> _Node:
-    """A constant, a variable or infinity.
+    """A constant (infinity is one) or a variable.
 
     Every variable has both signs, so that |x| is not x; there are three patterns of signs, and
     letters next to each other in the alphabet have different ones: |x + y| is not |x| + |y|.
@@ -741,6 +760,9 @@ def _apply(function, *arguments: _Node) -> _Node:
     """The function at the three points; an ArithmeticError or ValueError where it has no value."""
     if "±" in [argument.kind for argument in arguments]:
         return _for_each_sign(functools.partial(_apply, function), arguments)
+    if arguments[-1].kind == "[]" and function in (mul, neg):  # a matrix, a row of it
+        entries = (_apply(function, *arguments[:-1], entry) for entry in arguments[-1].items)
+        return arguments[-1]._replace(items=[*entries])
     if any(argument.kind != "value" or argument.unit not in ("", "°") for argument in arguments):
         raise ValueError("arithmetic on something other than a number without a unit")
     points, numbers = [*zip(*(argument.items for argument in arguments))], []
@@ -749,7 +771,8 @@ def _apply(function, *arguments: _Node) -> _Node:
         if isinstance(x, Fraction):
             extreme = max(x.numerator.bit_length(), x.denominator.bit_length()) > _MAX_BITS
         else:  # (a float that became zero by underflow would equal others)
-            extreme = not cmath.isfinite(x) or abs(x) < 1e-250 and all(point)
+            finite = function is neg or all(map(cmath.isfinite, (x, *point)))  # -∞; no 0*∞
+            extreme = not finite or abs(x) < 1e-250 and all(point)
         if extreme:
             raise ValueError("too large or too small")
         numbers.append(x)
@@ -789,14 +812,17 @@ def _call(name: str, x, *base) -> Fraction | complex:
     return Fraction(0) if abs(result) < 1e-15 * abs(x) and name != "exp" else result
 
 
-def _small(n: Fraction | complex) -> int:
-    if n not in range(301):
-        raise ValueError("not a small whole number")
-    return int(n.real)
+def _factorial(n: Fraction | complex) -> Fraction | complex:
+    """n!, by the gamma function where n is not whole, so that (n + 1)! is (n + 1) n!."""
+    if n in _WHOLE:
+        return Fraction(math.factorial(int(n.real)))
+    return complex(math.gamma(n.real + 1) if n.imag == 0 else math.nan)
 
 
 def _binomial(n: Fraction | complex, k: Fraction | complex) -> Fraction | complex:
-    factors = [(n - i) / Fraction(i + 1) for i in range(_small(k))]
+    if k not in _WHOLE:
+        return _factorial(n) / (_factorial(k) * _factorial(n - k))
+    factors = [(n - i) / Fraction(i + 1) for i in range(int(k.real))]
     return math.prod(factors, start=Fraction(1))
 
 
@@ -815,8 +841,8 @@ def _same_text(a: str, b: str) -> bool:
 
 def _plain(text: str) -> str:
     """Text without an article and blanks, except between two numbers; words also without case."""
-    text = re.sub(r"(?i)^(?:the|an|a)\s(?=[a-z]{3})", "", re.sub("[‹›]", "", text))
-    text = re.sub(r"\s+(?!\d)|(?<!\w)\s+", "", re.sub(r"\{(\w)\}", r"\1", text))
+    text = re.sub("(?i)^(?:the|an|a) (?=[a-z]{3})", "", re.sub("[‹› ]+", " ", text).strip())
+    text = re.sub(r"\s(?!\d)|(?<!\w)\s", "", re.sub(r"\{(\w)\}", r"\1", text))
     low = text.lower()
     is_word = text.isalpha() and (low == "no" or _is_wordlike(low) or text[2:].islower())
     return low if is_word else text
@@ -847,7 +873,7 @@ class _Comparison:
         kinds, x, y = {kind.replace("±", "⦃⦄") for kind in (a.kind, b.kind)}, a.items, b.items
         if kinds == {"text"}:
             return _plain(x[0]) == _plain(y[0])
-        unordered = {"", "⦃⦄"}, {"", "and"}, {"", "or"}, {"∪"}  # kinds that may be equal
+        unordered = {"", "⦃⦄"}, {"⦃⦃⦄⦄"}, {"", "and"}, {"", "or"}, {"∪"}  # may be equal
         in_any_order = any(kinds <= pair for pair in unordered)
         if in_any_order and _are_named(x) == _are_named(y):
             table = [[self.same(item, other) for other in y] for item in x]
@@ -914,7 +940,7 @@ class _Comparison:
         """What an answer may mean besides itself, when the other one is not a relation: {5},
         x = 5, and 10/2 or 5 mean 5; x > 3 means (3, oo), x < 1 or x > 2 a union, x ≠ 0 all but 0.
         """
-        if node.kind in ("", "⦃⦄") and node.items and node.items[0].kind != "⦃⦄":
+        if node.kind in ("", "⦃⦄") and node.items:
             if all(self.same(node.items[0], item) for item in node.items[1:]):
                 return node.items[:1]
         relations = node.items if node.kind in ("", "or") else [node]
@@ -951,15 +977,15 @@ def _intervals(relations: list[_Node]) -> list[_Node]:
 def _close(x: Fraction | complex, y: Fraction | complex) -> bool:
     """Whether exact numbers are equal, or floats to 11 digits, or one of each to 13.
 
-    Rule: a float equals no decimal of four places or more, which would be an irrational number
-    rounded (1.41421356237309 is not the root of 2).
+    Rule: a float equals no decimal of four places or more, and no number above 10^9, which would be
+    an irrational number rounded (1.41421356237309 is not the root of 2).
     """
-    exact = [number for number in (x, y) if isinstance(number, Fraction)]
+    exact = [abs(number) for number in (x, y) if isinstance(number, Fraction)]
     if len(exact) == 2:
         return x == y
-    if any(number.denominator > 1024 and 10**400 % number.denominator == 0 for number in exact):
+    if any(n > 10**9 or n.denominator > 1024 and 10**400 % n.denominator == 0 for n in exact):
         return False
-    return abs(x - y) <= (1e-13 if exact else 1e-11) * max(abs(x), abs(y))
+    return x == y or abs(x - y) < (1e-13 if exact else 1e-11) * max(abs(x), abs(y))
 
 
 def _differences(relation: _Node) -> list[_Node]:
@@ -982,7 +1008,7 @@ def _rounds(exact: _Node, rounded: _Node) -> bool:
 
     Rule: a rounded number has two digits or more, for 1/3 ≈ 0 would be an answer and a guess.
     """
-    number = r"[¤£€]?-?\d*\.?(\d*)(?:\*10\^\{?(-?\d+))?[^\d+*/^-]*"
+    number = r"[¤£€¥]?-?\d*\.?(\d*)(?:\*10\^\{?(-?\d+)\}?)?[^\d+*/^-]*"
     match = re.fullmatch(number, rounded.text)
     if not match or not exact.kind == rounded.kind == "value" or not exact.is_constant:
         return False
@@ -1013,10 +1039,13 @@ _FILLER = re.compile(r"""(?ix)  # words around an answer; the lookbehind saves t
     ‹?\b(?:(?:the\ )?(?:final\ )?answer\ is|approximately|about|exactly|only|just
     |a\ total\ of|equal\ to|either|both)\b\ ?›?\s*
     |(?<=[^\s,])(?:[ ,]*‹?(?:altogether|in\ total|in\ all|overall|combined|total)
-    |,\ ?‹?(?:respectively|exactly|precisely|each|now|of\ course))›?\s*\Z""")
-_LABELLED = re.compile(r"""(?sx)  # total cost: 5, A(1, 2); the label may be empty
-    ((?!.*\b(?:not|except|less|more|than|wrong|negative|minus|half|twice|double|root)\b[^:]*:)
-    (?=[^:\d]*[A-Za-z]{3})[A-Za-z‹][^=:<>≤≥≠≈∈\d]{0,60}:|[A-Z]\ ?(?=\([^()]*,)|)(.*)""")
+    |,\ ?‹?(?:respectively|exactly|precisely|each|now|of\ course))›?\s*\Z
+    |(?<=[^\s,(])[ ,(‹]*(?:for\ (?:all|any|every)\b[^\d<>≤≥≠]{0,40}|(?:since|because)\b.*
+    |[kn]\ ∈\ \{?Z\}?\s*\)?)\Z""")
+_LABELLED = re.compile(r"""(?sx)  # total cost: 5, ‹The cost is› 5, A(1, 2); the label may be empty
+    ((?![^:]{0,60}\b(?i:not|except|less|more|than|wrong|negative|minus|half|twice|double|root)\b
+    [^:]{0,60}(?::|\bis\b))(?=[^:\d]*[A-Za-z]{3})[A-Za-z‹][^=:<>≤≥≠≈∈\d]{0,60}(?::|\bis\b\ ?›?)
+    |[A-Z]\ ?(?=\([^()]*,)|)(.*)""")
 
 
 def _same_choice(a: str, b: str) -> bool | None:

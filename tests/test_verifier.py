@@ -112,8 +112,8 @@ def test_the_worked_example_of_the_docstring():
 NUMBER_WORDS = """half halves thirds quarters fourths fifths sixths seventh eighths ninths tenths
 elevenths twelfths thirteenths twentieths hundredth hundreds thousandths millionths dozen dozens
 score one two three four five six seven eight nine ten eleven twelve thirteen twenty twice thrice
-least most double triple squared cubed doubled tripled halved factorial plus minus negative point
-remainder""".split()
+least most double triple squared cubed doubled tripled halved divided multiplied increased decreased
+reduced raised factorial plus minus negative point remainder root power""".split()
 
 
 @pytest.mark.parametrize("word", NUMBER_WORDS)
@@ -217,6 +217,11 @@ HOSTILE = {
     "long roots": r"\boxed{" + r"\sqrt{10^{2400}+1}+" * 30 + "1}",
     "binomials": r"\boxed{" + r"\binom{\pi}{100}*" * 30 + "1}",
     "small binomials": r"\boxed{" + r"\binom{\pi}{20}*" * 33 + "1}",
+    # a brace before blanks took 40 s
+    "braces and blanks": r"\boxed{_{" + " " * 3_900 + "1}}",
+    "commands for blanks": r"\boxed{_{" + r"\ " * 1_900 + "1}}",
+    "factorials of letters": r"\boxed{" + "(x)!" * 140 + "}",
+    "negated label": r"\boxed{" + "more " * 780 + "}",
     "equations": r"\boxed{" + r"\sqrt{2}=x," * 50 + "1}",
 }
 
