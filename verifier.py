@@ -171,9 +171,9 @@ _MARKER = re.compile(r"""(?ix)
         (?:(?<=\n)-\ )?)            # which is a list of one""")
 _REMARK_BEFORE = re.compile(r"""(?ix)  # a common wrong answer is \boxed{13}; 12, not \boxed{13}
     (?:\b(?<!no\ )(?<!of\ )(?<!least\ )
-    (?:wrong|incorrect|mistaken|common|tempting|naive|other|another|student'?s'?)
-    \ (?:\w+\ )?(?:answer|mistake|error)s?\b(?!\ to\b)[^.,!?\n]{0,60}
-    |\b(?:if|who)\ [^.!?\n]{0,30}\bforg[eo]t\b(?!.*\ is\b)[^.!?\n]{0,60}
+    (?:wrong|incorrect|mistaken|common|frequent|typical|tempting|naive|(?:an)?other|student'?s'?)
+    \ (?:\w+\ )?(?:answer|mistake|error|slip)s?\b(?!\ to\b)[^.,!?\n]{0,60}
+    |\b(?:(?:if|who)\ [^.!?\n]{0,30}\bforg[eo]t|forgetting)\b(?!.*\ is\b)[^.!?\n]{0,60}
     |\bif\ (?:that|it)\ is(?:\ not|n't)?\ (?:wrong|right|(?:in)?correct)\b(?!\ to)[^.!?\n]{0,60}
     |(?:\bwhether|(?:\bnot|n't)\ (?:true|think|believe|sure|certain)|\btempt(?:ing|ed)\ to
     |\b(?:people|someone|students|many|most|others)\ (?:\w+\ )?(?:say|think|guess|get)
@@ -197,8 +197,8 @@ _EMPTY = re.compile(r"""(?isx)  # no answer in a box, or after a phrase; #### St
     |(?:step|verif\w+|check\w*|solution|conclusion|explanation|note|analysis|case|part|summary)\b
     .*""")
 _REASON = re.compile(r"""(?ix)  # what may follow the answer in its sentence
-    \b(?:because|since|which|where|when|so|as|if|but|hence|thus|therefore|after|from
-    |given|not|by|using|altogether|or\ equivalently|I\ (?:think|believe)
+    \b(?:because|since|which|where|(?:when|if)\b(?!.*\b(?:when|if|otherwise)\b)|so|as|but|hence|thus|therefore|after|from
+    |given|not|by|using|altogether|I\ (?:think|believe)
     |and\ (?:we|this|that|it|so|not))\b""")
 _FORMULA = re.compile(r"""(?x)  # in its delimiters, alone or before a unit, and no item of a list
     (?:\$\$?|\\[(\[])((?:[^$\\]|\\[^)\]])+)(?:\$\$?|\\[)\]])
@@ -209,7 +209,7 @@ _SENTENCE = re.compile(r"""(?x)  # She sold 72 clips in May. Not: She sold 6 doz
     (?!.*(?:[\\^*/=+]|n't|\b(?:not?|never|or|than|about|nearly|almost|approximately|around|roughly
     |over|under|times)\b))(?:that\ |[A-Z])[a-z]+\ [a-z]+\ """)
 _SENTENCE_END = re.compile(r"""(?x)
-    (?:[.?]|!(?!\s*[=+/-]))(?=[\s*]|$)|(?<=\w)\*\*(?!\w)|\n|<[|/]|\s—\s|;\s(?=[a-z]{3})""")
+    (?:[.?]|!(?!\s*[=+/-]))(?=[\s*]|$)|(?<=\w)\*\*(?!\w)|\n|<[|/]|\s—\s(?!no\b|wait\b|or\b)|;\s(?=[a-z]{3})""")
 _BOLD = re.compile(r"[A-Z][a-z]* [^\n*.]{3,100}\*\*([^*\n]{1,60})\*\*")  # It takes **5 hours**.
 
 
@@ -268,7 +268,7 @@ def _is_final(before: str, phrase: str, content: str) -> bool:
     """
     sentence = re.split(r"[.!?]\s|\n", before)[-1]
     clause = re.split(r"[.,;:—>}]", sentence)[-1]
-    conditional = re.search(r"(?i)\b(?:if|would)\b", sentence + phrase)
+    conditional = re.search(r"(?i)\b(?:if|would(?! (?:say|like)))\b", sentence + phrase)
     if conditional or _ASIDE.search(clause + phrase) or len(content) > _MAX_STATED:
         return False
     content = _FILLER.sub("", re.sub("[‹›]", "", _clean(content)))
@@ -349,7 +349,8 @@ _REWRITES = [  # tests check every example, and every "in any order"
     (_TEXT + r"\s*\{((?:arc)?(?:sin|cos|tan|tg)|cot|ctg|ln|lg|log)\}", r"\\\1 "),
     # a letter is a variable unless it is a unit: 3\mathrm{e}+2 -> 3 e+2
     (rf"{_TEXT}\s*(?:\{{\s*({_VARIABLE})\s*\}}|({_VARIABLE}))", r" \1\2"),
-    (_TEXT + r"\s*\{\s*([A-Za-z][A-Za-z ./'-]*)\}", r" ‹\1› "),  # 5\text{ cm} -> 5 ‹cm›
+    # 5\text{ cm} -> 5 ‹cm›; \text{No root.} -> ‹No root›
+    (_TEXT + r"\s*\{\s*([A-Za-z][A-Za-z ./'-]*?)(?:(?<=[a-z]{2})\.)?\s*\}", r" ‹\1› "),
     (_TEXT + r"\s*\{([^{}]*)\}", r" \1 "),  # \text{1st} -> 1st
     # \begin{pmatrix}1 -> ⟦1; 1\end{pmatrix} -> 1⟧
     (r"\\(begin|end)\{(?:[pbB]?matrix|array)\}(?:\{[clr|]*\})?", lambda m: _SIGNS[m[1]]),
@@ -1040,7 +1041,8 @@ _FILLER = re.compile(r"""(?ix)  # words around an answer; the lookbehind saves t
     |(?<=[^\s,])(?:[ ,]*‹?(?:altogether|in\ total|in\ all|overall|combined|total)
     |,\ ?‹?(?:respectively|exactly|precisely|each|now|of\ course))›?\s*\Z
     |(?<=[^\s,(])[ ,(‹]*(?:for\ (?:all|any|every)\b[^\d<>≤≥≠]{0,40}|(?:since|because)\b.*
-    |[kn]\ ∈\ \{?Z\}?\s*\)?)\Z""")
+    |[kn]\ ∈\ \{?Z\}?\s*\)?)\Z
+    |(?<=[\d}])\ *\((?!(?:or|and|mod|not|wrong)\b)[A-Za-z][A-Za-z\ ]{2,}\)\Z""")
 _LABELLED = re.compile(r"""(?sx)  # total cost: 5, ‹The cost is› 5, A(1, 2); the label may be empty
     ((?![^:]{0,60}\b(?i:not|except|less|more|than|wrong|negative|minus|half|twice|double|root)\b
     [^:]{0,60}(?::|\bis\b))(?=[^:\d]*[A-Za-z]{3})[A-Za-z‹][^=:<>≤≥≠≈∈\d]{0,60}(?::|\bis\b\ ?›?)
