@@ -18,7 +18,7 @@ worked solutions (baselines.py --method sft), every second of which comes after 
 wrong one, and its phrase. The result is the base of all methods. From there on all that a method
 learns of an answer is the verifier's bit. No problem comes twice, be it in the warm-up, in stage 1,
 in stage 2 or held out. Responses for each method: 4 per problem of stage 1 (RFT no others), and
-one per problem of stage 2; GRPO from SRT, like stage 2, gets the latter.
+one per problem of stage 2; GRPO from SRT and stage 2, with stage 1 and without, get the latter.
 
 Everything is in --out, and the same command goes on where it was stopped.
 
@@ -170,6 +170,13 @@ RUNS = {  # name: (row of the table, script, model, problems, flags)
         "srt",
         "stage2",
         f"--method grpo --generations {SIZES['stage2']} --batch-size 128 --lr 1e-5 --warmup 4",
+    ),
+    "stage_2_only": (
+        "stage 2 without stage 1",
+        "sdzero.py",
+        "base",
+        "stage2",
+        "--batch-size 48 --lr 5e-5 --warmup 2",
     ),
 }
 EVALUATION = "--eval-problems 300 --eval-samples 4 --eval-only"

@@ -27,14 +27,13 @@ memory. The steps: 8 problems of at most 128 new tokens; 4 traces.
     the same, both cores (1 run)   23.5 s,  4,812 MB    13.0 s,  2,228 MB     2026-11-26
     L_SRT step (usual way: 1 run)  29.7 s,  4,483 MB    12.1 s,  1,785 MB     2026-11-25
 
-Ours again on 2026-11-26, in turn with commit c4b0e6d, at a load of 1 to 6 (medians of 4 processes
-of `step`, 2 of `srt`, 1 of `loss`). Micro-batches are cut more simply since then, and the largest
-holds more positions: 912 instead of 608 of `srt`, 436 instead of 374 of `step`. With the old cut
-`srt` takes 1,585 and 1,593 MB again, but 8.5 and 11.3 s: the seconds are only so certain.
+Ours in turn with commit c4b0e6d, which cut micro-batches by a dynamic programme: the steps on
+2026-11-27 (medians of 3 processes of `step`, 2 of `srt`; a light program beside them), the losses
+on 2026-11-26 (1 process, at a load of 1 to 6).
 
     what                           commit c4b0e6d        now
-    stage-2 step                   19.5 s,  2,231 MB    20.3 s,  2,382 MB
-    L_SRT step                      9.4 s,  1,591 MB    10.6 s,  1,795 MB
+    stage-2 step                   19.6 s,  2,226 MB    18.9 s,  2,247 MB
+    L_SRT step                      8.2 s,  1,583 MB     8.1 s,  1,600 MB
     full_logits                    4.63 s,   139 MB     4.68 s,   137 MB
     topk_logits, k = 64, tail      5.69 s,   139 MB     5.77 s,   138 MB
     sampled_token                  4.52 s,   136 MB     4.32 s,   138 MB

@@ -50,7 +50,7 @@ def commands():
                 yield line
 
 
-@pytest.mark.parametrize("command", commands())
+@pytest.mark.parametrize("command", list(commands()))
 def test_commands_have_flags_that_exist(command, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # an output folder of the same name may be there
     script, *flags = shlex.split(command, comments=True)[1:]
