@@ -132,7 +132,7 @@ def extract_answer(response: str) -> str | None:
             content = _boxed(response, match)
             if content is None:
                 return fallback
-            # of \\boxed5 the match ends after the 5
+            # the match of \boxed5 ends after the 5
             after, is_final = end + (0 if match["digits"] else len(content)), True
         else:
             content = _stated(response[end : end + 500].lstrip(" \t#*:_"))
@@ -172,19 +172,20 @@ _MARKER = re.compile(r"""(?ix)
         |[^\n\w:=]{0,4}[:=][*\s]*   # **Answer:**
         |[*\#\s]{0,4}\n\s*)         # ### Final Answer
         (?:(?<=\n)-\ )?)            # which is a list of one""")
-_REMARK_BEFORE = re.compile(r"""(?ix)  # a common wrong answer is \boxed{13}; 12, not \boxed{13};
-    # most people say \boxed{13}; I do not think it is \boxed{13}. A clause with a verb may follow:
-    # I am not sure of that, so it is \boxed{13}
-    (?:\b(?<!no\ )(?<!of\ )(?<!least\ )(?<!my\ )
+_REMARK_BEFORE = re.compile(r"""(?ix)
+    (?:\b(?<!no\ )(?<!of\ )(?<!least\ )(?<!my\ )  # a common wrong answer is \boxed{13}
     (?:wrong|incorrect|mistaken|common|frequent|typical|tempting|naive|(?:an)?other|student'?s'?)
     \ (?:\w+\ )?(?:answer|mistake|error|slip)s?\b
     (?!\ (?:to|his|her|their|our|the|we|so)\b)[^.,!?\n]{0,60}
+    # if you forgot the first, you have \boxed{13}; if it is wrong, then \boxed{13}
     |\b(?:(?:if|who)\ [^.!?\n]{0,30}\bforg[eo]t|forgetting)\b(?!.*\ is\b)[^.!?\n]{0,60}
     |\bif\ (?:that|it)\ is(?:\ not|n't)?\ (?:wrong|right|(?:in)?correct)\b(?!\ to)[^.!?\n]{0,60}
+    # I do not think it is \boxed{13}; most people say \boxed{13}; previously I said \boxed{13}
     |(?:\bwhether|(?:\bnot|n't)\ (?:true|think|believe|sure|certain)|\bfalse|\btempt(?:ing|ed)\ to
     |\b(?:people|someone|nobody|students|many|most|others)\ (?:\w+\ )?(?:say|think|guess)s?
     |\bpreviously\ (?:\w+\ )?(?:said|thought|wrote))
-    (?:\ (?!(?:so|but|gives?|we|then|and|hence)\b)\w+){0,4}:?
+    (?:\ (?!(?:so|but|gives?|we|then|and|hence)\b)\w+){0,4}:?  # not: I am not sure, so it is 13
+    # if you get \boxed{13}; 12, not \boxed{13}
     |\b(?:if\ you\ g[eo]t|instead\ of|rather\ than)|(?:\bnot|n't|\bcannot)(?:\ be)?)
     [\s$*([\\]*\Z""")
 _REMARK_AFTER = re.compile(r"""(?ix)  # \boxed{13} is a common mistake; 13, but this is wrong
@@ -205,19 +206,21 @@ _EMPTY = re.compile(r"""(?isx)  # no answer in a box, or after a phrase; #### St
     |(?:step|verif\w+|check\w*|solution|conclusion|explanation|note|analysis|case|part|summary)\b
     .*""")
 _REASON = re.compile(r"""(?ix)  # what may follow the answer in its sentence
-    \b(?:because|since|which|where|(?:when|if)\b(?!.*\b(?:when|if|otherwise)\b)|so|as|but|hence|thus|therefore|after|from
-    |given|not|by|using|altogether|I\ (?:think|believe)
-    |and\ (?:we|this|that|it|so|not))\b""")
+    \b(?:because|since|which|where|so|as|but|hence|thus|therefore|after|from|given|not|by|using
+    |altogether|I\ (?:think|believe)|and\ (?:we|this|that|it|so|not)
+    |(?:when|if)\b(?!.*\b(?:when|if|otherwise)\b))\b""")  # not: 5 if n is even, 6 otherwise
 _FORMULA = re.compile(r"""(?x)  # in its delimiters, alone or before a unit, and no item of a list
     (?:\$\$?|\\[(\[])((?:[^$\\]|\\[^)\]])+)(?:\$\$?|\\[)\]])
     (?!(?:[ ,;]|and\b|or\b)*(?:\$|\\\(|-?\d))(?!\s*[a-z]+\ (?:and\ |or\ )?(?:\$|\\\(|-?\d))
     (?:\s*([a-zA-Z]+)(?=\s*\*{0,2}(?:[.,;!]|\n|$)))?
-    (?![\s*]*(?:or|and|to|less|more|is|equals|plus|minus|times)\b)(?=[\s*]*(?:[.,;:!\n]|$|[A-Za-z]))""")
+    (?![\s*]*(?:or|and|to|less|more|is|equals|plus|minus|times)\b)
+    (?=[\s*]*(?:[.,;:!\n]|$|[A-Za-z]))""")
 _SENTENCE = re.compile(r"""(?x)  # She sold 72 clips in May. Not: She sold 6 dozen; more than 5
     (?!.*(?:[\\^*/=+]|n't|\b(?:not?|never|or|than|about|nearly|almost|approximately|around|roughly
     |over|under|times)\b))(?:that\ |[A-Z])[a-z]+\ [a-z]+\ """)
-_SENTENCE_END = re.compile(r"""(?x)
-    (?:[.?]|!(?!\s*[=+/-]))(?=[\s*]|$)|(?<=\w)\*\*(?!\w|\s?(?:or|and)\b)|\n|<[|/]|\s—\s(?!no\b|wait\b|or\b)|;\s(?=[a-z]{3})""")
+_SENTENCE_END = re.compile(r"""(?x)  # not: **5** or **6**; 5 — no, 6
+    (?:[.?]|!(?!\s*[=+/-]))(?=[\s*]|$)|(?<=\w)\*\*(?!\w|\s?(?:or|and)\b)|\n|<[|/]
+    |\s—\s(?!(?:no|wait|or)\b)|;\s(?=[a-z]{3})""")
 _BOLD = re.compile(r"""(?x)  # It takes **5 hours**. Not: It is not **5**; more than **5**; **5** or
     (?!.*(?:n't|\b(?:not?|never|than|or)\b))[A-Z][a-z]*\ [^\n*.]{3,100}\*\*([^*\n]{1,60})\*\*""")
 
@@ -285,9 +288,7 @@ def _is_final(before: str, phrase: str, content: str) -> bool:
         with contextlib.suppress(ValueError, ArithmeticError):
             return _read(content) is not None
         return False
-    prose = (
-        r"Correct\b|(?!(?:yes|no|true|false|none|sin|cos|tan|ln|log)\b)[a-z]{2,}\b|[aI] [a-z]|\W"
-    )
+    prose = r"(?!(?:yes|no|true|false|none|sin|cos|tan|ln|log)\b)[a-z]{2,}\b|Correct|[aI] [a-z]|\W"
     return phrase != "" and len(content.split()) <= 3 and not re.match(prose, content)
 
 
@@ -433,10 +434,11 @@ _SIDE_NAME = re.compile(rf"""(?x)  # x, m + n, a/b, sin A, f^{{-1}}(2), [ABC]; n
     (?!-)(?:(?!log|ln|exp)(?:{_NAME}|{_LETTER})(?:\^\{{-1\}}(?=\())?(?:\(-?\d+\))?
     |\\frac|[-+*/(),|{{}}⟦⟧⏎[\]])+""")
 _NUMBER_WORD = re.compile(r"""(?x)  # not a unit: it changes the number before it, as in 3 halves
-    \w+tieths?|(?:\w+illion|(?:thir|four|fif|six|seven|eigh|nine)teen
-    |(?:twen|thir|for|fif|six|seven|eigh|nine)ty|hundred|thousand|dozen|one|two|three|four|five|six|seven|eight
-    |nine|ten|eleven|twelve|fif|eigh|nin|twelf|hal|third|quarter)(?:ths?|s|f|fs|ves?)?|twice|thrice
-    |score|least|most|double|triple|factorial|plus|minus|negative|point|remainder|root|power
+    \w+tieths?|(?:\w+illion|(?:thir|four|fif|six|seven|eigh|nine)teen|hundred|thousand|dozen
+    |(?:twen|thir|for|fif|six|seven|eigh|nine)ty|one|two|three|four|five|six|seven|eight|nine|ten
+    |eleven|twelve|third|quarter)(?:ths?|s)?|(?:fif|eigh|nin|twelf)ths?|half|halfs|halves
+    |twice|thrice|score|least|most|double|triple|factorial|plus|minus|negative|point|remainder
+    |root|power
     |(?:squar|cub|doubl|tripl|halv|divid|multipli|increas|decreas|reduc|rais|add|subtract)ed""")
 _SCALES = {"hundred": 100, "thousand": 10**3}
 _SCALES |= {"million": 10**6, "billion": 10**9, "trillion": 10**12}

@@ -233,8 +233,11 @@ def files(tmp_path_factory):
     save_model(folder / "short", family="llama", **{**sizes, "max_position_embeddings": 25})
 
     def rows(numbers, asked="problem", wanted="answer", **more):
-        line = lambda i: {**more, asked: f"{i}?", wanted: f"<{i}>", "solution": f"s{i}"}  # noqa: E731
-        return "".join(json.dumps(line(i)) + "\n" for i in numbers)
+        lines = []
+        for i in numbers:
+            row = {**more, asked: f"{i}?", wanted: f"<{i}>", "solution": f"s{i}"}
+            lines.append(json.dumps(row) + "\n")
+        return "".join(lines)
 
     (folder / "data.jsonl").write_text(rows(range(12)))
     (folder / "heldout.jsonl").write_text(rows(HELD_OUT))
