@@ -176,7 +176,7 @@ _REMARK_BEFORE = re.compile(r"""(?ix)
     (?:\b(?<!no\ )(?<!of\ )(?<!least\ )(?<!my\ )  # a common wrong answer is \boxed{13}
     (?:wrong|incorrect|mistaken|common|frequent|typical|tempting|naive|(?:an)?other|student'?s'?)
     \ (?:\w+\ )?(?:answer|mistake|error|slip)s?\b
-    (?!\ (?:to|his|her|their|our|the|we|so)\b)[^.,!?\n]{0,60}
+    (?!\ (?:to|his|her|their|our|the|we)\b)[^.,!?\n]{0,60}
     # if you forgot the first, you have \boxed{13}; if it is wrong, then \boxed{13}
     |\b(?:(?:if|who)\ [^.!?\n]{0,30}\bforg[eo]t|forgetting)\b(?!.*\ is\b)[^.!?\n]{0,60}
     |\bif\ (?:that|it)\ is(?:\ not|n't)?\ (?:wrong|right|(?:in)?correct)\b(?!\ to)[^.!?\n]{0,60}
@@ -184,7 +184,7 @@ _REMARK_BEFORE = re.compile(r"""(?ix)
     |(?:\bwhether|(?:\bnot|n't)\ (?:true|think|believe|sure|certain)|\bfalse|\btempt(?:ing|ed)\ to
     |\b(?:people|someone|nobody|students|many|most|others)\ (?:\w+\ )?(?:say|think|guess)s?
     |\bpreviously\ (?:\w+\ )?(?:said|thought|wrote))
-    (?:\ (?!(?:so|but|gives?|we|then|and|hence)\b)\w+){0,4}:?  # not: I am not sure, so it is 13
+    (?:\ (?!(?:so|but|gives?|we|and|hence)\b)\w+){0,4}:?  # not: I am not sure, so it is 13
     # if you get \boxed{13}; 12, not \boxed{13}
     |\b(?:if\ you\ g[eo]t|instead\ of|rather\ than)|(?:\bnot|n't|\bcannot)(?:\ be)?)
     [\s$*([\\]*\Z""")
@@ -199,7 +199,7 @@ _ASIDE = re.compile(r"""(?ix)  # an answer other than the final one
     \b(?:wrong|incorrect|mistaken|common|tempting|naive|trap|(?:an)?other|similar|previous|earlier
     |old|first|initial|original|intermediate|partial|approximate|rough|next|possible|potential|guess
     |sometimes|often|usually|makes|rounding|students?|not|no|without|any|each|an|a)\b
-    |\b(?:check|verify|confirm)\w*\ (?:the|my|our)\ |\bof\ (?:the|my|our)\ (?:final\ )?answers?\b
+    |\b(?:check|verify|confirm)\w*\ (?:the|my|our)\ |\bof\ (?:the|my|our)\ answer\b
     |\b(?:twice|half|double)\ |\bfor\ \w\ =""")
 _EMPTY = re.compile(r"""(?isx)  # no answer in a box, or after a phrase; #### Step 2
     (?:\\text\{)?(?:[\s._?…]|\\[lc]?dots|your|the|final|answer|number|letter|here)*\}?
@@ -1053,7 +1053,7 @@ def _without_points(node: _Node, points: _Node) -> _Node:
 
 
 _CHOICE = re.compile(r"""(?x)  # and its text, with no other choice in it: A. 12, not (A) or (B)
-    (?:(?i:option|choice)\ )?\(?\s*([A-J])(?:\s*[).:]+(?!\s*(?:or|and|not|[/,]|[A-J]\Z))
+    (?:(?i:option|choice)\ )?\(?\s*([A-J])(?:\s*[).:]+(?!\s*(?:not|[A-J]\Z))
     (?!.*(?:\b[A-J]\s*[).:]|(?:\bor|\band|[,/])\s*\(?[A-J]\b))\s*(.*))?""")
 _CHOICES = re.compile(r"[A-J]\)?(?:(?:[\s,;]|and)+\(?[A-J]\)?)+")  # A, (C) and D
 _FILLER = re.compile(r"""(?ix)  # words around an answer; the lookbehind saves time on commas

@@ -311,6 +311,7 @@ def test_commands_of_the_real_model(monkeypatch, tmp_path, capsys):
         ("rft", "base", "stage1", None),
         ("grpo", "base", "both", budget),
         ("grpo_from_srt", "srt", "stage2", real.SIZES["stage2"]),
+        ("stage_2_only", "base", "stage2", None),
     ):
         args = seen.pop(name)
         assert (Path(args.model).name, Path(args.dataset).stem) == (model, problems)
