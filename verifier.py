@@ -47,9 +47,9 @@ One answer through all steps: verify(r"So it is \boxed{\frac{1}{2}\text{ cm}}.",
   extract_answer  \frac{1}{2}\text{ cm}
   _clean          \frac {1}{2} ‹cm›
   _tokens         command \frac, sign {, number 1, close }, sign {, number 2, close }, word cm
-  _Reader         _Node("value", (1/2, 1/2, 1/2), unit="cm"): its values at three points
-  _Comparison     equal to _Node("value", (1/2, 1/2, 1/2)): the numbers agree, and one has no unit
-An expression is its values at three points, where every variable is a number drawn by its name.
+  _Reader         _Node("value", (1/2,) * 6, unit="cm"): its values at six points
+  _Comparison     equal to _Node("value", (1/2,) * 6): the numbers agree, and one has no unit
+An expression is its values at six points, where every variable is a number drawn by its name.
 Rational functions that differ agree there with a chance of 1e-15: no algebra is needed.
 
 Private characters, which a cleaned text holds for what TeX spells in several ways:
@@ -359,6 +359,7 @@ _REWRITES = [  # tests check every example, and every "in any order"
     (r"x ?(?=10\^)", "*"),  # 3 x 10^5 -> 3 *10^5
     (r"(?<![\\A-Za-z])(sqrt|pi|infinity)(?![A-Za-z])", r"\\\1"),  # sqrt(2) -> \sqrt(2)
     (r"\\mathbb ?\{?R\}?|\\R(?![A-Za-z])", r"(-\\infty,\\infty)"),  # \mathbb{R} -> (-\infty,\infty)
+    (r"\\(bar|hat|overline) ?\{?([A-Za-z])(?:\}|\b)", r"\2_{\1}"),  # \bar x -> x_{bar}
     # \overline{AB} -> {AB}; \hspace{2pt}5 -> 5
     (r"\\(?:(?:text)?color|hspace|tag|phantom)\{[^{}]*\}|\\overline(?=\{[A-Z]{2}\})", " "),
     (r"(?<=\\\\)\[[\d.]+ ?[a-z]{2}\]", ""),  # 1\\[4pt]2 -> 1\\2
@@ -392,9 +393,8 @@ _REWRITES = [  # tests check every example, and every "in any order"
     # after a number and a space, a last letter is a unit: 5 m/s -> 5 ‹m›/s
     (rf"\A(\s*[-+]?[\d.,]+) +({_UNIT_LETTER})(?=(?:[\^/]\w+)*\s*\Z)", r"\1 ‹\2›"),
     # in any order
-    (r"-\s*([¤£€¥])", r"\1-"),  # -¤5 -> ¤-5
     # a number after a power is a factor: 2^6 3^5 -> 2^6*3^5; 8!2! -> 8!*2!
-    (r"((?<!_)[\w)]\^(?:\{[^{}]*\}|\w(?=\s))|!)\s*(?=\d)", r"\1*"),
+    (r"((?<!_)[\w)]\^(?:\{[^{}]*\}|[a-z]|\w(?=\s))|!)\s*(?=\d)", r"\1*"),
     # a left side that is not read is a name: \lim f = 3 -> ‹\lim f› = 3; A^2 = ⟦4⟧ -> ‹A^2› = ⟦4⟧
     (
         r"""(?x)\A\s*((?:\\(?:sum|prod|int|lim|Pr|complement)|‹(?:max|min|proj)›)(?![a-z])[^,;:]*
@@ -451,7 +451,7 @@ class _Node(NamedTuple):
     """What an answer, or a part of it, was read as."""
 
     kind: str  # value, relation, text, ∪, ±; the brackets of a group, [] of a matrix, "" of a list
-    items: list | tuple  # of a value: three numbers, Fraction or complex; of a relation: its sides
+    items: list | tuple  # of a value: six numbers, Fraction or complex; of a relation: its sides
     unit: str = ""  # of a value
     signs: str = ""  # of a relation: = ≠ < ≤ ≈ ∈; what was written with > and ≥ is turned around;
     # "or" of a list and "∈" of an interval that an inequality means: such are not a point (1, 2)
@@ -463,7 +463,8 @@ class _Node(NamedTuple):
 
     @property
     def is_constant(self) -> bool:
-        return all(node.kind == "value" and len(set(node.items)) == 1 for node in self.alternatives)
+        nodes = self.alternatives  # (sets of fractions would be slow)
+        return all(x.kind == "value" and x.items.count(x.items[0]) == _POINTS for x in nodes)
 
     @property
     def is_name(self) -> bool:
@@ -607,12 +608,24 @@ class _Reader:
                 self.atom()
                 words.append(self.read[start:])
             return _Node("text", [" ".join(words)])
-        currency = self.accept("¤£€¥")
         node = self.sum()
+        while node.kind not in ("value", "±") and (sign := self.accept("∪∖")):
+            parts, other = node.items if node.kind == "∪" else [node], self.sum()
+            node = _without_points(node, other) if sign == "∖" else _Node("∪", [*parts, other])
+        return node
+
+    def sum(self) -> _Node:
+        node = self.term()
+        while self.sees("+-±"):
+            node = _apply(_add, node, self.term())  # power() reads the sign: a - b is a + (-b)
+        if node.unit and not node.is_constant:
+            _unit(node.unit, False)  # raises for x + 3 pears
+        return node
+
+    def term(self) -> _Node:
+        """A product with its unit: 3 thousand m/s."""
+        node = self.product()
         if node.kind not in ("value", "±"):
-            while sign := self.accept("∪∖"):
-                parts, other = node.items if node.kind == "∪" else [node], self.sum()
-                node = _without_points(node, other) if sign == "∖" else _Node("∪", [*parts, other])
             return node
         while self.token.lower() in _SCALES:
             node = _apply(mul, node, _number(_SCALES[self.next().lower()]))
@@ -626,14 +639,7 @@ class _Reader:
                 self.next()
             unit += self.read[start:]
         unit = _unit(re.sub(r"[{}]", "", unit), node.is_constant)
-        unit = _UNITS.get(currency) or unit
-        return _for_each_sign(lambda part: part._replace(unit=unit or part.unit), [node])
-
-    def sum(self) -> _Node:
-        node = self.product()
-        while self.sees("+-±"):
-            node = _apply(_add, node, self.product())  # power() reads the sign: a - b is a + (-b)
-        return node
+        return _for_each_sign(lambda part: part._replace(unit=part.unit or unit), [node])
 
     def product(self, signs: str = "*/(√{⟦[", kinds: tuple = _FACTORS) -> _Node:
         node = self.power()
@@ -644,14 +650,17 @@ class _Reader:
 
     def power(self) -> _Node:
         signs = ""
-        while self.sees("+-±"):
+        while self.sees("+-±¤£€¥"):  # -$5 and $-5
             signs += self.next()
+        currency = _UNITS.get(signs.strip("+-±"), "")
         node = self.atom()
         if self.accept("^"):  # once: 2^3^4 is not TeX, and may be read in two ways
             node = _apply(_power, node, self.power() if self.sees("-") else self.atom())
         while self.accept("!"):
             node = _apply(_factorial, node)
         node = _apply(neg, node) if signs.count("-") % 2 else node
+        if currency:
+            node = _for_each_sign(lambda part: part._replace(unit=currency), [node])
         return _Node("±", [node, _apply(neg, node)]) if "±" in signs else node
 
     def atom(self) -> _Node:
@@ -695,7 +704,8 @@ class _Reader:
         kinds = "name", "call", "command"
         argument = self.atom() if self.sees("(") else self.product("√{", kinds)
         if argument.unit == "°" or self.accept("°"):
-            argument = _apply(truediv, _apply(mul, argument, _symbol("π")), _number(180))
+            argument = _apply(mul, argument._replace(unit=""), _symbol("π"))
+            argument = _apply(truediv, argument, _number(180))
         power = scripts.get("^", _number(1))
         if f"arc{name}" in _FUNCTIONS and power.items[0] == -1:  # \tan^{-1}
             name, power = f"arc{name}", _number(1)
@@ -731,6 +741,8 @@ def _read(text: str) -> _Node:
             raise ValueError("and beside or")
         return _Node(*joined, nodes)
     items = sum((node.alternatives for node in nodes), [])
+    if all(item.kind == "relation" and item.items[0].text in [*"xyz"] for item in items):
+        items.sort(key=lambda item: item.items[0].text)  # y = 3, x = 2 is (2, 3), not (3, 2)
     return _Node("", items, signs="or" * (joined == {"or"}))
 
 
@@ -746,7 +758,7 @@ def _for_each_sign(function, nodes: list[_Node]) -> _Node:
 # --------------------------------------------------------------------------------------- the values
 
 # With these limits no text takes 100 ms (measured); a number of 2^13 bits is near 10^2400.
-_MAX_LENGTH, _MAX_DEPTH, _MAX_BITS = 600, 24, 2**13
+_MAX_LENGTH, _MAX_DEPTH, _MAX_BITS, _POINTS = 600, 24, 2**13, 6
 _WHOLE = frozenset(range(301))  # what may have a factorial; 3, 3.0 and Fraction(3) are in it
 # Floats have 16 digits. A sum of 1e-13 of its terms, or a sine of 1e-15 of its argument, is a
 # rounding error and 0. Which floats are equal: see _close.
@@ -754,22 +766,23 @@ _CONSTANTS = {"π": complex(math.pi), "e": complex(math.e), "i": 1j, "∞": comp
 
 
 def _number(x) -> _Node:
-    return _Node("value", (Fraction(x),) * 3)
+    return _Node("value", (Fraction(x),) * _POINTS)
 
 
 @functools.lru_cache(maxsize=4096)
 def _symbol(name: str) -> _Node:
     """A constant (infinity is one) or a variable.
 
-    Every variable has both signs, so that |x| is not x; there are three patterns of signs, and
-    letters next to each other in the alphabet have different ones: |x + y| is not |x| + |y|.
+    Every variable has both signs, so that |x| is not x; and no two small letters have the same or
+    opposite ones at every point, so that |a + d| is not |a| + |d|, nor |ad| = ad.
     """
     if name in _CONSTANTS:
-        return _Node("value", (_CONSTANTS[name],) * 3)
+        return _Node("value", (_CONSTANTS[name],) * _POINTS)
     draw = random.Random(name).randrange  # the same in every process
-    signs = ((1, -1, 1), (1, 1, -1), (1, -1, -1))[sum(map(ord, name)) % 3]
-    draws = [2 * draw(1, 500_000) + k % 2 for k in range(3)]  # even and odd, for (-1)^n
-    return _Node("value", tuple(Fraction(s * n, 400_009) for s, n in zip(signs, draws)))
+    signs = sum(map(ord, name)) % 31 + 1  # five bits, not all 0; at the last point all are positive
+    draws = [2 * draw(1, 500_000) + k % 2 for k in range(_POINTS)]  # even and odd, for (-1)^n
+    points = [Fraction(-n if signs >> k & 1 else n, 400_009) for k, n in enumerate(draws)]
+    return _Node("value", tuple(points))
 
 
 def _unknown(name: str, x: Fraction | complex) -> Fraction:
@@ -778,16 +791,22 @@ def _unknown(name: str, x: Fraction | complex) -> Fraction:
 
 
 def _apply(function, *arguments: _Node) -> _Node:
-    """The function at the three points; an ArithmeticError or ValueError where it has no value."""
+    """The function at the six points; an ArithmeticError or ValueError where it has no value."""
     if "±" in [argument.kind for argument in arguments]:
         return _for_each_sign(functools.partial(_apply, function), arguments)
     if arguments[-1].kind == "[]" and function in (mul, neg):  # a matrix, a row of it
         entries = (_apply(function, *arguments[:-1], entry) for entry in arguments[-1].items)
         return arguments[-1]._replace(items=[*entries])
-    if any(argument.kind != "value" or argument.unit not in ("", "°") for argument in arguments):
-        raise ValueError("arithmetic on something other than a number without a unit")
+    units = [argument.unit for argument in arguments if argument.unit]
+    unit, n = (*units, "")[0], len(units)
+    if function is _add:  # 3 + 5 m is 8 m
+        fits = {*units} <= {unit} and (unit != "%" or n == 2)
+    else:
+        fits = n == 0 or n == 1 and (function is neg or function in (mul, truediv) and unit != "%")
+    if not fits or any(argument.kind != "value" for argument in arguments):
+        raise ValueError("arithmetic on something other than numbers of one unit")
     points, numbers = [*zip(*(argument.items for argument in arguments))], []
-    for point in points[:1] if points[0] == points[1] == points[2] else points:
+    for point in points[:1] if points.count(points[0]) == _POINTS else points:
         x = function(*point)
         if isinstance(x, Fraction):
             extreme = max(x.numerator.bit_length(), x.denominator.bit_length()) > _MAX_BITS
@@ -797,7 +816,7 @@ def _apply(function, *arguments: _Node) -> _Node:
         if extreme:
             raise ValueError("too large or too small")
         numbers.append(x)
-    return _Node("value", tuple(numbers) * (3 // len(numbers)))
+    return _Node("value", tuple(numbers) * (_POINTS // len(numbers)), unit)
 
 
 def _add(x: Fraction | complex, y: Fraction | complex) -> Fraction | complex:
@@ -1146,7 +1165,7 @@ def verify_code(response: str, tests: list, *, timeout: float = 5.0, memory: int
             literals += [None, None]
     out = _run(job | {"steps": steps, "token": token})
     replies = [] if out is None else out.split("\n")[:-1]
-    if not literals or len(replies) != len(literals):  # (comments only are no test)
+    if len(replies) != len(literals):
         return False
     sides = [literal or reply for literal, reply in zip(literals, replies)]
     return sides[::2] == sides[1::2] and all(reply.startswith(token) for reply in replies)
@@ -1172,6 +1191,8 @@ def check_tests(tests: list) -> None:
             ast.parse(test if kind is str else "")
         except (SyntaxError, ValueError, MemoryError, RecursionError) as error:  # by version
             raise ValueError(f"a test that is not Python ({error}): {test!r:.80}") from error
+    if kind is str and not ast.parse("\n".join(tests)).body:
+        raise ValueError(f"{form}; these are comments: {tests!r:.80}")
 
 
 _CONSTRUCTORS = set, frozenset, tuple, list, dict, sorted, round, str, float
