@@ -395,13 +395,6 @@ _REWRITES = [  # tests check every example, and every "in any order"
     # in any order
     # a number after a power is a factor: 2^6 3^5 -> 2^6*3^5; 8!2! -> 8!*2!
     (r"((?<!_)[\w)]\^(?:\{[^{}]*\}|[a-z]|\w(?=\s))|!)\s*(?=\d)", r"\1*"),
-    # a left side that is not read is a name: \lim f = 3 -> ‹\lim f› = 3; A^2 = ⟦4⟧ -> ‹A^2› = ⟦4⟧
-    (
-        r"""(?x)\A\s*((?:\\(?:sum|prod|int|lim|Pr|complement)|‹(?:max|min|proj)›)(?![a-z])[^,;:]*
-        |\|?\w\ *(?:\\bmod|\\cap|∪)\ +\w+\ *\|?\ *|\(\w\ *°\ *\w\)\ *\(\w+\)\ *
-        |[A-Z]\^(?:\w|\{[^{}]*\})\s*(?==[^=]*⟦))=(?=[^=]*\Z)""",
-        lambda m: f"‹{re.sub('[‹›]', '', m[1]).strip()}› =",
-    ),
     (r"(?i)\A[\s‹]*no (?:real )?solutions?[\s›]*\Z", "⦃⦄"),  # ‹No solution› -> ⦃⦄
 ]
 
@@ -430,9 +423,9 @@ _TOKEN = re.compile(rf"""(?x)  # a number may have groups of three digits: 1,234
     |(?P<function>(?:{"|".join(_FUNCTIONS)})(?![A-Za-z]))
     |(?P<name>{_NAME}|[π∞])|(?P<call>{_CALL})|(?P<letters>(?:(?!{_CALL}|{_NAME}){_LETTER})+)
     |(?P<command>\\[A-Za-z]+)|(?P<close>[}}⦄)\]⟧⏎])|(?P<sign>\S))""")
-_SIDE_NAME = re.compile(rf"""(?x)  # x, m + n, a/b, sin A, f^{{-1}}(2), [ABC]; not 2x, x + 1, x^2
-    (?!-)(?:(?!log|ln|exp)(?:{_NAME}|{_LETTER})(?:\^\{{-1\}}(?=\())?(?:\(-?\d+\))?
-    |\\frac|[-+*/(),|{{}}⟦⟧⏎[\]])+""")
+_SIDE_NAME = re.compile(rf"""(?x)  # x, m + n, a/b, f^{{-1}}(2), [ABC], A^2; not 2x, x + 1, x^2
+    (?!-)(?:(?!log|ln|exp)(?:{_NAME}|{_LETTER})(?:(?<=[A-Z])\^(?:[2-9T]|\{{-1\}})|\^\{{-1\}}(?=\())?
+    (?:\(-?\d+\))?|\\frac|[-+*/(),|{{}}⟦⟧⏎[\]])+""")
 _NUMBER_WORD = re.compile(r"""(?x)  # not a unit: it changes the number before it, as in 3 halves
     \w+tieths?|(?:\w+illion|(?:thir|four|fif|six|seven|eigh|nine)teen|hundred|thousand|dozen
     |(?:twen|thir|for|fif|six|seven|eigh|nine)ty|one|two|three|four|five|six|seven|eight|nine|ten
@@ -728,11 +721,18 @@ class _Reader:
 def _read(text: str) -> _Node:
     """The parsed answer. ±1, 2 is the list of three numbers.
 
-    Rule: inequalities joined by `and` are not those joined by `or`; a comma may mean either.
+    Rule: a left side that is not read, \\lim_{n} f(n) = 3, is a name. Inequalities joined by `and`
+    are not those joined by `or`; a comma may mean either.
     """
     if len(text) > _MAX_LENGTH:
         raise ValueError("too long")
-    nodes = _Reader(text).items()
+    try:
+        nodes = _Reader(text).items()
+    except (ValueError, ArithmeticError):
+        named = re.fullmatch("([^,;]{1,60})=([^=]+)", text)
+        if not named:
+            raise
+        nodes = _Reader(f"‹{re.sub('[‹›]', '', named[1]).strip()}›={named[2]}").items()
     if len(nodes) == 1:
         return nodes[0]
     joined = {*re.findall(r"\b(?:and|or)\b", text)}
@@ -801,8 +801,10 @@ def _apply(function, *arguments: _Node) -> _Node:
     unit, n = (*units, "")[0], len(units)
     if function is _add:  # 3 + 5 m is 8 m
         fits = {*units} <= {unit} and (unit != "%" or n == 2)
+    elif function in (mul, truediv):  # 2 x $5; 180°/5
+        fits = n == 0 or n == 1 and unit in "$£€¥°"
     else:
-        fits = n == 0 or n == 1 and (function is neg or function in (mul, truediv) and unit != "%")
+        fits = n == 0 or function is neg
     if not fits or any(argument.kind != "value" for argument in arguments):
         raise ValueError("arithmetic on something other than numbers of one unit")
     points, numbers = [*zip(*(argument.items for argument in arguments))], []
