@@ -326,7 +326,7 @@ limits boxed mathit mathbb mathbf mathcal boldsymbol vec overrightarrow angle tr
 it large Large underline therefore checkmark , ; : ! > ( ) [ ]"""  # these become a space
 _COMMANDS = dict.fromkeys([" ", "", *_IGNORED.split()], " ")
 _COMMANDS.update((name, f" {name} ") for name in _FUNCTIONS)
-for _line in re.split(", |\n", _SPELLINGS):  # a sign, and its names in TeX
+for _line in re.split(", |\n", _SPELLINGS):  # a sign, and its commands: ⏎ is \\ and ≤ \le or \leq
     _COMMANDS.update(dict.fromkeys(_line.split()[1:], f" {_line.split()[0]} "))
 
 _UNICODE = {chr(i + 0xFEE0): chr(i) for i in range(0x21, 0x7F)}  # full-width forms
@@ -342,6 +342,7 @@ _UNICODE |= {
 _UNICODE |= {"ℝ": r"\mathbb{R}", "∅": r"\emptyset ", "\u200b": "", **dict.fromkeys('“”"`', "")}
 _UNICODE = str.maketrans(_UNICODE)
 
+# These are units in \text{}, and last after a number and a space: 5 m. But 5m is a product.
 _UNIT_LETTER = "[ghlmsJLNVW]"
 _VARIABLE = f"(?!{_UNIT_LETTER})[A-Za-z]"
 _TEXT = r"\\(?:text[a-z]*|operatorname|math(?:rm|bf|sf|tt)|mbox)(?![a-z])"
@@ -384,7 +385,7 @@ _REWRITES = [  # tests check every example, and every "in any order"
     (r"(?<=[\w)])\*\*(?=[\w(])", "^"),  # x**2 -> x^2
     (r"[<>!=]=", lambda m: _SIGNS[m[0]]),  # x <= 2 -> x ≤ 2
     # 30^{°} -> 30°; 21^{ ‹st› } -> 21‹st›
-    (r"\^\s*(?:\{\s*(?:[°o]|(‹(?:st|nd|rd|th)›))\s*\}|°)", lambda m: m[1] or "°"),
+    (r"\^\s*(?:\{\s*(?:[°o]|(‹(?:st|nd|rd|th)›))\s*\}|°|o\b)", lambda m: m[1] or "°"),
     # 3 1/2 -> (3+1/2)
     (r"(?<![\w.^])(\d+) *(\\frac *(?:\{ *\d+ *\} *){2}|(?<= )\d+ ?/ ?\d+)", r"(\1+\2)"),
     # in this order
@@ -446,8 +447,10 @@ class _Node(NamedTuple):
     kind: str  # value, relation, text, ∪, ±; the brackets of a group, [] of a matrix, "" of a list
     items: list | tuple  # of a value: six numbers, Fraction or complex; of a relation: its sides
     unit: str = ""  # of a value
-    signs: str = ""  # of a relation: = ≠ < ≤ ≈ ∈; what was written with > and ≥ is turned around;
-    # "or" of a list and "∈" of an interval that an inequality means: such are not a point (1, 2)
+    # Of a relation: the signs between its sides, = ≠ < ≤ ≈ ∈; > and ≥ are turned around.
+    # Of a list joined by `or`: "or". Of an interval after ∈, or from an inequality: "∈". Such a
+    # list and such an interval are no point (1, 2).
+    signs: str = ""
     text: str = ""  # as it was written
 
     @property
@@ -461,7 +464,9 @@ class _Node(NamedTuple):
 
     @property
     def is_name(self) -> bool:
-        """Whether it only names what is asked for: words, or letters joined by + - * / ( )."""
+        """Whether it only names what is asked for: words, or letters joined by signs: m + n, but not
+        2x, which would make 2x = 10 say 10.
+        """
         return self.kind == "text" or _SIDE_NAME.fullmatch(self.text) is not None
 
 
