@@ -464,8 +464,8 @@ class _Node(NamedTuple):
 
     @property
     def is_name(self) -> bool:
-        """Whether it only names what is asked for: words, or letters joined by signs: m + n, but not
-        2x, which would make 2x = 10 say 10.
+        """Whether it only names what is asked for: words, or letters joined by signs (m + n; not
+        2x, or 2x = 10 would say 10).
         """
         return self.kind == "text" or _SIDE_NAME.fullmatch(self.text) is not None
 
