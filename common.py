@@ -21,6 +21,7 @@ import re
 import shutil
 import sys
 import time
+import traceback
 from argparse import Namespace
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -139,7 +140,7 @@ def entry(main: Callable) -> None:
         if dist.is_initialized():
             dist.destroy_process_group()
     except FloatingPointError as error:
-        again = "; the last checkpoint is kept: --resume with a lower --lr goes on from it"
+        again = "; --resume with a lower --lr goes on from the last checkpoint, if there is one"
         fail(f"{error}{again if Run.begun else ''}", 1)
     except torch.OutOfMemoryError:
         again = "--resume with " if Run.begun else ""
@@ -302,7 +303,7 @@ def join_processes(args: Namespace) -> None:
         if there < wanted:
             fail(f"each of {wanted} processes needs a GPU of its own, torch finds {there} here")
         args.device = f"cuda:{os.environ['LOCAL_RANK']}"
-        torch.cuda.set_device(args.device)
+        torch.cuda.set_device(args.device)  # also for NCCL
     # gloo for Python objects, which travel over the CPU. Waiting for the slowest one may take long.
     backend = "cpu:gloo,cuda:nccl" if args.device.startswith("cuda") else "gloo"
     dist.init_process_group(backend, timeout=timedelta(hours=6))
@@ -415,9 +416,10 @@ def load_lm(args: Namespace) -> LM:
     if mps and not torch.backends.mps.is_available():
         fail("--device mps: torch finds no GPU of Apple's here")
     here = "" if Path(name).is_dir() else " (of the hub: no such folder is here)"
-    wrong = (OSError, ValueError, RuntimeError, KeyError, ImportError, AssertionError)
-    with explained(f"cannot use the model {name}{here} on {args.device}", *wrong):
+    with explained(f"cannot use the model {name}{here} on {args.device}"):  # it may raise anything
         torch.empty(0, device=args.device)
+        if args.device.startswith("cuda"):  # graphs are captured on the current device
+            torch.cuda.set_device(torch.device(args.device).index or 0)
         # cuDNN's attention plans anew for every shape, and ours change at every step
         torch.backends.cuda.enable_cudnn_sdp(False)
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
@@ -497,8 +499,9 @@ def inherit_prompt(args: Namespace) -> dict:
         path = transformers.utils.cached_file(args.model, "srt.json")
     except OSError:  # the model has none; or there is no such model, which load_lm says
         path = None
-    saved = json.loads(Path(path).read_text()) if path else {}
-    prompt = saved.get("prompt", {})
+    with explained(f"{path} is damaged"):
+        saved = dict(json.loads(Path(path).read_text())) if path else {}
+        prompt = dict(saved.get("prompt", {}))
     for name, default in PROMPT_DEFAULTS.items():
         given, before = getattr(args, name), prompt.get(name, default)
         if given is None:
@@ -577,7 +580,11 @@ def load_rows(name: str, default_split: str):
         source = {"path": DATA_FILES[path.suffix], "data_files": str(path), "split": "train"}
         if path.suffix == ".csv":  # "NA" is text, and a blank makes no column of integers inexact
             source["keep_default_na"] = False
-            with open(path, newline="", errors="replace") as file:
+            csv.field_size_limit(2**31 - 1)
+            with (
+                explained(f"cannot load the data set {name}"),
+                open(path, newline="", errors="replace") as file,
+            ):
                 widths = [len(row) for row in csv.reader(file)]
             if max(widths) > widths[0]:  # pandas would take the first field for the row's name
                 row = widths.index(max(widths)) + 1
@@ -701,23 +708,29 @@ def load_verifier(name: str) -> Callable[[list[str], list], list[int]]:
         fail("--verifier code cannot run programs on this machine: a right one came out as wrong")
     if not verify:
         unknown = f"--verifier {name} is neither math nor code nor a module:function to be imported"
-        with explained(unknown, ValueError, ImportError, AttributeError):
+        with explained(unknown):  # importing runs the user's code
             sys.path.insert(0, os.getcwd())
             module, function = name.split(":")
             verify = getattr(importlib.import_module(module), function)
 
     def verdict_of(pair: tuple[str, object]) -> int:
-        found = verify(*pair)
-        if found not in (0, 1):  # True and False are 1 and 0
-            fail(f"--verifier {name} returned {found!r}: True or False is wanted")
-        return int(found)
+        try:
+            found = verify(*pair)
+            if found not in (0, 1):  # True and False are 1 and 0
+                fail(f"--verifier {name} returned {found!r}: True or False is wanted")
+            return int(found)
+        except Exception as error:  # the user's code: say where
+            at = traceback.extract_tb(error.__traceback__)[-1]
+            where = f"{Path(at.filename).name}:{at.lineno}"
+            cause = f"{type(error).__name__} ({where}): {last_cause(error)}"
+            fail(f"--verifier {name} raised {cause}")
 
     def verdicts_of(pairs: list[tuple]) -> list[int]:
         if name != "code":
             return [verdict_of(pair) for pair in pairs]
         # code runs in other processes: as many at once as there are cores
-        cores = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        with ThreadPoolExecutor(max(1, cores)) as pool:
+        here = int(os.environ["LOCAL_WORLD_SIZE"]) if ranks() > 1 else 1
+        with ThreadPoolExecutor(max(1, len(os.sched_getaffinity(0)) // here)) as pool:
             return list(progress(pool.map(verdict_of, pairs), "verifying", total=len(pairs)))
 
     return lambda responses, answers: shared_out(verdicts_of, list(zip(responses, answers)))
@@ -1090,11 +1103,8 @@ def setup(args: Namespace, half: bool = False) -> Task:
     verify_all = load_verifier(args.verifier)
     lm = load_lm(args)
     task = Task(args, lm, verify_all, *split_problems(lm, args, saved, half), saved)
-    for problem in (task.problems + task.held_out)[:1]:  # a verifier that raises, raises now
-        try:
-            verify_all([""], [problem.answer])
-        except Exception as error:
-            fail(f"--verifier {args.verifier} raised {type(error).__name__}: {last_cause(error)}")
+    if some := (task.problems + task.held_out)[:1]:  # a verifier that raises, raises now
+        verify_all([""], [some[0].answer])
     if args.eval_only:
         figures = evaluate(task, 0)
         on_rank_0(print)(figures.pop("sample"), file=sys.stderr)
@@ -1108,7 +1118,7 @@ def setup(args: Namespace, half: bool = False) -> Task:
             add_lora(lm.model, args.lora, args.lora_alpha, seed)
     if args.gradient_checkpointing:
         checkpoint_layers(lm.model)
-    fit_memory(lm, args, task.problems)
+    fit_memory(lm, args, task.problems + task.held_out)
     return task
 
 

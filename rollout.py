@@ -626,6 +626,6 @@ class FixedShapes:
         graph = torch.cuda.CUDAGraph()
         # One memory pool for all graphs: they never run at the same time.
         pool = next((g.pool() for g in self.graphs.values() if g is not None), None)
-        with torch.cuda.graph(graph, pool=pool):
+        with torch.cuda.device(self.decoder.eos.device), torch.cuda.graph(graph, pool=pool):
             self.decoder.step(n, length)
         return graph

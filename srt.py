@@ -193,13 +193,15 @@ def load_traces(lm: LM, args: Namespace) -> tuple[list[Trace], list[str]]:
     other = f"{path} is not a traces file of srt.py"
     if not path.is_file():
         fail(f"cannot read {path}: there is no such file")
-    with explained(other, OSError, ValueError, TypeError):
+    with explained(other):
         traces = [Trace(**json.loads(line)) for line in open(path)]
-    if not traces:
-        fail(f"{path} holds no trace")
+        if not traces:
+            fail(f"{path} holds no trace")
+        for trace in traces:
+            right = trace.reward in (0, 1) and isinstance(trace.problem, str)
+            if not right or not trace.ids or max(trace.ids) >= lm.vocab_size:
+                fail(f"{other}: a reward or an id is out of range")
     for trace in traces:
-        if trace.reward not in (0, 1) or not trace.ids or max(trace.ids) >= lm.vocab_size:
-            fail(f"{other}: a reward or an id is out of range")
         if trace.phrase != (args.phrase_wrong, args.phrase_right)[trace.reward]:
             flag = ("--phrase-wrong", "--phrase-right")[trace.reward]
             fail(f"{made} the phrase {trace.phrase!r}: give it as {flag}")
@@ -210,7 +212,8 @@ def load_traces(lm: LM, args: Namespace) -> tuple[list[Trace], list[str]]:
         if len(trace.ids) > lm.context:
             fail(f"{path} holds a trace of {len(trace.ids)} tokens, the context {lm.context}")
     beside = path.parent / "srt.json"
-    tried = json.loads(beside.read_text())["problems"] if beside.exists() else []
+    with explained(f"{beside} is damaged"):
+        tried = json.loads(beside.read_text())["problems"] if beside.exists() else []
     return traces, sorted({*tried, *(key_of(trace.problem) for trace in traces)})
 
 
@@ -349,7 +352,8 @@ def main(argv: list[str] | None = None) -> None:
         check_lengths(task)
     task.trained_on(tried, stage_1=True)
     run = Run(task, traces)
-    run.evaluate(0)
+    if not args.collect_only:
+        run.evaluate(0)
     if traces is None:
         traces = collect_all(task, run)
     if args.collect_only:

@@ -333,6 +333,12 @@ def test_numbers_are_answers_too(answer, base, tmp_path):
     assert task.verify_all([f"The answer is {answer}"], [str(answer)]) == [1]
 
 
+def test_a_long_field_of_a_csv_file_is_read(tmp_path):
+    """The csv module by itself takes at most 131,072 characters."""
+    (tmp_path / "a.csv").write_text("problem,answer\n" + "1" * 140_000 + "x,2\n")
+    assert common.load_rows(str(tmp_path / "a.csv"), "train")["answer"] == [2]
+
+
 def test_the_cause_of_a_broken_file_is_named(base, tmp_path, ended):
     """Not the library's "An error occurred while generating the dataset"."""
     (tmp_path / "a.jsonl").write_text('{"problem": "1", "answer": "1"}\n{"problem": \n')

@@ -7,6 +7,8 @@ are put together rightly in test_wiring.py.
 import json
 import re
 import shlex
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -281,6 +283,26 @@ def test_without_a_trace_it_says_what_to_look_at(base, data, tmp_path, ended):
     assert code == 2 and "not one of 15 revisions verified" in err and "--verifier" in err
 
 
+def refuse_answers(response, answer):
+    return bool(1 / (not response))
+
+
+@pytest.mark.parametrize(
+    "verify, line",
+    [
+        ("test_scripts:refuse_answers", "raised ZeroDivisionError (test_scripts.py:"),
+        ("broken_verifier:verify", "(broken_verifier.py, line 1)"),
+    ],
+)
+def test_a_verifier_that_raises_is_one_line(verify, line, base, data, tmp_path, ended, monkeypatch):
+    """At its import; or in the run, since it raised nothing for an empty response."""
+    monkeypatch.chdir(tmp_path)
+    Path("broken_verifier.py").write_text("def verify(response, answer) return True\n")
+    flags = dict(model=base, dataset=data, problems=5, output="out")
+    code, _, err = ended(srt, *FLAGS, "--verifier", verify, **flags)
+    assert code == 2 and line in err and err.count("\n") == 1, err
+
+
 def everything_under(folder):
     """What changes when somebody writes; the lock of a run's folder may come and go."""
     paths = [path for path in folder.rglob("*") if path.name != ".lock"]
@@ -323,6 +345,14 @@ def world(tmp_path_factory, base, data, runs):
     (made / "good_traces.jsonl").write_text("\n".join(traces) + "\n")
     trace["revision_ids"] += [5] * 300
     (made / "long_traces.jsonl").write_text(json.dumps(trace) + "\n")
+    (made / "odd_traces.jsonl").write_text(json.dumps({**trace, "prompt_ids": "1"}) + "\n")
+    for name, file, text in (
+        ("cut", "model.safetensors", "\x08"),
+        ("odd", "config.json", json.dumps(read(base / "config.json") | {"hidden_size": "32"})),
+        ("no_json", "srt.json", "{"),
+    ):
+        shutil.copytree(base, made / name)
+        (made / name / file).write_text(text)
     return {"made": made, **places}
 
 
@@ -337,6 +367,9 @@ BAD = {
         "no such model folder: {made}/strikt",
     ),
     "a folder without a model": ("srt", "--model {made} --dataset {data}", "cannot use the model"),
+    "weights that were cut off": ("srt", "--model {made}/cut --dataset {data}", "cannot use the"),
+    "a size that is text": ("srt", "--model {made}/odd --dataset {data}", "cannot use the model"),
+    "a damaged srt.json": ("srt", "--model {made}/no_json --dataset {data}", "srt.json is damaged"),
     "a family that cannot be sampled": ("srt", "--model {made}/bloom --dataset {data}", "bloom"),
     "no chat template": (
         "srt",
@@ -429,6 +462,7 @@ BAD = {
     "another verifier": ("srt", GOOD + " --verifier nothing", "neither math nor code nor"),
     "a verifier that is not there": ("srt", GOOD + " --verifier tiny:nothing", "nothing"),
     "not a traces file": ("srt", GOOD + " --traces {nothing}", "not a traces file"),
+    "ids that are text": ("srt", GOOD + " --traces {made}/odd_traces.jsonl", "not a traces file"),
     "an empty traces file": ("srt", GOOD + " --traces {empty}", "holds no trace"),
     "no traces file": ("srt", GOOD + " --traces {made}/none", "cannot read"),
     "traces of another prompt": (
