@@ -55,333 +55,10 @@ if sys.platform == "linux" and torch.version.cuda:
     # one of them gave back is too fragmented for the other. Torch reads it at its first allocation.
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
-# P_r by r, the paper's own. A stage-1 model is saved with its phrases, and stage 2 must use them.
-PHRASES = (
-    "Wait, this response is not correct, let me start over.",
-    "Let me rephrase the above solution.",
-)
-# What a prompt is made of: saved with the model, so that a later stage asks as this one did.
-PROMPT_DEFAULTS = {
-    "prompt_suffix": "",
-    "prompt_template": "",
-    "template_kwargs": {},
-    "stop_tokens": [],
-    "phrase_wrong": PHRASES[0],
-    "phrase_right": PHRASES[1],
-}
-# Chat templates that show today's date show this day, or a prompt would be another one tomorrow.
-TODAY = time.strptime("2026-01-01", "%Y-%m-%d")
-# What --resume may change. FREE changes nothing that the run computes; NOTED may, and is logged.
-# Model and data may have been moved: they are compared by content.
-PLACES = {"model", "dataset", "eval_dataset", "traces", "output", "device", "resume"}
-FREE = {"micro_tokens", "gradient_checkpointing", "save_every", "eval_every"} | PLACES
-NOTED = {"slots", "lr", "cache_bytes", "training_bytes"}
-ADAPTER = "adapter/adapter_model.safetensors"  # in a model's folder, what PEFT and vLLM read
-DATA_FILES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
-SHORT = 128  # tokens of a response; up to here bf16 on a CPU is trained with eager attention
-SLOTS, MAX_SLOTS = 64, 256  # sequences decoded at once, without a GPU and with one
+
+# ------------------------------------------------------------------------------ what a run works on
+
 VERDICTS = ("wrong", "right")  # of r
-HEAD_START = 5  # seconds that rank 0 has to say what went wrong, before the others do
-SHOW_EVERY = 10  # optimizer steps between two responses shown in the log
-
-
-def fail(message: str, code: int = 2, at_once: bool = False) -> NoReturn:
-    """End the program with one line on stderr. Code 2: the user's to mend; 1: the run broke."""
-    if rank() and not at_once:
-        # Most failures are those of all processes: rank 0 says so, and torchrun ends the others.
-        time.sleep(HEAD_START)
-    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
-    raise SystemExit(code)
-
-
-def warn(message: str) -> None:
-    if rank() == 0:
-        print(f"warning: {message}", file=sys.stderr, flush=True)
-
-
-def last_cause(error: BaseException) -> str:
-    """The first line of the innermost exception: libraries wrap the one that says what is wrong.
-    Where that line ends with a colon, the second one belongs to it."""
-    while inner := error.__cause__ or (not error.__suppress_context__ and error.__context__):
-        error = inner
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return " ".join(lines[:2]) if lines[0].rstrip().endswith(":") else lines[0]
-
-
-@contextmanager
-def explained(message: str, *errors: type[Exception], code: int = 2):
-    """Let these exceptions (all, where none is named) end in `fail(message: cause)`."""
-    errors = errors or (Exception,)
-    try:
-        yield
-    except errors as error:
-        if isinstance(error, torch.OutOfMemoryError) and Run.begun:
-            raise  # `entry` says what to lower
-        fail(f"{message}: {last_cause(error)}", code)
-
-
-def progress(items: Iterable, label: str, **settings) -> tqdm:
-    """A bar on a terminal, once it takes more than two seconds; nothing in a log file."""
-    hidden = True if rank() else None  # None: where there is no terminal
-    return tqdm(items, desc=label, delay=2, leave=False, disable=hidden, **settings)
-
-
-def entry(main: Callable) -> None:
-    """Call main(); turn what a user can mend into one line on stderr and an exit code."""
-    if not sys.stderr.isatty():
-        transformers.utils.logging.disable_progress_bar()
-    for stream in (sys.stdout, sys.stderr):  # a log on Windows takes only some characters
-        stream.reconfigure(errors="backslashreplace")
-    if rank():
-        sys.stdout = open(os.devnull, "w")
-    Run.begun = False
-    try:
-        main()
-        if dist.is_initialized():
-            dist.destroy_process_group()
-    except FloatingPointError as error:
-        again = "; --resume with a lower --lr goes on from the last checkpoint, if there is one"
-        fail(f"{error}{again if Run.begun else ''}", 1)
-    except torch.OutOfMemoryError:
-        again = "--resume with " if Run.begun else ""
-        fail(f"out of memory: {again}lower --slots (sampling) or --micro-tokens (training)", 1)
-    except KeyboardInterrupt:
-        if rank():  # rank 0 says so, and torchrun waits for this one
-            raise SystemExit(130) from None
-        again = "; the same command with --resume goes on from the last checkpoint"
-        fail("interrupted" + (again if Run.begun else ""), 130)
-
-
-# ------------------------------------------------------------------------------------------ flags
-
-
-def number(kind: type, low: float, high: float = sys.float_info.max, above: bool = False):
-    """An argparse type: a finite number from `low` (or `above` it) to `high`."""
-    limits = f"{'above' if above else 'at least'} {low}"
-    limits += f" and at most {high}" if high < sys.float_info.max else ""
-
-    def parse(text: str):
-        value = kind(text)
-        if (low < value if above else low <= value) and value <= high:
-            return value
-        raise argparse.ArgumentTypeError(f"must be {limits}, not {text}")
-
-    parse.__name__ = kind.__name__  # argparse names it in "invalid int value"
-    return parse
-
-
-def json_object(text: str) -> dict:
-    value = json.loads(text)
-    if isinstance(value, dict):
-        return value
-    raise argparse.ArgumentTypeError("must be a JSON object")
-
-
-count, natural = number(int, 1), number(int, 0)
-positive, at_least_0 = number(float, 0, above=True), number(float, 0)
-above_0, fraction = number(float, 0, 1, above=True), number(float, 0, 1)  # up to 1
-
-
-LR = 5e-6  # of full fine-tuning, the paper's; adapters need about ten times that
-REQUIRED = object()
-INHERITED = "(default: what the model was trained with, else"
-# name, kind (a list: a choice; bool: a switch), default, help, in the order of a run. A script may
-# have other defaults: see `make_parser`.
-FLAGS = [
-    ("model", str, REQUIRED, "hub name, or a transformers folder"),
-    ("dataset", str, REQUIRED, "FILE (.jsonl .json .csv .parquet), or NAME[:CONFIG][@SPLIT]"),
-    ("problem-column", str, None, "(default: problem, question or prompt, whichever is there)"),
-    ("answer-column", str, None, "gold answers, or tests (default: answer, solution or tests)"),
-    ("problems", count, None, "how many to train on (default: {problems})"),
-    ("prompt-suffix", str, None, f"text after every problem {INHERITED} none)"),
-    ("prompt-template", str, None, f"text with {{problem}}, no chat template {INHERITED} none)"),
-    ("template-kwargs", json_object, None, "of the chat template: '{\"enable_thinking\": false}'"),
-    ("phrase-wrong", str, None, f"P_0, after a wrong response {INHERITED} {PHRASES[0]!r})"),
-    ("phrase-right", str, None, f"P_1, after a right response {INHERITED} {PHRASES[1]!r})"),
-    ("stop-tokens", str.split, None, f"ends of responses besides the EOS {INHERITED} none)"),
-    ("force", bool, False, "allow another prompt or phrase than the model was trained with"),
-    ("verifier", str, "math", "math, code, or MODULE:FUNCTION(response, answer)"),
-    ("max-new-tokens", count, 8192, "limit of one response"),
-    ("temperature", at_least_0, 1.0, "of training samples"),
-    ("top-p", above_0, 1.0, "nucleus of training samples; 1 is off"),
-    ("slots", count, None, f"sequences decoded at once (default: {SLOTS}; on a GPU what fits)"),
-    ("cuda-graphs", ["on", "off"], "on", "sample by replaying CUDA graphs, where there is CUDA"),
-    ("batch-size", count, 128, "problems (stage 1: traces) per optimizer step"),
-    ("lora", count, None, "train LoRA adapters of this rank, 64 say (default: all weights)"),
-    ("lora-alpha", count, None, "their scale is alpha / rank (default: twice the rank)"),
-    ("lr", positive, None, f"peak learning rate (default: {LR}; with --lora {10 * LR})"),
-    ("lr-schedule", ["cosine", "constant"], "constant", "after the warm-up; cosine falls to 0"),
-    ("warmup", at_least_0, 20.0, "linear: steps, or below 1 a share of all steps"),
-    ("micro-tokens", count, 16384, "tokens per forward pass: changes memory, not results"),
-    ("gradient-checkpointing", bool, False, "store only layers' inputs, recompute the rest"),
-    ("eval-dataset", str, None, "held-out problems (default: some of --dataset, always the same)"),
-    ("eval-problems", natural, 128, "how many are held out; 0 is off"),
-    ("eval-samples", count, 8, "k: attempts per problem, and one revision of each"),
-    ("eval-temperature", at_least_0, 0.7, "of the evaluation's samples"),
-    ("eval-every", count, 100, "steps between evaluations"),
-    ("eval-only", bool, False, "evaluate --model, print JSON, write nothing"),
-    ("seed", int, 0, "of sampling and of the order of the data"),
-    ("device", str, "cuda" if torch.cuda.is_available() else "cpu", "a torch device"),
-    ("dtype", ["auto", "float32", "bfloat16"], "auto", "of the weights; auto: what the GPU has"),
-    ("output", Path, Path("runs/out"), "an empty folder, for the model and the run"),
-    ("save-every", count, 100, "steps between checkpoints; the last one is kept"),
-    ("resume", bool, False, "go on with the run in --output; repeat its flags"),
-]
-
-
-def make_parser(description: str, own: list[tuple], **defaults) -> argparse.ArgumentParser:
-    """A parser of FLAGS and a script's own flags. defaults: those that differ from FLAGS'."""
-    usage = "%(prog)s --model MODEL --dataset DATASET [flags]"
-    parser = argparse.ArgumentParser(description=description, usage=usage, allow_abbrev=False)
-    parser.error = fail
-    problems = defaults.pop("problems", "all")
-    for name, kind, default, text in FLAGS + own:
-        default = defaults.get(name.replace("-", "_"), default)
-        if kind is not bool and default not in (None, REQUIRED):
-            text += f" (default: {default})"
-        text = text.replace("{problems}", problems).replace("%", "%%")
-        how = {"choices": kind} if isinstance(kind, list) else {"type": kind}
-        how = {"action": "store_true"} if kind is bool else {**how, "default": default}
-        parser.add_argument(f"--{name}", help=text, required=default is REQUIRED, **how)
-    return parser
-
-
-def check_flags(args: Namespace) -> None:
-    """Fail early: flags that contradict each other, or an --output that is in use. Fill in the
-    defaults that depend on --lora."""
-    if args.prompt_template and "{problem}" not in args.prompt_template:
-        fail("--prompt-template has no {problem} in it")
-    if args.prompt_template and args.template_kwargs:
-        fail("--prompt-template replaces the chat template: it has no --template-kwargs")
-    arguments = inspect.signature(transformers.PreTrainedTokenizerBase.apply_chat_template)
-    if taken := set(args.template_kwargs or ()) & set(arguments.parameters):
-        fail(f"--template-kwargs are the template's own switches, not {', '.join(sorted(taken))}")
-    for name in ("temperature", "eval_temperature"):
-        if 0 < getattr(args, name) < 1e-5:
-            fail(f"--{name.replace('_', '-')} is nearly 0: give 0, which takes the likeliest token")
-    if args.eval_only and (args.resume or not args.eval_problems):
-        fail("--eval-only contradicts --resume and --eval-problems 0")
-    if args.lora_alpha and not args.lora:
-        fail("--lora-alpha belongs to --lora")
-    if args.eval_only:
-        return
-    if args.output.exists() and not args.output.is_dir():
-        fail(f"{args.output} is a file: name another --output")
-    there = {path.name for path in args.output.iterdir()} if args.output.exists() else set()
-    begun = "settings.json" in there
-    if args.resume and not begun:
-        fail(f"{args.output} holds no run to resume")
-    # a run that was killed before it had settings leaves only these two
-    if not args.resume and there - {".lock", "settings.json.tmp"}:
-        how = "go on with its run with --resume" if begun else "empty it"
-        fail(f"{args.output} already holds something: name another --output, or {how}")
-    if args.lora and not args.lora_alpha:
-        args.lora_alpha = 2 * args.lora
-    if args.lr is None:
-        args.lr = 10 * LR if args.lora else LR
-        if args.lora:
-            print(f"learning rate {args.lr}: for --lora ten times that of full fine-tuning")
-
-
-# ------------------------------------------------------------------------------ several processes
-
-# torchrun starts a script once per GPU, and all its processes do the same, with two exceptions:
-# each samples, verifies and scores only its share, and only rank 0 writes. They meet where shares
-# are put together (`shared_out`, `all_reduce`), and hold the same weights and metrics afterwards.
-# `gathered([])` only waits for all: one writes what the others read, or have read.
-# Without torchrun there is one process, rank 0, whose share is everything.
-
-
-def join_processes(args: Namespace) -> None:
-    """Find the other processes of `torchrun --nproc-per-node N script.py ...`, if there are any."""
-    if ranks() == 1:
-        return
-    if args.device not in ("cpu", "cuda"):
-        fail(f"torchrun's processes take --device cuda, one GPU each, or cpu, not {args.device}")
-    if args.device == "cuda":
-        there, wanted = torch.cuda.device_count(), int(os.environ["LOCAL_WORLD_SIZE"])
-        if there < wanted:
-            fail(f"each of {wanted} processes needs a GPU of its own, torch finds {there} here")
-        args.device = f"cuda:{os.environ['LOCAL_RANK']}"
-        torch.cuda.set_device(args.device)  # also for NCCL
-    # gloo for Python objects, which travel over the CPU. Waiting for the slowest one may take long.
-    backend = "cpu:gloo,cuda:nccl" if args.device.startswith("cuda") else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(hours=6))
-
-
-def rank() -> int:
-    """This process's number, from 0. Only torchrun's variables count: clusters set RANK and
-    WORLD_SIZE for other jobs too, and a process that believed them would wait for ever."""
-    return int(os.environ["RANK"]) if "TORCHELASTIC_RUN_ID" in os.environ else 0
-
-
-def ranks() -> int:
-    """How many processes there are."""
-    return int(os.environ["WORLD_SIZE"]) if "TORCHELASTIC_RUN_ID" in os.environ else 1
-
-
-def on_rank_0(function: Callable) -> Callable:
-    """The other processes do nothing when they call it."""
-
-    @functools.wraps(function)
-    def called(*args, **kwargs):
-        return None if rank() else function(*args, **kwargs)
-
-    return called
-
-
-def meet(operation: Callable, *args) -> None:
-    """operation(*args) of all processes; ends the program where another one has ended."""
-    try:
-        operation(*args)
-    except RuntimeError as error:
-        cause = re.sub(r"^\[.*?\] *", "", last_cause(error)).partition(". ")[0]  # no place in gloo
-        ended = "another process of this run has ended, or cannot be reached"
-        fail(f"{ended} ({cause:.200})", 1, at_once=True)
-
-
-def gathered(part: list) -> list[list]:
-    """The parts of all processes, by rank, on each of them."""
-    parts = [part] * ranks()
-    if len(parts) > 1:
-        meet(dist.all_gather_object, parts, part)
-    return parts
-
-
-def shared_out(work: Callable[[list], list], items: list) -> list:
-    """work(items): each of n processes does every n-th item, and gets the whole result."""
-    results = [None] * len(items)
-    for i, part in enumerate(gathered(work(items[rank() :: ranks()]))):
-        results[i :: ranks()] = part
-    return results
-
-
-def my_share(items: list, lengths: list[int]) -> list:
-    """This process's part of what is scored: every n-th by length, so that all have equal work. The
-    parts are put together by `all_reduce`."""
-    by_length = sorted(range(len(items)), key=lambda i: lengths[i])
-    return [items[i] for i in sorted(by_length[rank() :: ranks()])]
-
-
-def all_reduce(model: torch.nn.Module, parts: list[dict]) -> dict[str, torch.Tensor]:
-    """After the backward passes of a step: add up the gradients of all processes.
-
-    parts: values per token of this process's micro-batches, by name. Returns those of all, {} where
-    nobody had a token. Not by DistributedDataParallel: it waits for its own forward, and our losses
-    go round that, so that nothing would be added up.
-    """
-    if ranks() > 1:
-        mine = [{name: x.cpu() for name, x in part.items()} for part in parts]
-        parts = [part for theirs in gathered(mine) for part in theirs]
-    if not parts:
-        return {}
-    for weight in model.parameters() if ranks() > 1 else ():
-        if weight.requires_grad:
-            meet(dist.all_reduce, grad_of(weight))
-    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-
-
-# ------------------------------------------------------------------------------------------ model
 
 
 @dataclass
@@ -409,112 +86,9 @@ class LM:
         return [self.phrase_ids(args.phrase_wrong), self.phrase_ids(args.phrase_right)]
 
 
-def load_lm(args: Namespace) -> LM:
-    """The model in --dtype on --device. Fails where it cannot be loaded, sampled from, told when
-    to stop, or saved again."""
-    mps, name = args.device.startswith("mps"), args.model
-    if mps and not torch.backends.mps.is_available():
-        fail("--device mps: torch finds no GPU of Apple's here")
-    here = "" if Path(name).is_dir() else " (of the hub: no such folder is here)"
-    with explained(f"cannot use the model {name}{here} on {args.device}"):  # it may raise anything
-        torch.empty(0, device=args.device)
-        if args.device.startswith("cuda"):  # graphs are captured on the current device
-            torch.cuda.set_device(torch.device(args.device).index or 0)
-        # cuDNN's attention plans anew for every shape, and ours change at every step
-        torch.backends.cuda.enable_cudnn_sdp(False)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
-        if args.dtype == "auto":  # bfloat16 where a GPU computes in it, which T4 and V100 do not
-            gpu = args.device.startswith("cuda")
-            has_bfloat16 = gpu and torch.cuda.is_bf16_supported(including_emulation=False)
-            args.dtype = "bfloat16" if has_bfloat16 else "float32"  # --resume elsewhere keeps it
-            if gpu and not has_bfloat16:
-                twice = "the weights are float32, which takes twice the memory"
-                warn(f"this GPU has no bfloat16: {twice}")
-        dtype = getattr(torch, args.dtype)
-        # scaled_dot_product_attention of Apple's GPUs is silently wrong for strided keys and for
-        # masks that several heads share (pytorch#181133, #184180, #195910). On a CPU in bf16 its
-        # backward pass is slow: SmolLM2-135M takes 3.3 s with eager attention instead of 4.4 for
-        # 16 x 105 tokens, forward and backward; for 4 x 420 it is 4.6 and 4.1. See `sample_all`.
-        short = args.device == "cpu" and dtype == torch.bfloat16 and args.max_new_tokens <= SHORT
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            name, dtype=dtype, attn_implementation="eager" if mps or short else None
-        ).to(args.device)
-        check_supported(model)
-        OutputLayer(model)
-    if args.device.startswith("cuda") and not hasattr(sdpa_attention, "pack_gqa"):
-        slow = "keys and values for every query head, and samples up to 10 times slower than 5.23"
-        warn(f"transformers {transformers.__version__} copies {slow}")
-    if not args.prompt_template and not tokenizer.chat_template:
-        example = r"$'Question: {problem}\nAnswer: '"
-        fail(f"{name} has no chat template: give --prompt-template, in bash for example {example}")
-    stops = [tokenizer.convert_tokens_to_ids(token) for token in args.stop_tokens]
-    for token, i in zip(args.stop_tokens, stops):
-        if i is None or i == tokenizer.unk_token_id:
-            fail(f"{token!r} of --stop-tokens is no token of {name}")
-    config = model.generation_config
-    ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-    eos_ids = {tokenizer.eos_token_id, *ends, *stops} - {None}
-    if min(eos_ids, default=math.inf) >= len(tokenizer):
-        fail(f"{name} has no EOS token, so responses could not end: give --stop-tokens")
-    if stops:
-        config.eos_token_id = sorted(eos_ids)  # for whoever loads the output
-    try:
-        config.validate(strict=True)
-    except ValueError as error:  # transformers loads it, and would refuse to save it in the end
-        warn(f"the generation config cannot be saved, only its EOS is kept: {last_cause(error)}")
-        kept = {"eos_token_id": config.eos_token_id, "bos_token_id": config.bos_token_id}
-        model.generation_config = transformers.GenerationConfig(**kept)
-    context = getattr(model.config, "max_position_embeddings", None)
-    if context is None:
-        fail(f"{name} does not say how long its context is (max_position_embeddings)")
-    rows = model.get_output_embeddings().weight.shape[0]
-    if rows < len(tokenizer):
-        fail(f"{name} has {rows} embeddings for the {len(tokenizer)} tokens of its tokenizer")
-    return LM(model, tokenizer, eos_ids, len(tokenizer), context)
-
-
-def check_is_there(name: str, what: str) -> None:
-    """Fail where it can only be a folder, and there is none. It comes before the first look at the
-    hub, which takes more than a minute where there is no network."""
-    path = Path(name)
-    if path.is_file() or not name:
-        fail(f"{name!r} is no {what} folder")
-    if (path / "settings.json").exists() and not (path / "config.json").exists():
-        fail(f"{name} holds an unfinished run, or only traces: use its best/, or --traces")
-    like_a_folder = name.startswith((".", "/", "~")) or name.count("/") > 1
-    # the last: runs/typo, where runs/srt is
-    if not path.is_dir() and (like_a_folder or "/" in name and path.parent.is_dir()):
-        fail(f"no such {what} folder: {name}")
-
-
-def inherit_prompt(args: Namespace) -> dict:
-    """Fill the prompt's flags that were not given from the srt.json beside the model.
-
-    Returns what the output's srt.json will say: "prompt" (these flags), "problems" (keys of those
-    that stage 1 used and stage 2 leaves out) and "trained" (keys of all that this model or an
-    ancestor was trained on). Fails when a flag contradicts the model's, unless --force is given.
-    """
-    check_is_there(args.model, "model")
-    try:
-        path = transformers.utils.cached_file(args.model, "srt.json")
-    except OSError:  # the model has none; or there is no such model, which load_lm says
-        path = None
-    with explained(f"{path} is damaged"):
-        saved = dict(json.loads(Path(path).read_text())) if path else {}
-        prompt = dict(saved.get("prompt", {}))
-    for name, default in PROMPT_DEFAULTS.items():
-        given, before = getattr(args, name), prompt.get(name, default)
-        if given is None:
-            setattr(args, name, before)
-        elif prompt and given != before and not args.force:
-            was = f"{args.model} was trained with {before!r}"
-            flag = name.replace("_", "-")
-            fail(f"--{flag} is {given!r}, but {was}: drop the flag, or add --force")
-    saved["prompt"] = {name: getattr(args, name) for name in PROMPT_DEFAULTS}
-    return {"problems": [], "trained": [], **saved}
-
-
-# --------------------------------------------------------------------------------------- problems
+def key_of(text: str) -> str:
+    """A problem's identity: a hash of its words. Blanks do not make another problem."""
+    return hashlib.sha256(" ".join(text.split()).encode()).hexdigest()[:16]
 
 
 @dataclass
@@ -530,210 +104,19 @@ class Problem:
         return key_of(self.text)
 
 
-def key_of(text: str) -> str:
-    """A problem's identity: a hash of its words. Blanks do not make another problem."""
-    return hashlib.sha256(" ".join(text.split()).encode()).hexdigest()[:16]
+@dataclass
+class Attempt:
+    """A response to a problem, or a revision of one, with its verdict."""
 
+    problem: Problem
+    response: Rollout  # y
+    text: str  # of y, as the verifier read it
+    reward: int  # r
 
-def render(lm: LM, problem: str, args: Namespace) -> list[int]:
-    """prompt_ids of a problem: only the user's side, up to where the assistant begins to write.
-
-    What the assistant writes is appended as ids and never rendered: some templates would insert an
-    empty think block, or strip the blank lines at its end.
-    """
-    text = problem + args.prompt_suffix
-    if args.prompt_template:
-        text = args.prompt_template.replace("{problem}", text)
-        ids = lm.tokenizer(text, add_special_tokens=False)["input_ids"]
-        # the tokenizer may want a BOS; an EOS, which some add as well, would end the prompt
-        bos = lm.tokenizer.bos_token_id
-        wanted = bos is not None and bos in lm.tokenizer("")["input_ids"]
-        return [bos] + ids if wanted and ids[:1] != [bos] else ids
-    template = lm.tokenizer.get_chat_template()
-    pattern = r"""strftime_now\(\s*(['"])(.*?)\1\s*\)"""
-    template = re.sub(pattern, lambda match: repr(time.strftime(match[2], TODAY)), template)
-    with explained("the chat template does not take this prompt"):  # it may raise what it likes
-        return lm.tokenizer.apply_chat_template(
-            [{"role": "user", "content": text}],
-            chat_template=template,
-            add_generation_prompt=True,
-            return_dict=True,
-            **args.template_kwargs,
-        )["input_ids"]
-
-
-def load_rows(name: str, default_split: str):
-    """The rows of a data set: a file, or NAME[:CONFIG][@SPLIT] of a folder or the hub."""
-    import datasets  # here, so that all the rest runs where it is not installed
-
-    datasets.utils.logging.set_verbosity(50)  # what it logs as an error it also raises
-    if not sys.stderr.isatty():
-        datasets.disable_progress_bars()
-    path = Path(name)
-    if path.is_file() or path.suffix in DATA_FILES:
-        if not path.is_file():
-            fail(f"no such data file: {name}")
-        if path.suffix not in DATA_FILES:
-            fail(f"{name} is no data file of a known form: {', '.join(DATA_FILES)}")
-        if not path.stat().st_size:
-            fail(f"the data set {name} is empty")
-        source = {"path": DATA_FILES[path.suffix], "data_files": str(path), "split": "train"}
-        if path.suffix == ".csv":  # "NA" is text, and a blank makes no column of integers inexact
-            source["keep_default_na"] = False
-            csv.field_size_limit(2**31 - 1)
-            with (
-                explained(f"cannot load the data set {name}"),
-                open(path, newline="", errors="replace") as file,
-            ):
-                widths = [len(row) for row in csv.reader(file)]
-            if max(widths) > widths[0]:  # pandas would take the first field for the row's name
-                row = widths.index(max(widths)) + 1
-                fail(f"row {row} of {name} has {max(widths)} fields, the header {widths[0]}")
-    else:
-        rest, _, split = name.partition("@")
-        rest, _, config = rest.partition(":") if not Path(rest).exists() else (rest, "", "")
-        check_is_there(rest, "data set")
-        source = {"path": rest, "name": config or None, "split": split or default_split}
-    with explained(f"cannot load the data set {name}"):  # each builder has its own exceptions
-        rows = datasets.load_dataset(**source)
-    return rows if len(rows) else fail(f"the data set {name} is empty")
-
-
-def is_empty(answer: object) -> bool:
-    """Whether a row has no gold answer; a blank among numbers is nan, which is not itself."""
-    blank = isinstance(answer, str) and not answer.strip()
-    return blank or answer is None or answer == [] or answer != answer
-
-
-def checked_answer(answer: object, verifier_name: str) -> object:
-    """A gold answer in the form that its verifier takes; ValueError or TypeError for another."""
-    if verifier_name == "math":
-        if isinstance(answer, bool) or not isinstance(answer, str | int | float):
-            raise TypeError(f"a gold answer is text or a number, not {answer!r}")
-        if isinstance(answer, float) and not abs(answer) < 2**53:  # nan, inf, or digits are lost
-            raise ValueError(f"{answer!r} is no exact number: store such answers as text")
-        return str(answer)
-    if verifier_name == "code":
-        tests = json.loads(answer) if isinstance(answer, str) else answer
-        verifier.check_tests(tests)
-        return tests
-    json.dumps(answer)  # traces are saved as JSON
-    return answer
-
-
-def load_problems(args: Namespace, name: str, split: str = "train") -> tuple[dict, dict]:
-    """The distinct problems of a data set, {key: (text, answer)}, and counts of its rows."""
-    rows = load_rows(name, split)
-
-    def column(given: str | None, usual: tuple[str, ...], flag: str):
-        for candidate in [given] if given else usual:
-            if candidate in rows.column_names:
-                return rows[candidate]
-        wanted, there = given or " or ".join(usual), ", ".join(rows.column_names)
-        fail(f"{name} has no column {wanted}; it has {there}: give {flag}")
-
-    texts = column(args.problem_column, ("problem", "question", "prompt"), "--problem-column")
-    answers = column(args.answer_column, ("answer", "solution", "tests"), "--answer-column")
-    problems, counts = {}, {"rows": len(rows), "incomplete": 0, "duplicates": 0}
-    for i, (text, answer) in enumerate(zip(texts, answers), 1):
-        if not isinstance(text, str) or not text.strip() or is_empty(answer):
-            counts["incomplete"] += 1
-        elif (key := key_of(text)) in problems:
-            counts["duplicates"] += 1
-        else:
-            row = f"row {i} of {name}, for --verifier {args.verifier}"
-            with explained(row, TypeError, ValueError, SyntaxError):
-                problems[key] = text, checked_answer(answer, args.verifier)
-    if not problems:
-        fail(f"all {len(rows)} rows of {name} are incomplete: no problem, or no answer")
-    return problems, counts
-
-
-def split_problems(lm: LM, args: Namespace, saved: dict, half: bool) -> tuple[list, list, dict]:
-    """(problems to train on, held-out problems, counts).
-
-    Held out are the first --eval-problems by a hash of the text, before anything is dropped: the
-    same ones in every run, whatever its seed and lengths. None of them is ever trained on, and one
-    that the model has been trained on is not evaluated. half: train on half of the rest, at most
-    10,000, where --problems does not say how many (the paper's split).
-    """
-    rows, counts = load_problems(args, args.dataset)
-    candidates = rows
-    if args.eval_dataset:
-        candidates, more = load_problems(args, args.eval_dataset, "test")
-        counts.update({f"eval_{name}": n for name, n in more.items() if n})
-    kept_apart = sorted(candidates)[: args.eval_problems]
-    trained = set(saved["trained"])
-    unseen = [key for key in kept_apart if key not in trained]
-    if seen := len(kept_apart) - len(unseen):
-        counts["eval_trained_on"] = seen
-        left = f"{seen} of {len(kept_apart)} held-out problems are left out"
-        warn(f"{left}: {args.model} was trained on them")
-    used = {*kept_apart, *saved["problems"]}
-
-    def fitting(rows: dict, keys: list[str], name: str) -> list[Problem]:
-        """Never cut: a problem without its beginning is another problem."""
-        problems = []
-        for key in progress(keys, "tokenizing"):
-            problem = Problem(*rows[key], render(lm, rows[key][0], args))
-            if len(problem.prompt_ids) + args.max_new_tokens <= lm.context:
-                problems.append(problem)
-        counts[name] = len(keys) - len(problems)
-        return problems
-
-    held_out = fitting(candidates, unseen, "eval_too_long")
-    problems = fitting(rows, [key for key in sorted(rows) if key not in used], "too_long")
-    random.Random(seed_of(args.seed, "problems")).shuffle(problems)
-    if args.problems:
-        problems = problems[: args.problems]
-    elif half:
-        problems = problems[: min((len(problems) + 1) // 2, 10_000)]
-    counts.update(held_out=len(held_out), training=len(problems))
-    wanted, kind = (held_out, "evaluate") if args.eval_only else (problems, "train on")
-    if not wanted:
-        fail(
-            f"no problem is left to {kind}: {len(kept_apart)} are held out (--eval-problems), "
-            f"{len(saved['problems'])} were used by stage 1, of {json.dumps(counts)}; a prompt "
-            f"and --max-new-tokens {args.max_new_tokens} must fit {lm.context} tokens"
-        )
-    return problems, held_out, counts
-
-
-def load_verifier(name: str) -> Callable[[list[str], list], list[int]]:
-    """verify_all(responses, answers) -> r in {0, 1} for each."""
-    verify = {"math": verifier.verify, "code": verifier.verify_code}.get(name)
-    if name == "code" and sys.platform != "linux":
-        fail("--verifier code needs Linux, whose kernel contains what it runs")
-    if name == "code" and not verify("```python\npass\n```", ["assert True"]):
-        fail("--verifier code cannot run programs on this machine: a right one came out as wrong")
-    if not verify:
-        unknown = f"--verifier {name} is neither math nor code nor a module:function to be imported"
-        with explained(unknown):  # importing runs the user's code
-            sys.path.insert(0, os.getcwd())
-            module, function = name.split(":")
-            verify = getattr(importlib.import_module(module), function)
-
-    def verdict_of(pair: tuple[str, object]) -> int:
-        try:
-            found = verify(*pair)
-            if found not in (0, 1):  # True and False are 1 and 0
-                fail(f"--verifier {name} returned {found!r}: True or False is wanted")
-            return int(found)
-        except Exception as error:  # the user's code: say where
-            at = traceback.extract_tb(error.__traceback__)[-1]
-            where = f"{Path(at.filename).name}:{at.lineno}"
-            cause = f"{type(error).__name__} ({where}): {last_cause(error)}"
-            fail(f"--verifier {name} raised {cause}")
-
-    def verdicts_of(pairs: list[tuple]) -> list[int]:
-        if name != "code":
-            return [verdict_of(pair) for pair in pairs]
-        # code runs in other processes: as many at once as there are cores
-        here = int(os.environ["LOCAL_WORLD_SIZE"]) if ranks() > 1 else 1
-        with ThreadPoolExecutor(max(1, len(os.sched_getaffinity(0)) // here)) as pool:
-            return list(progress(pool.map(verdict_of, pairs), "verifying", total=len(pairs)))
-
-    return lambda responses, answers: shared_out(verdicts_of, list(zip(responses, answers)))
+    def shown(self) -> str:
+        """As text for the log."""
+        gold = f"{VERDICTS[self.reward]}; gold {self.problem.answer!r}"
+        return f"  problem: {self.problem.text!r}\n  response [{gold}]: {self.text!r}"
 
 
 @dataclass
@@ -756,6 +139,10 @@ class Task:
 
 
 # ----------------------------------------------------------------------------- sampling, evaluation
+
+SHORT = 128  # tokens of a response; up to here bf16 on a CPU is trained with eager attention
+SLOTS, MAX_SLOTS = 64, 256  # sequences decoded at once, without a GPU and with one
+SHOW_EVERY = 10  # optimizer steps between two responses shown in the log
 
 
 def seed_of(*parts) -> int:
@@ -797,21 +184,6 @@ def sample_all(
     responses = shared_out(sample, list(zip(prompts, seeds)))
     lm.model.set_attn_implementation(chosen)
     return responses
-
-
-@dataclass
-class Attempt:
-    """A response to a problem, or a revision of one, with its verdict."""
-
-    problem: Problem
-    response: Rollout  # y
-    text: str  # of y, as the verifier read it
-    reward: int  # r
-
-    def shown(self) -> str:
-        """As text for the log."""
-        gold = f"{VERDICTS[self.reward]}; gold {self.problem.answer!r}"
-        return f"  problem: {self.problem.text!r}\n  response [{gold}]: {self.text!r}"
 
 
 def sample_and_verify(
@@ -896,86 +268,7 @@ def evaluate(task: Task, step: int) -> dict:
     return figures
 
 
-# ----------------------------------------------------------------------------------------- memory
-
-
-def estimate_memory(lm: LM, args: Namespace, longest_prompt: int) -> dict[str, int]:
-    """Where a run's memory goes at most, in bytes by part (table: tests/memory_table.py).
-
-    Every response is taken to be as long as --max-new-tokens allows. A run without --teacher is
-    stage 1. The activations are those of a Llama-like layer. "slot" is the cache of one sequence,
-    the longest: a revision.
-    """
-    teacher = getattr(args, "teacher", None)
-    config, size, cached = lm.model.config, lm.model.dtype.itemsize, cache_bytes_per_token(lm.model)
-    parameters = sum(p.numel() for p in lm.model.parameters())
-    # with LoRA only the adapters are trained, in fp32, and the base teacher takes nothing
-    adapters = sum(factor.numel() for factor in adapter_state(lm.model).values())
-    trained, in_fp32 = adapters or parameters, size == 4 or adapters > 0
-    copies = {"base": 0 if adapters else size, "ema": 4 if in_fp32 else 6}
-    response = longest_prompt + args.max_new_tokens  # x + y
-    revision = response + len(lm.phrase_ids(args.phrase_wrong)) + args.max_new_tokens
-    revision = min(revision, lm.context)
-    # tokens of one forward and backward pass; in stage 2 the student reads only x + y
-    length = response if teacher else revision
-    tokens = min(args.batch_size * length, max(args.micro_tokens, length))
-    layers, width, heads = config.num_hidden_layers, config.hidden_size, config.num_attention_heads
-    queries = heads * (getattr(config, "head_dim", None) or width // heads)
-    keys = cached // (2 * layers * size)
-    inner = getattr(config, "moe_intermediate_size", None)
-    inner = inner or getattr(config, "intermediate_size", None) or 4 * width
-    inner *= getattr(config, "num_experts_per_tok", None) or 1
-    layer = (8 * width + 5 * (queries + keys) + 4 * inner) * size
-    per_token = layers * width * size + layer if args.gradient_checkpointing else layers * layer
-    per_token += (3 * inner + 2 * width) * size  # the gradients inside the layer that is at work
-    chunk, chunks = CHUNK.get(lm.model.device.type, CHUNK["cuda"])
-    return {
-        "weights": (parameters - adapters) * size + adapters * 4,
-        "optimizer": trained * (8 if in_fp32 else 10),
-        "gradients": trained * 4,
-        "teacher": trained * copies.get(teacher, 0),
-        "activations": tokens * per_token,
-        "logits": (12 * 4 + 2 * chunks * size) * chunk,
-        "slot": cached * revision,
-    }
-
-
-def fit_memory(lm: LM, args: Namespace, problems: list[Problem]) -> None:
-    """Say what the run needs and what to lower, and divide up a GPU's memory.
-
-    A cache gets `cache_bytes`: nine tenths of the card, less the weights, and from `Run.restore`
-    on, with optimizer and teacher, `training_bytes`. This is arithmetic, hence the same after
-    --resume on the same card. On a CPU both are None: no limit.
-    """
-    longest = max(len(p.prompt_ids) for p in problems)
-    parts = estimate_memory(lm, args, longest)
-    standing = parts["weights"] + parts["optimizer"] + parts["teacher"]
-    training = standing + parts["gradients"] + parts["activations"] + parts["logits"]
-    args.cache_bytes, args.training_bytes, card = None, None, math.inf
-    if lm.model.device.type == "cuda":
-        card = torch.cuda.mem_get_info(lm.model.device)[1]
-        args.cache_bytes = int(0.9 * card) - parts["weights"]
-        args.training_bytes = int(0.9 * card) - standing
-    slots = slots_that_fit(args, parts["slot"], args.training_bytes)
-    sampling = standing + slots * parts["slot"]
-    needed = f"training {training / 1e9:.3g}, sampling {sampling / 1e9:.3g} at {slots} slots"
-    figures = ", ".join(f"{name} {n / 1e9:.3g}" for name, n in parts.items())
-    print(f"memory at most, GB: {needed} of full length; {figures}")
-    if training > card:
-        warn("training may not fit: lower --micro-tokens, or add --gradient-checkpointing")
-    if sampling > card:
-        warn("sampling may not fit: lower --slots or --max-new-tokens")
-
-
-def slots_that_fit(args: Namespace, slot: int, cache_bytes: int | None) -> int:
-    """How many sequences are decoded at once: --slots, or as many as fit, `slot` bytes each. Not
-    the sampler's choice by free memory: this one is the same after --resume."""
-    if args.slots or cache_bytes is None:
-        return args.slots or SLOTS
-    return max(1, min(MAX_SLOTS, cache_bytes // slot))
-
-
-# -------------------------------------------------------------------------------------- optimizer
+# ---------------------------------------------------------------------------------------- optimizer
 
 
 class Optimizer:
@@ -1088,7 +381,114 @@ def compiled(loss: Callable) -> Callable:
     return torch.compile(loss, dynamic=True)
 
 
-# ------------------------------------------------------------------------------------------ a run
+# -------------------------------------------------------------------------------- several processes
+
+# torchrun starts a script once per GPU, and all its processes do the same, with two exceptions:
+# each samples, verifies and scores only its share, and only rank 0 writes. They meet where shares
+# are put together (`shared_out`, `all_reduce`), and hold the same weights and metrics afterwards.
+# `gathered([])` only waits for all: one writes what the others read, or have read.
+# Without torchrun there is one process, rank 0, whose share is everything.
+
+HEAD_START = 5  # seconds that rank 0 has to say what went wrong, before the others do
+
+
+def join_processes(args: Namespace) -> None:
+    """Find the other processes of `torchrun --nproc-per-node N script.py ...`, if there are any."""
+    if ranks() == 1:
+        return
+    if args.device not in ("cpu", "cuda"):
+        fail(f"torchrun's processes take --device cuda, one GPU each, or cpu, not {args.device}")
+    if args.device == "cuda":
+        there, wanted = torch.cuda.device_count(), int(os.environ["LOCAL_WORLD_SIZE"])
+        if there < wanted:
+            fail(f"each of {wanted} processes needs a GPU of its own, torch finds {there} here")
+        args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(args.device)  # also for NCCL
+    # gloo for Python objects, which travel over the CPU. Waiting for the slowest one may take long.
+    backend = "cpu:gloo,cuda:nccl" if args.device.startswith("cuda") else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(hours=6))
+
+
+def rank() -> int:
+    """This process's number, from 0. Only torchrun's variables count: clusters set RANK and
+    WORLD_SIZE for other jobs too, and a process that believed them would wait for ever."""
+    return int(os.environ["RANK"]) if "TORCHELASTIC_RUN_ID" in os.environ else 0
+
+
+def ranks() -> int:
+    """How many processes there are."""
+    return int(os.environ["WORLD_SIZE"]) if "TORCHELASTIC_RUN_ID" in os.environ else 1
+
+
+def on_rank_0(function: Callable) -> Callable:
+    """The other processes do nothing when they call it."""
+
+    @functools.wraps(function)
+    def called(*args, **kwargs):
+        return None if rank() else function(*args, **kwargs)
+
+    return called
+
+
+def meet(operation: Callable, *args) -> None:
+    """operation(*args) of all processes; ends the program where another one has ended."""
+    try:
+        operation(*args)
+    except RuntimeError as error:
+        cause = re.sub(r"^\[.*?\] *", "", last_cause(error)).partition(". ")[0]  # no place in gloo
+        ended = "another process of this run has ended, or cannot be reached"
+        fail(f"{ended} ({cause:.200})", 1, at_once=True)
+
+
+def gathered(part: list) -> list[list]:
+    """The parts of all processes, by rank, on each of them."""
+    parts = [part] * ranks()
+    if len(parts) > 1:
+        meet(dist.all_gather_object, parts, part)
+    return parts
+
+
+def shared_out(work: Callable[[list], list], items: list) -> list:
+    """work(items): each of n processes does every n-th item, and gets the whole result."""
+    results = [None] * len(items)
+    for i, part in enumerate(gathered(work(items[rank() :: ranks()]))):
+        results[i :: ranks()] = part
+    return results
+
+
+def my_share(items: list, lengths: list[int]) -> list:
+    """This process's part of what is scored: every n-th by length, so that all have equal work. The
+    parts are put together by `all_reduce`."""
+    by_length = sorted(range(len(items)), key=lambda i: lengths[i])
+    return [items[i] for i in sorted(by_length[rank() :: ranks()])]
+
+
+def all_reduce(model: torch.nn.Module, parts: list[dict]) -> dict[str, torch.Tensor]:
+    """After the backward passes of a step: add up the gradients of all processes.
+
+    parts: values per token of this process's micro-batches, by name. Returns those of all, {} where
+    nobody had a token. Not by DistributedDataParallel: it waits for its own forward, and our losses
+    go round that, so that nothing would be added up.
+    """
+    if ranks() > 1:
+        mine = [{name: x.cpu() for name, x in part.items()} for part in parts]
+        parts = [part for theirs in gathered(mine) for part in theirs]
+    if not parts:
+        return {}
+    for weight in model.parameters() if ranks() > 1 else ():
+        if weight.requires_grad:
+            meet(dist.all_reduce, grad_of(weight))
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+# -------------------------------------------------------------------------------------------- a run
+
+# What --resume may change. FREE changes nothing that the run computes; NOTED may, and is logged.
+# Model and data may have been moved: they are compared by content.
+PLACES = {"model", "dataset", "eval_dataset", "traces", "output", "device", "resume"}
+FREE = {"micro_tokens", "gradient_checkpointing", "save_every", "eval_every"} | PLACES
+NOTED = {"slots", "lr", "cache_bytes", "training_bytes"}
+ADAPTER = "adapter/adapter_model.safetensors"  # in a model's folder, what PEFT and vLLM read
 
 
 def setup(args: Namespace, half: bool = False) -> Task:
@@ -1120,34 +520,6 @@ def setup(args: Namespace, half: bool = False) -> Task:
         checkpoint_layers(lm.model)
     fit_memory(lm, args, task.problems + task.held_out)
     return task
-
-
-def fingerprint(task: Task, traces: list | None) -> dict[str, str]:
-    """What --resume compares instead of names and places: hashes of some weights, of the problems,
-    and of the traces that the run was given."""
-    weights = [p.detach().flatten()[:64].float().cpu().numpy() for p in task.lm.model.parameters()]
-    problems = [(p.key, p.answer) for p in task.problems + task.held_out]
-    parts = {"model": np.concatenate(weights).tobytes(), "problems": repr(problems).encode()}
-    parts["traces"] = repr(traces).encode()
-    return {name: hashlib.sha256(part).hexdigest()[:16] for name, part in parts.items()}
-
-
-@on_rank_0
-def locked(folder: Path):
-    """A file that is open while this process works in the folder, so that no second one does."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = open(folder / ".lock", "w")
-    except OSError as error:
-        fail(f"cannot write to {folder}: {error.strerror}")
-    try:
-        if fcntl:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        fail(f"another process is at work in {folder}")
-    except OSError:
-        warn(f"{folder} cannot be locked: start no second process there")
-    return file
 
 
 class Run:
@@ -1392,6 +764,34 @@ class Run:
         (self.folder / ".lock").unlink(missing_ok=True)
 
 
+def fingerprint(task: Task, traces: list | None) -> dict[str, str]:
+    """What --resume compares instead of names and places: hashes of some weights, of the problems,
+    and of the traces that the run was given."""
+    weights = [p.detach().flatten()[:64].float().cpu().numpy() for p in task.lm.model.parameters()]
+    problems = [(p.key, p.answer) for p in task.problems + task.held_out]
+    parts = {"model": np.concatenate(weights).tobytes(), "problems": repr(problems).encode()}
+    parts["traces"] = repr(traces).encode()
+    return {name: hashlib.sha256(part).hexdigest()[:16] for name, part in parts.items()}
+
+
+@on_rank_0
+def locked(folder: Path):
+    """A file that is open while this process works in the folder, so that no second one does."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / ".lock", "w")
+    except OSError as error:
+        fail(f"cannot write to {folder}: {error.strerror}")
+    try:
+        if fcntl:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        fail(f"another process is at work in {folder}")
+    except OSError:
+        warn(f"{folder} cannot be locked: start no second process there")
+    return file
+
+
 def signs_of_collapse(lines: list[dict]) -> dict[str, str]:
     """What goes wrong in the lines of a log: {name: sentence}, empty while all is well.
 
@@ -1420,3 +820,613 @@ def signs_of_collapse(lines: list[dict]) -> dict[str, str]:
         if len(steps) >= 2 * window and wrong(old, new):
             signs[name] = f"{what} went from {old:.3g} to {new:.3g} ({window} steps' means)"
     return signs
+
+
+# -------------------------------------------------------------------------------------------- flags
+
+
+def number(kind: type, low: float, high: float = sys.float_info.max, above: bool = False):
+    """An argparse type: a finite number from `low` (or `above` it) to `high`."""
+    limits = f"{'above' if above else 'at least'} {low}"
+    limits += f" and at most {high}" if high < sys.float_info.max else ""
+
+    def parse(text: str):
+        value = kind(text)
+        if (low < value if above else low <= value) and value <= high:
+            return value
+        raise argparse.ArgumentTypeError(f"must be {limits}, not {text}")
+
+    parse.__name__ = kind.__name__  # argparse names it in "invalid int value"
+    return parse
+
+
+def json_object(text: str) -> dict:
+    value = json.loads(text)
+    if isinstance(value, dict):
+        return value
+    raise argparse.ArgumentTypeError("must be a JSON object")
+
+
+count, natural = number(int, 1), number(int, 0)
+positive, at_least_0 = number(float, 0, above=True), number(float, 0)
+above_0, fraction = number(float, 0, 1, above=True), number(float, 0, 1)  # up to 1
+LR = 5e-6  # of full fine-tuning, the paper's; adapters need about ten times that
+REQUIRED = object()
+# P_r by r, the paper's own. A stage-1 model is saved with its phrases, and stage 2 must use them.
+PHRASES = (
+    "Wait, this response is not correct, let me start over.",
+    "Let me rephrase the above solution.",
+)
+INHERITED = "(default: what the model was trained with, else"
+# name, kind (a list: a choice; bool: a switch), default, help, in the order of a run. A script may
+# have other defaults: see `make_parser`.
+FLAGS = [
+    ("model", str, REQUIRED, "hub name, or a transformers folder"),
+    ("dataset", str, REQUIRED, "FILE (.jsonl .json .csv .parquet), or NAME[:CONFIG][@SPLIT]"),
+    ("problem-column", str, None, "(default: problem, question or prompt, whichever is there)"),
+    ("answer-column", str, None, "gold answers, or tests (default: answer, solution or tests)"),
+    ("problems", count, None, "how many to train on (default: {problems})"),
+    ("prompt-suffix", str, None, f"text after every problem {INHERITED} none)"),
+    ("prompt-template", str, None, f"text with {{problem}}, no chat template {INHERITED} none)"),
+    ("template-kwargs", json_object, None, "of the chat template: '{\"enable_thinking\": false}'"),
+    ("phrase-wrong", str, None, f"P_0, after a wrong response {INHERITED} {PHRASES[0]!r})"),
+    ("phrase-right", str, None, f"P_1, after a right response {INHERITED} {PHRASES[1]!r})"),
+    ("stop-tokens", str.split, None, f"ends of responses besides the EOS {INHERITED} none)"),
+    ("force", bool, False, "allow another prompt or phrase than the model was trained with"),
+    ("verifier", str, "math", "math, code, or MODULE:FUNCTION(response, answer)"),
+    ("max-new-tokens", count, 8192, "limit of one response"),
+    ("temperature", at_least_0, 1.0, "of training samples"),
+    ("top-p", above_0, 1.0, "nucleus of training samples; 1 is off"),
+    ("slots", count, None, f"sequences decoded at once (default: {SLOTS}; on a GPU what fits)"),
+    ("cuda-graphs", ["on", "off"], "on", "sample by replaying CUDA graphs, where there is CUDA"),
+    ("batch-size", count, 128, "problems (stage 1: traces) per optimizer step"),
+    ("lora", count, None, "train LoRA adapters of this rank, 64 say (default: all weights)"),
+    ("lora-alpha", count, None, "their scale is alpha / rank (default: twice the rank)"),
+    ("lr", positive, None, f"peak learning rate (default: {LR}; with --lora {10 * LR})"),
+    ("lr-schedule", ["cosine", "constant"], "constant", "after the warm-up; cosine falls to 0"),
+    ("warmup", at_least_0, 20.0, "linear: steps, or below 1 a share of all steps"),
+    ("micro-tokens", count, 16384, "tokens per forward pass: changes memory, not results"),
+    ("gradient-checkpointing", bool, False, "store only layers' inputs, recompute the rest"),
+    ("eval-dataset", str, None, "held-out problems (default: some of --dataset, always the same)"),
+    ("eval-problems", natural, 128, "how many are held out; 0 is off"),
+    ("eval-samples", count, 8, "k: attempts per problem, and one revision of each"),
+    ("eval-temperature", at_least_0, 0.7, "of the evaluation's samples"),
+    ("eval-every", count, 100, "steps between evaluations"),
+    ("eval-only", bool, False, "evaluate --model, print JSON, write nothing"),
+    ("seed", int, 0, "of sampling and of the order of the data"),
+    ("device", str, "cuda" if torch.cuda.is_available() else "cpu", "a torch device"),
+    ("dtype", ["auto", "float32", "bfloat16"], "auto", "of the weights; auto: what the GPU has"),
+    ("output", Path, Path("runs/out"), "an empty folder, for the model and the run"),
+    ("save-every", count, 100, "steps between checkpoints; the last one is kept"),
+    ("resume", bool, False, "go on with the run in --output; repeat its flags"),
+]
+
+
+def make_parser(description: str, own: list[tuple], **defaults) -> argparse.ArgumentParser:
+    """A parser of FLAGS and a script's own flags. defaults: those that differ from FLAGS'."""
+    usage = "%(prog)s --model MODEL --dataset DATASET [flags]"
+    parser = argparse.ArgumentParser(description=description, usage=usage, allow_abbrev=False)
+    parser.error = fail
+    problems = defaults.pop("problems", "all")
+    for name, kind, default, text in FLAGS + own:
+        default = defaults.get(name.replace("-", "_"), default)
+        if kind is not bool and default not in (None, REQUIRED):
+            text += f" (default: {default})"
+        text = text.replace("{problems}", problems).replace("%", "%%")
+        how = {"choices": kind} if isinstance(kind, list) else {"type": kind}
+        how = {"action": "store_true"} if kind is bool else {**how, "default": default}
+        parser.add_argument(f"--{name}", help=text, required=default is REQUIRED, **how)
+    return parser
+
+
+def check_flags(args: Namespace) -> None:
+    """Fail early: flags that contradict each other, or an --output that is in use. Fill in the
+    defaults that depend on --lora."""
+    if args.prompt_template and "{problem}" not in args.prompt_template:
+        fail("--prompt-template has no {problem} in it")
+    if args.prompt_template and args.template_kwargs:
+        fail("--prompt-template replaces the chat template: it has no --template-kwargs")
+    arguments = inspect.signature(transformers.PreTrainedTokenizerBase.apply_chat_template)
+    if taken := set(args.template_kwargs or ()) & set(arguments.parameters):
+        fail(f"--template-kwargs are the template's own switches, not {', '.join(sorted(taken))}")
+    for name in ("temperature", "eval_temperature"):
+        if 0 < getattr(args, name) < 1e-5:
+            fail(f"--{name.replace('_', '-')} is nearly 0: give 0, which takes the likeliest token")
+    if args.eval_only and (args.resume or not args.eval_problems):
+        fail("--eval-only contradicts --resume and --eval-problems 0")
+    if args.lora_alpha and not args.lora:
+        fail("--lora-alpha belongs to --lora")
+    if args.eval_only:
+        return
+    if args.output.exists() and not args.output.is_dir():
+        fail(f"{args.output} is a file: name another --output")
+    there = {path.name for path in args.output.iterdir()} if args.output.exists() else set()
+    begun = "settings.json" in there
+    if args.resume and not begun:
+        fail(f"{args.output} holds no run to resume")
+    # a run that was killed before it had settings leaves only these two
+    if not args.resume and there - {".lock", "settings.json.tmp"}:
+        how = "go on with its run with --resume" if begun else "empty it"
+        fail(f"{args.output} already holds something: name another --output, or {how}")
+    if args.lora and not args.lora_alpha:
+        args.lora_alpha = 2 * args.lora
+    if args.lr is None:
+        args.lr = 10 * LR if args.lora else LR
+        if args.lora:
+            print(f"learning rate {args.lr}: for --lora ten times that of full fine-tuning")
+
+
+# -------------------------------------------------------------------------------- loading the model
+
+
+def load_lm(args: Namespace) -> LM:
+    """The model in --dtype on --device. Fails where it cannot be loaded, sampled from, told when
+    to stop, or saved again."""
+    mps, name = args.device.startswith("mps"), args.model
+    if mps and not torch.backends.mps.is_available():
+        fail("--device mps: torch finds no GPU of Apple's here")
+    here = "" if Path(name).is_dir() else " (of the hub: no such folder is here)"
+    with explained(f"cannot use the model {name}{here} on {args.device}"):  # it may raise anything
+        torch.empty(0, device=args.device)
+        if args.device.startswith("cuda"):  # graphs are captured on the current device
+            torch.cuda.set_device(torch.device(args.device).index or 0)
+        # cuDNN's attention plans anew for every shape, and ours change at every step
+        torch.backends.cuda.enable_cudnn_sdp(False)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+        if args.dtype == "auto":  # bfloat16 where a GPU computes in it, which T4 and V100 do not
+            gpu = args.device.startswith("cuda")
+            has_bfloat16 = gpu and torch.cuda.is_bf16_supported(including_emulation=False)
+            args.dtype = "bfloat16" if has_bfloat16 else "float32"  # --resume elsewhere keeps it
+            if gpu and not has_bfloat16:
+                twice = "the weights are float32, which takes twice the memory"
+                warn(f"this GPU has no bfloat16: {twice}")
+        dtype = getattr(torch, args.dtype)
+        # scaled_dot_product_attention of Apple's GPUs is silently wrong for strided keys and for
+        # masks that several heads share (pytorch#181133, #184180, #195910). On a CPU in bf16 its
+        # backward pass is slow: SmolLM2-135M takes 3.3 s with eager attention instead of 4.4 for
+        # 16 x 105 tokens, forward and backward; for 4 x 420 it is 4.6 and 4.1. See `sample_all`.
+        short = args.device == "cpu" and dtype == torch.bfloat16 and args.max_new_tokens <= SHORT
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            name, dtype=dtype, attn_implementation="eager" if mps or short else None
+        ).to(args.device)
+        check_supported(model)
+        OutputLayer(model)
+    if args.device.startswith("cuda") and not hasattr(sdpa_attention, "pack_gqa"):
+        slow = "keys and values for every query head, and samples up to 10 times slower than 5.23"
+        warn(f"transformers {transformers.__version__} copies {slow}")
+    if not args.prompt_template and not tokenizer.chat_template:
+        example = r"$'Question: {problem}\nAnswer: '"
+        fail(f"{name} has no chat template: give --prompt-template, in bash for example {example}")
+    stops = [tokenizer.convert_tokens_to_ids(token) for token in args.stop_tokens]
+    for token, i in zip(args.stop_tokens, stops):
+        if i is None or i == tokenizer.unk_token_id:
+            fail(f"{token!r} of --stop-tokens is no token of {name}")
+    config = model.generation_config
+    ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    eos_ids = {tokenizer.eos_token_id, *ends, *stops} - {None}
+    if min(eos_ids, default=math.inf) >= len(tokenizer):
+        fail(f"{name} has no EOS token, so responses could not end: give --stop-tokens")
+    if stops:
+        config.eos_token_id = sorted(eos_ids)  # for whoever loads the output
+    try:
+        config.validate(strict=True)
+    except ValueError as error:  # transformers loads it, and would refuse to save it in the end
+        warn(f"the generation config cannot be saved, only its EOS is kept: {last_cause(error)}")
+        kept = {"eos_token_id": config.eos_token_id, "bos_token_id": config.bos_token_id}
+        model.generation_config = transformers.GenerationConfig(**kept)
+    context = getattr(model.config, "max_position_embeddings", None)
+    if context is None:
+        fail(f"{name} does not say how long its context is (max_position_embeddings)")
+    rows = model.get_output_embeddings().weight.shape[0]
+    if rows < len(tokenizer):
+        fail(f"{name} has {rows} embeddings for the {len(tokenizer)} tokens of its tokenizer")
+    return LM(model, tokenizer, eos_ids, len(tokenizer), context)
+
+
+def check_is_there(name: str, what: str) -> None:
+    """Fail where it can only be a folder, and there is none. It comes before the first look at the
+    hub, which takes more than a minute where there is no network."""
+    path = Path(name)
+    if path.is_file() or not name:
+        fail(f"{name!r} is no {what} folder")
+    if (path / "settings.json").exists() and not (path / "config.json").exists():
+        fail(f"{name} holds an unfinished run, or only traces: use its best/, or --traces")
+    like_a_folder = name.startswith((".", "/", "~")) or name.count("/") > 1
+    # the last: runs/typo, where runs/srt is
+    if not path.is_dir() and (like_a_folder or "/" in name and path.parent.is_dir()):
+        fail(f"no such {what} folder: {name}")
+
+
+# What a prompt is made of: saved with the model, so that a later stage asks as this one did.
+PROMPT_DEFAULTS = {
+    "prompt_suffix": "",
+    "prompt_template": "",
+    "template_kwargs": {},
+    "stop_tokens": [],
+    "phrase_wrong": PHRASES[0],
+    "phrase_right": PHRASES[1],
+}
+
+
+def inherit_prompt(args: Namespace) -> dict:
+    """Fill the prompt's flags that were not given from the srt.json beside the model.
+
+    Returns what the output's srt.json will say: "prompt" (these flags), "problems" (keys of those
+    that stage 1 used and stage 2 leaves out) and "trained" (keys of all that this model or an
+    ancestor was trained on). Fails when a flag contradicts the model's, unless --force is given.
+    """
+    check_is_there(args.model, "model")
+    try:
+        path = transformers.utils.cached_file(args.model, "srt.json")
+    except OSError:  # the model has none; or there is no such model, which load_lm says
+        path = None
+    with explained(f"{path} is damaged"):
+        saved = dict(json.loads(Path(path).read_text())) if path else {}
+        prompt = dict(saved.get("prompt", {}))
+    for name, default in PROMPT_DEFAULTS.items():
+        given, before = getattr(args, name), prompt.get(name, default)
+        if given is None:
+            setattr(args, name, before)
+        elif prompt and given != before and not args.force:
+            was = f"{args.model} was trained with {before!r}"
+            flag = name.replace("_", "-")
+            fail(f"--{flag} is {given!r}, but {was}: drop the flag, or add --force")
+    saved["prompt"] = {name: getattr(args, name) for name in PROMPT_DEFAULTS}
+    return {"problems": [], "trained": [], **saved}
+
+
+# ------------------------------------------------------------------- loading problems, the verifier
+
+DATA_FILES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+# Chat templates that show today's date show this day, or a prompt would be another one tomorrow.
+TODAY = time.strptime("2026-01-01", "%Y-%m-%d")
+
+
+def render(lm: LM, problem: str, args: Namespace) -> list[int]:
+    """prompt_ids of a problem: only the user's side, up to where the assistant begins to write.
+
+    What the assistant writes is appended as ids and never rendered: some templates would insert an
+    empty think block, or strip the blank lines at its end.
+    """
+    text = problem + args.prompt_suffix
+    if args.prompt_template:
+        text = args.prompt_template.replace("{problem}", text)
+        ids = lm.tokenizer(text, add_special_tokens=False)["input_ids"]
+        # the tokenizer may want a BOS; an EOS, which some add as well, would end the prompt
+        bos = lm.tokenizer.bos_token_id
+        wanted = bos is not None and bos in lm.tokenizer("")["input_ids"]
+        return [bos] + ids if wanted and ids[:1] != [bos] else ids
+    template = lm.tokenizer.get_chat_template()
+    pattern = r"""strftime_now\(\s*(['"])(.*?)\1\s*\)"""
+    template = re.sub(pattern, lambda match: repr(time.strftime(match[2], TODAY)), template)
+    with explained("the chat template does not take this prompt"):  # it may raise what it likes
+        return lm.tokenizer.apply_chat_template(
+            [{"role": "user", "content": text}],
+            chat_template=template,
+            add_generation_prompt=True,
+            return_dict=True,
+            **args.template_kwargs,
+        )["input_ids"]
+
+
+def load_rows(name: str, default_split: str):
+    """The rows of a data set: a file, or NAME[:CONFIG][@SPLIT] of a folder or the hub."""
+    import datasets  # here, so that all the rest runs where it is not installed
+
+    datasets.utils.logging.set_verbosity(50)  # what it logs as an error it also raises
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+    path = Path(name)
+    if path.is_file() or path.suffix in DATA_FILES:
+        if not path.is_file():
+            fail(f"no such data file: {name}")
+        if path.suffix not in DATA_FILES:
+            fail(f"{name} is no data file of a known form: {', '.join(DATA_FILES)}")
+        if not path.stat().st_size:
+            fail(f"the data set {name} is empty")
+        source = {"path": DATA_FILES[path.suffix], "data_files": str(path), "split": "train"}
+        if path.suffix == ".csv":  # "NA" is text, and a blank makes no column of integers inexact
+            source["keep_default_na"] = False
+            csv.field_size_limit(2**31 - 1)
+            with (
+                explained(f"cannot load the data set {name}"),
+                open(path, newline="", errors="replace") as file,
+            ):
+                widths = [len(row) for row in csv.reader(file)]
+            if max(widths) > widths[0]:  # pandas would take the first field for the row's name
+                row = widths.index(max(widths)) + 1
+                fail(f"row {row} of {name} has {max(widths)} fields, the header {widths[0]}")
+    else:
+        rest, _, split = name.partition("@")
+        rest, _, config = rest.partition(":") if not Path(rest).exists() else (rest, "", "")
+        check_is_there(rest, "data set")
+        source = {"path": rest, "name": config or None, "split": split or default_split}
+    with explained(f"cannot load the data set {name}"):  # each builder has its own exceptions
+        rows = datasets.load_dataset(**source)
+    return rows if len(rows) else fail(f"the data set {name} is empty")
+
+
+def is_empty(answer: object) -> bool:
+    """Whether a row has no gold answer; a blank among numbers is nan, which is not itself."""
+    blank = isinstance(answer, str) and not answer.strip()
+    return blank or answer is None or answer == [] or answer != answer
+
+
+def checked_answer(answer: object, verifier_name: str) -> object:
+    """A gold answer in the form that its verifier takes; ValueError or TypeError for another."""
+    if verifier_name == "math":
+        if isinstance(answer, bool) or not isinstance(answer, str | int | float):
+            raise TypeError(f"a gold answer is text or a number, not {answer!r}")
+        if isinstance(answer, float) and not abs(answer) < 2**53:  # nan, inf, or digits are lost
+            raise ValueError(f"{answer!r} is no exact number: store such answers as text")
+        return str(answer)
+    if verifier_name == "code":
+        tests = json.loads(answer) if isinstance(answer, str) else answer
+        verifier.check_tests(tests)
+        return tests
+    json.dumps(answer)  # traces are saved as JSON
+    return answer
+
+
+def load_problems(args: Namespace, name: str, split: str = "train") -> tuple[dict, dict]:
+    """The distinct problems of a data set, {key: (text, answer)}, and counts of its rows."""
+    rows = load_rows(name, split)
+
+    def column(given: str | None, usual: tuple[str, ...], flag: str):
+        for candidate in [given] if given else usual:
+            if candidate in rows.column_names:
+                return rows[candidate]
+        wanted, there = given or " or ".join(usual), ", ".join(rows.column_names)
+        fail(f"{name} has no column {wanted}; it has {there}: give {flag}")
+
+    texts = column(args.problem_column, ("problem", "question", "prompt"), "--problem-column")
+    answers = column(args.answer_column, ("answer", "solution", "tests"), "--answer-column")
+    problems, counts = {}, {"rows": len(rows), "incomplete": 0, "duplicates": 0}
+    for i, (text, answer) in enumerate(zip(texts, answers), 1):
+        if not isinstance(text, str) or not text.strip() or is_empty(answer):
+            counts["incomplete"] += 1
+        elif (key := key_of(text)) in problems:
+            counts["duplicates"] += 1
+        else:
+            row = f"row {i} of {name}, for --verifier {args.verifier}"
+            with explained(row, TypeError, ValueError, SyntaxError):
+                problems[key] = text, checked_answer(answer, args.verifier)
+    if not problems:
+        fail(f"all {len(rows)} rows of {name} are incomplete: no problem, or no answer")
+    return problems, counts
+
+
+def split_problems(lm: LM, args: Namespace, saved: dict, half: bool) -> tuple[list, list, dict]:
+    """(problems to train on, held-out problems, counts).
+
+    Held out are the first --eval-problems by a hash of the text, before anything is dropped: the
+    same ones in every run, whatever its seed and lengths. None of them is ever trained on, and one
+    that the model has been trained on is not evaluated. half: train on half of the rest, at most
+    10,000, where --problems does not say how many (the paper's split).
+    """
+    rows, counts = load_problems(args, args.dataset)
+    candidates = rows
+    if args.eval_dataset:
+        candidates, more = load_problems(args, args.eval_dataset, "test")
+        counts.update({f"eval_{name}": n for name, n in more.items() if n})
+    kept_apart = sorted(candidates)[: args.eval_problems]
+    trained = set(saved["trained"])
+    unseen = [key for key in kept_apart if key not in trained]
+    if seen := len(kept_apart) - len(unseen):
+        counts["eval_trained_on"] = seen
+        left = f"{seen} of {len(kept_apart)} held-out problems are left out"
+        warn(f"{left}: {args.model} was trained on them")
+    used = {*kept_apart, *saved["problems"]}
+
+    def fitting(rows: dict, keys: list[str], name: str) -> list[Problem]:
+        """Never cut: a problem without its beginning is another problem."""
+        problems = []
+        for key in progress(keys, "tokenizing"):
+            problem = Problem(*rows[key], render(lm, rows[key][0], args))
+            if len(problem.prompt_ids) + args.max_new_tokens <= lm.context:
+                problems.append(problem)
+        counts[name] = len(keys) - len(problems)
+        return problems
+
+    held_out = fitting(candidates, unseen, "eval_too_long")
+    problems = fitting(rows, [key for key in sorted(rows) if key not in used], "too_long")
+    random.Random(seed_of(args.seed, "problems")).shuffle(problems)
+    if args.problems:
+        problems = problems[: args.problems]
+    elif half:
+        problems = problems[: min((len(problems) + 1) // 2, 10_000)]
+    counts.update(held_out=len(held_out), training=len(problems))
+    wanted, kind = (held_out, "evaluate") if args.eval_only else (problems, "train on")
+    if not wanted:
+        fail(
+            f"no problem is left to {kind}: {len(kept_apart)} are held out (--eval-problems), "
+            f"{len(saved['problems'])} were used by stage 1, of {json.dumps(counts)}; a prompt "
+            f"and --max-new-tokens {args.max_new_tokens} must fit {lm.context} tokens"
+        )
+    return problems, held_out, counts
+
+
+def load_verifier(name: str) -> Callable[[list[str], list], list[int]]:
+    """verify_all(responses, answers) -> r in {0, 1} for each."""
+    verify = {"math": verifier.verify, "code": verifier.verify_code}.get(name)
+    if name == "code" and sys.platform != "linux":
+        fail("--verifier code needs Linux, whose kernel contains what it runs")
+    if name == "code" and not verify("```python\npass\n```", ["assert True"]):
+        fail("--verifier code cannot run programs on this machine: a right one came out as wrong")
+    if not verify:
+        unknown = f"--verifier {name} is neither math nor code nor a module:function to be imported"
+        with explained(unknown):  # importing runs the user's code
+            sys.path.insert(0, os.getcwd())
+            module, function = name.split(":")
+            verify = getattr(importlib.import_module(module), function)
+
+    def verdict_of(pair: tuple[str, object]) -> int:
+        try:
+            found = verify(*pair)
+            if found not in (0, 1):  # True and False are 1 and 0
+                fail(f"--verifier {name} returned {found!r}: True or False is wanted")
+            return int(found)
+        except Exception as error:  # the user's code: say where
+            at = traceback.extract_tb(error.__traceback__)[-1]
+            where = f"{Path(at.filename).name}:{at.lineno}"
+            cause = f"{type(error).__name__} ({where}): {last_cause(error)}"
+            fail(f"--verifier {name} raised {cause}")
+
+    def verdicts_of(pairs: list[tuple]) -> list[int]:
+        if name != "code":
+            return [verdict_of(pair) for pair in pairs]
+        # code runs in other processes: as many at once as there are cores
+        here = int(os.environ["LOCAL_WORLD_SIZE"]) if ranks() > 1 else 1
+        with ThreadPoolExecutor(max(1, len(os.sched_getaffinity(0)) // here)) as pool:
+            return list(progress(pool.map(verdict_of, pairs), "verifying", total=len(pairs)))
+
+    return lambda responses, answers: shared_out(verdicts_of, list(zip(responses, answers)))
+
+
+# ------------------------------------------------------------------------------------------- memory
+
+
+def estimate_memory(lm: LM, args: Namespace, longest_prompt: int) -> dict[str, int]:
+    """Where a run's memory goes at most, in bytes by part (table: tests/memory_table.py).
+
+    Every response is taken to be as long as --max-new-tokens allows. A run without --teacher is
+    stage 1. The activations are those of a Llama-like layer. "slot" is the cache of one sequence,
+    the longest: a revision.
+    """
+    teacher = getattr(args, "teacher", None)
+    config, size, cached = lm.model.config, lm.model.dtype.itemsize, cache_bytes_per_token(lm.model)
+    parameters = sum(p.numel() for p in lm.model.parameters())
+    # with LoRA only the adapters are trained, in fp32, and the base teacher takes nothing
+    adapters = sum(factor.numel() for factor in adapter_state(lm.model).values())
+    trained, in_fp32 = adapters or parameters, size == 4 or adapters > 0
+    copies = {"base": 0 if adapters else size, "ema": 4 if in_fp32 else 6}
+    response = longest_prompt + args.max_new_tokens  # x + y
+    revision = response + len(lm.phrase_ids(args.phrase_wrong)) + args.max_new_tokens
+    revision = min(revision, lm.context)
+    # tokens of one forward and backward pass; in stage 2 the student reads only x + y
+    length = response if teacher else revision
+    tokens = min(args.batch_size * length, max(args.micro_tokens, length))
+    layers, width, heads = config.num_hidden_layers, config.hidden_size, config.num_attention_heads
+    queries = heads * (getattr(config, "head_dim", None) or width // heads)
+    keys = cached // (2 * layers * size)
+    inner = getattr(config, "moe_intermediate_size", None)
+    inner = inner or getattr(config, "intermediate_size", None) or 4 * width
+    inner *= getattr(config, "num_experts_per_tok", None) or 1
+    layer = (8 * width + 5 * (queries + keys) + 4 * inner) * size
+    per_token = layers * width * size + layer if args.gradient_checkpointing else layers * layer
+    per_token += (3 * inner + 2 * width) * size  # the gradients inside the layer that is at work
+    chunk, chunks = CHUNK.get(lm.model.device.type, CHUNK["cuda"])
+    return {
+        "weights": (parameters - adapters) * size + adapters * 4,
+        "optimizer": trained * (8 if in_fp32 else 10),
+        "gradients": trained * 4,
+        "teacher": trained * copies.get(teacher, 0),
+        "activations": tokens * per_token,
+        "logits": (12 * 4 + 2 * chunks * size) * chunk,
+        "slot": cached * revision,
+    }
+
+
+def fit_memory(lm: LM, args: Namespace, problems: list[Problem]) -> None:
+    """Say what the run needs and what to lower, and divide up a GPU's memory.
+
+    A cache gets `cache_bytes`: nine tenths of the card, less the weights, and from `Run.restore`
+    on, with optimizer and teacher, `training_bytes`. This is arithmetic, hence the same after
+    --resume on the same card. On a CPU both are None: no limit.
+    """
+    longest = max(len(p.prompt_ids) for p in problems)
+    parts = estimate_memory(lm, args, longest)
+    standing = parts["weights"] + parts["optimizer"] + parts["teacher"]
+    training = standing + parts["gradients"] + parts["activations"] + parts["logits"]
+    args.cache_bytes, args.training_bytes, card = None, None, math.inf
+    if lm.model.device.type == "cuda":
+        card = torch.cuda.mem_get_info(lm.model.device)[1]
+        args.cache_bytes = int(0.9 * card) - parts["weights"]
+        args.training_bytes = int(0.9 * card) - standing
+    slots = slots_that_fit(args, parts["slot"], args.training_bytes)
+    sampling = standing + slots * parts["slot"]
+    needed = f"training {training / 1e9:.3g}, sampling {sampling / 1e9:.3g} at {slots} slots"
+    figures = ", ".join(f"{name} {n / 1e9:.3g}" for name, n in parts.items())
+    print(f"memory at most, GB: {needed} of full length; {figures}")
+    if training > card:
+        warn("training may not fit: lower --micro-tokens, or add --gradient-checkpointing")
+    if sampling > card:
+        warn("sampling may not fit: lower --slots or --max-new-tokens")
+
+
+def slots_that_fit(args: Namespace, slot: int, cache_bytes: int | None) -> int:
+    """How many sequences are decoded at once: --slots, or as many as fit, `slot` bytes each. Not
+    the sampler's choice by free memory: this one is the same after --resume."""
+    if args.slots or cache_bytes is None:
+        return args.slots or SLOTS
+    return max(1, min(MAX_SLOTS, cache_bytes // slot))
+
+
+# ------------------------------------------------------------------------------- how a program ends
+
+
+def fail(message: str, code: int = 2, at_once: bool = False) -> NoReturn:
+    """End the program with one line on stderr. Code 2: the user's to mend; 1: the run broke."""
+    if rank() and not at_once:
+        # Most failures are those of all processes: rank 0 says so, and torchrun ends the others.
+        time.sleep(HEAD_START)
+    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+    raise SystemExit(code)
+
+
+def warn(message: str) -> None:
+    if rank() == 0:
+        print(f"warning: {message}", file=sys.stderr, flush=True)
+
+
+def last_cause(error: BaseException) -> str:
+    """The first line of the innermost exception: libraries wrap the one that says what is wrong.
+    Where that line ends with a colon, the second one belongs to it."""
+    while inner := error.__cause__ or (not error.__suppress_context__ and error.__context__):
+        error = inner
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return " ".join(lines[:2]) if lines[0].rstrip().endswith(":") else lines[0]
+
+
+@contextmanager
+def explained(message: str, *errors: type[Exception], code: int = 2):
+    """Let these exceptions (all, where none is named) end in `fail(message: cause)`."""
+    errors = errors or (Exception,)
+    try:
+        yield
+    except errors as error:
+        if isinstance(error, torch.OutOfMemoryError) and Run.begun:
+            raise  # `entry` says what to lower
+        fail(f"{message}: {last_cause(error)}", code)
+
+
+def progress(items: Iterable, label: str, **settings) -> tqdm:
+    """A bar on a terminal, once it takes more than two seconds; nothing in a log file."""
+    hidden = True if rank() else None  # None: where there is no terminal
+    return tqdm(items, desc=label, delay=2, leave=False, disable=hidden, **settings)
+
+
+def entry(main: Callable) -> None:
+    """Call main(); turn what a user can mend into one line on stderr and an exit code."""
+    if not sys.stderr.isatty():
+        transformers.utils.logging.disable_progress_bar()
+    for stream in (sys.stdout, sys.stderr):  # a log on Windows takes only some characters
+        stream.reconfigure(errors="backslashreplace")
+    if rank():
+        sys.stdout = open(os.devnull, "w")
+    Run.begun = False
+    try:
+        main()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    except FloatingPointError as error:
+        again = "; --resume with a lower --lr goes on from the last checkpoint, if there is one"
+        fail(f"{error}{again if Run.begun else ''}", 1)
+    except torch.OutOfMemoryError:
+        again = "--resume with " if Run.begun else ""
+        fail(f"out of memory: {again}lower --slots (sampling) or --micro-tokens (training)", 1)
+    except KeyboardInterrupt:
+        if rank():  # rank 0 says so, and torchrun waits for this one
+            raise SystemExit(130) from None
+        again = "; the same command with --resume goes on from the last checkpoint"
+        fail("interrupted" + (again if Run.begun else ""), 130)
