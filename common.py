@@ -1,10 +1,11 @@
 """What srt.py and sdzero.py share: all that is not the method.
 
-In the order of a run: flags, processes (of torchrun), model, problems, verifier, sampling,
-evaluation, memory, optimizer, and the run's folder with its log and checkpoints. The two scripts
-import this file and never each other; `setup` and `Run` are where they enter it.
+The first half is worth reading: what a run works on, sampling and evaluation, the optimizer, the
+processes of torchrun, and the run itself, with its log and its checkpoints. The second half can be
+skipped at a first reading: flags, loading, the memory estimate, error messages.
 
-What a user can mend ends in `fail`: one line on stderr and exit code 2.
+The two scripts import this file and never each other. They enter it by `setup` and `Run`. What a
+user can mend ends in `fail`: one line on stderr and exit code 2.
 """
 
 import argparse
@@ -42,7 +43,7 @@ from transformers.integrations import sdpa_attention
 
 import verifier
 from lora import adapter_config, adapter_state, add_lora, load_adapter, merged_state_dict
-from losses import CHUNK, OutputLayer, grad_of
+from losses import CHUNK, OutputLayer, grad_of, micro_batches
 from rollout import Rollout, cache_bytes_per_token, check_supported, generate, stream_seeds
 
 try:
@@ -142,7 +143,7 @@ class Task:
 
 SHORT = 128  # tokens of a response; up to here bf16 on a CPU is trained with eager attention
 SLOTS, MAX_SLOTS = 64, 256  # sequences decoded at once, without a GPU and with one
-SHOW_EVERY = 10  # optimizer steps between two responses shown in the log
+SHOW_EVERY = 10  # batches between two responses shown in the log
 
 
 def seed_of(*parts) -> int:
@@ -187,15 +188,15 @@ def sample_all(
 
 
 def sample_and_verify(
-    task: Task, problems: list[Problem], purpose: tuple, contexts: list | None = None, **settings
+    task: Task, problems: list[Problem], purpose: tuple, prefixes: list | None = None, **settings
 ) -> list[Attempt]:
     """One response for each problem (list it n times for n), and its verdict.
 
-    contexts: the ids that each response continues, if not the problem's prompt. settings: of
+    prefixes: the ids that each response continues, if not the problem's prompt. settings: of
     `sample_all`, where they are not those of training samples.
     """
     args, lm = task.args, task.lm
-    prompts = [p.prompt_ids for p in problems] if contexts is None else contexts
+    prompts = [p.prompt_ids for p in problems] if prefixes is None else prefixes
     settings = {"temperature": args.temperature, "top_p": args.top_p, **settings}
     responses = sample_all(lm, args, prompts, purpose, **settings)
     texts = [lm.text(y.ids) for y in responses]
@@ -208,15 +209,15 @@ def revise(
 ) -> list[tuple[Attempt, Attempt]]:
     """(attempt, revision): n revisions of each, told only right or wrong. Attempts whose revision
     might not fit the context are left out."""
-    phrases, revised, contexts = task.lm.phrases(task.args), [], []
+    phrases, revised, prefixes = task.lm.phrases(task.args), [], []
     for attempt in attempts:
-        context = attempt.problem.prompt_ids + attempt.response.without_eos
-        context += phrases[attempt.reward]
-        if len(context) + task.args.max_new_tokens <= task.lm.context:
+        prefix = attempt.problem.prompt_ids + attempt.response.without_eos
+        prefix += phrases[attempt.reward]
+        if len(prefix) + task.args.max_new_tokens <= task.lm.context:
             revised += [attempt] * n
-            contexts += [context] * n
+            prefixes += [prefix] * n
     problems = [attempt.problem for attempt in revised]
-    return list(zip(revised, sample_and_verify(task, problems, purpose, contexts, **settings)))
+    return list(zip(revised, sample_and_verify(task, problems, purpose, prefixes, **settings)))
 
 
 def evaluate(task: Task, step: int) -> dict:
@@ -292,7 +293,7 @@ class Optimizer:
         for weight in self.weights:
             master = weight
             if weight.dtype == torch.bfloat16:
-                weight.grad_dtype = torch.float32
+                weight.grad_dtype = torch.float32  # micro-batches are added up in it
                 master = torch.nn.Parameter(torch.empty(0, device=weight.device))
                 self.narrow.append((weight, torch.zeros_like(weight, dtype=torch.int16), master))
             groups[weight.dim() < 2]["params"].append(master)
@@ -315,14 +316,15 @@ class Optimizer:
             return norm
         for group in self.adamw.param_groups:
             group["lr"] = lr
-        self.adamw.step()  # moves the fp32 weights: no bf16 weight's master has a gradient yet
-        # on a CPU the memory is kept: re-allocating it costs 10% of a step (page faults); not where
-        # a bf16 weight's step follows, which must find no other gradient
+        # AdamW skips what has no gradient. So all fp32 weights move at once; then one bf16 weight
+        # after another gets its master back, hands it the gradient, moves and is split again.
+        self.adamw.step()
+        # on a CPU the gradients' memory is kept: re-allocating it costs 10% of a step (page faults)
         on_cpu = self.weights[0].device.type == "cpu"
         self.adamw.zero_grad(set_to_none=bool(self.narrow) or not on_cpu)
         for weight, low, master in self.narrow:
             master.data, master.grad, weight.grad = join(weight, low), weight.grad, None
-            self.adamw.step()  # moves this one only: no other has a gradient now
+            self.adamw.step()
             upper, lower = split(master)
             weight.copy_(upper)
             low.copy_(lower)
@@ -372,8 +374,8 @@ def checkpoint_layers(model: torch.nn.Module) -> None:
 
 
 def compiled(loss: Callable) -> Callable:
-    """A loss for `backward_by_chunks` on a GPU, compiled once for all numbers of rows: Inductor's
-    code for an H100 moves 36 bytes per logit instead of 208.
+    """A loss for `backward_by_chunks` on a GPU, compiled once for all numbers of rows and all
+    closures of the same code: Inductor's code for an H100 moves 36 bytes per logit instead of 208.
 
     Where compilation fails (Triton needs a C compiler) torch logs why, and the loss runs as it is.
     """
@@ -383,11 +385,10 @@ def compiled(loss: Callable) -> Callable:
 
 # -------------------------------------------------------------------------------- several processes
 
-# torchrun starts a script once per GPU, and all its processes do the same, with two exceptions:
-# each samples, verifies and scores only its share, and only rank 0 writes. They meet where shares
-# are put together (`shared_out`, `all_reduce`), and hold the same weights and metrics afterwards.
-# `gathered([])` only waits for all: one writes what the others read, or have read.
-# Without torchrun there is one process, rank 0, whose share is everything.
+# torchrun starts one process per GPU. All of them run the same code, but each one samples, verifies
+# and scores only its share, and only rank 0 writes files. They meet where shares are put together
+# (`shared_out`, `in_micro_batches`), and hold the same weights and metrics afterwards. Without
+# torchrun there is one process, rank 0, whose share is everything.
 
 HEAD_START = 5  # seconds that rank 0 has to say what went wrong, before the others do
 
@@ -431,11 +432,11 @@ def on_rank_0(function: Callable) -> Callable:
 
 
 def meet(operation: Callable, *args) -> None:
-    """operation(*args) of all processes; ends the program where another one has ended."""
+    """operation(*args) of torch.distributed; if another process has died, this one ends, too."""
     try:
         operation(*args)
-    except RuntimeError as error:
-        cause = re.sub(r"^\[.*?\] *", "", last_cause(error)).partition(". ")[0]  # no place in gloo
+    except RuntimeError as error:  # which begins with gloo's own [file:line]
+        cause = re.sub(r"^\[.*?\] *", "", last_cause(error)).partition(". ")[0]
         ended = "another process of this run has ended, or cannot be reached"
         fail(f"{ended} ({cause:.200})", 1, at_once=True)
 
@@ -448,6 +449,11 @@ def gathered(part: list) -> list[list]:
     return parts
 
 
+def wait_for_all() -> None:
+    """Where one process writes what the others read, or have read."""
+    gathered([])
+
+
 def shared_out(work: Callable[[list], list], items: list) -> list:
     """work(items): each of n processes does every n-th item, and gets the whole result."""
     results = [None] * len(items)
@@ -456,35 +462,38 @@ def shared_out(work: Callable[[list], list], items: list) -> list:
     return results
 
 
-def my_share(items: list, lengths: list[int]) -> list:
-    """This process's part of what is scored: every n-th by length, so that all have equal work. The
-    parts are put together by `all_reduce`."""
-    by_length = sorted(range(len(items)), key=lambda i: lengths[i])
-    return [items[i] for i in sorted(by_length[rank() :: ranks()])]
+def in_micro_batches(
+    model: torch.nn.Module, items: list, lengths: list[int], budget: int, backward: Callable
+) -> dict[str, torch.Tensor]:
+    """Call backward(a few of the items) until each process has done its share, then add up the
+    gradients of all processes.
 
+    lengths: tokens of each item; budget: --micro-tokens. backward adds to the model's gradient, and
+    returns values per token by name. Returns these of all items, {} where there is no token.
 
-def all_reduce(model: torch.nn.Module, parts: list[dict]) -> dict[str, torch.Tensor]:
-    """After the backward passes of a step: add up the gradients of all processes.
-
-    parts: values per token of this process's micro-batches, by name. Returns those of all, {} where
-    nobody had a token. Not by DistributedDataParallel: it waits for its own forward, and our losses
-    go round that, so that nothing would be added up.
+    Not by DistributedDataParallel: it waits for its own forward, and our losses go round that, so
+    that nothing would be added up.
     """
+    # every n-th by length, so that all processes have equal work
+    by_length = sorted(range(len(items)), key=lambda i: lengths[i])
+    mine = sorted(by_length[rank() :: ranks()])
+    groups, parts = micro_batches([lengths[i] for i in mine], budget), []
+    for group in progress(groups, "training"):
+        parts.append(backward([items[mine[k]] for k in group]))
     if ranks() > 1:
         mine = [{name: x.cpu() for name, x in part.items()} for part in parts]
         parts = [part for theirs in gathered(mine) for part in theirs]
-    if not parts:
-        return {}
-    for weight in model.parameters() if ranks() > 1 else ():
-        if weight.requires_grad:
-            meet(dist.all_reduce, grad_of(weight))
-    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        for weight in model.parameters():
+            if weight.requires_grad and parts:
+                meet(dist.all_reduce, grad_of(weight))
+    names = parts[0] if parts else ()
+    return {name: torch.cat([part[name] for part in parts]) for name in names}
 
 
 # -------------------------------------------------------------------------------------------- a run
 
-# What --resume may change. FREE changes nothing that the run computes; NOTED may, and is logged.
-# Model and data may have been moved: they are compared by content.
+# Flags that --resume may change. Those in FREE do not affect the result; those in NOTED may, and
+# the change is logged. Model and data may have been moved: they are compared by content.
 PLACES = {"model", "dataset", "eval_dataset", "traces", "output", "device", "resume"}
 FREE = {"micro_tokens", "gradient_checkpointing", "save_every", "eval_every"} | PLACES
 NOTED = {"slots", "lr", "cache_bytes", "training_bytes"}
@@ -507,7 +516,9 @@ def setup(args: Namespace, half: bool = False) -> Task:
         verify_all([""], [some[0].answer])
     if args.eval_only:
         figures = evaluate(task, 0)
-        on_rank_0(print)(figures.pop("sample"), file=sys.stderr)
+        sample = figures.pop("sample")
+        if rank() == 0:
+            print(sample, file=sys.stderr)
         print(json.dumps(figures, indent=1))
         raise SystemExit(0)
     print(f"problems: {json.dumps(task.counts)}")
@@ -528,7 +539,7 @@ class Run:
 
     A run that was killed at any moment goes on from its last checkpoint and ends as if nothing had
     happened: files and folders appear and vanish whole (`write`, `save`, `remove`), and what the
-    log has of later steps is dropped. Where the final model is there, the program ends.
+    log has of later steps is dropped. If the final model is there already, the program ends.
     """
 
     begun = False  # whether a run of this process can be resumed
@@ -538,7 +549,7 @@ class Run:
         self.lines: list[dict] = []  # of metrics.jsonl
         self.told: set[str] = set()  # warnings are given once
         self.parts: dict = {}  # what has a state_dict besides the model
-        gathered([])  # all processes have looked at the folder before one writes
+        wait_for_all()  # all processes have looked at the folder before one writes
         self.lock = locked(self.folder)
         settings = {
             "flags": vars(task.args),
@@ -684,7 +695,7 @@ class Run:
             os.replace(temporary, self.folder / name)
 
     def checkpoints(self) -> list[int]:
-        """Their steps, in order. A user's own checkpoint-3-mine is none."""
+        """Their steps, in order. A user's own folder checkpoint-3-mine is ignored."""
         states = self.folder.glob("checkpoint-*/training_state.pt")
         steps = [path.parent.name.removeprefix("checkpoint-") for path in states]
         return sorted(int(step) for step in steps if step.isdecimal())
@@ -822,6 +833,7 @@ def signs_of_collapse(lines: list[dict]) -> dict[str, str]:
     return signs
 
 
+# --------------------------------------------- from here on: what can be skipped at a first reading
 # -------------------------------------------------------------------------------------------- flags
 
 
@@ -849,7 +861,7 @@ def json_object(text: str) -> dict:
 
 count, natural = number(int, 1), number(int, 0)
 positive, at_least_0 = number(float, 0, above=True), number(float, 0)
-above_0, fraction = number(float, 0, 1, above=True), number(float, 0, 1)  # up to 1
+share, fraction = number(float, 0, 1, above=True), number(float, 0, 1)  # (0, 1] and [0, 1]
 LR = 5e-6  # of full fine-tuning, the paper's; adapters need about ten times that
 REQUIRED = object()
 # P_r by r, the paper's own. A stage-1 model is saved with its phrases, and stage 2 must use them.
@@ -876,7 +888,7 @@ FLAGS = [
     ("verifier", str, "math", "math, code, or MODULE:FUNCTION(response, answer)"),
     ("max-new-tokens", count, 8192, "limit of one response"),
     ("temperature", at_least_0, 1.0, "of training samples"),
-    ("top-p", above_0, 1.0, "nucleus of training samples; 1 is off"),
+    ("top-p", share, 1.0, "nucleus of training samples; 1 is off"),
     ("slots", count, None, f"sequences decoded at once (default: {SLOTS}; on a GPU what fits)"),
     ("cuda-graphs", ["on", "off"], "on", "sample by replaying CUDA graphs, where there is CUDA"),
     ("batch-size", count, 128, "problems (stage 1: traces) per optimizer step"),
@@ -964,7 +976,7 @@ def load_lm(args: Namespace) -> LM:
     to stop, or saved again."""
     mps, name = args.device.startswith("mps"), args.model
     if mps and not torch.backends.mps.is_available():
-        fail("--device mps: torch finds no GPU of Apple's here")
+        fail("--device mps: there is no Apple GPU here")
     here = "" if Path(name).is_dir() else " (of the hub: no such folder is here)"
     with explained(f"cannot use the model {name}{here} on {args.device}"):  # it may raise anything
         torch.empty(0, device=args.device)
@@ -976,7 +988,7 @@ def load_lm(args: Namespace) -> LM:
         if args.dtype == "auto":  # bfloat16 where a GPU computes in it, which T4 and V100 do not
             gpu = args.device.startswith("cuda")
             has_bfloat16 = gpu and torch.cuda.is_bf16_supported(including_emulation=False)
-            args.dtype = "bfloat16" if has_bfloat16 else "float32"  # --resume elsewhere keeps it
+            args.dtype = "bfloat16" if has_bfloat16 else "float32"
             if gpu and not has_bfloat16:
                 twice = "the weights are float32, which takes twice the memory"
                 warn(f"this GPU has no bfloat16: {twice}")
@@ -1032,7 +1044,7 @@ def check_is_there(name: str, what: str) -> None:
     if (path / "settings.json").exists() and not (path / "config.json").exists():
         fail(f"{name} holds an unfinished run, or only traces: use its best/, or --traces")
     like_a_folder = name.startswith((".", "/", "~")) or name.count("/") > 1
-    # the last: runs/typo, where runs/srt is
+    # runs/typo looks like a name of the hub, but there is a folder runs
     if not path.is_dir() and (like_a_folder or "/" in name and path.parent.is_dir()):
         fail(f"no such {what} folder: {name}")
 
@@ -1143,7 +1155,9 @@ def load_rows(name: str, default_split: str):
         source = {"path": rest, "name": config or None, "split": split or default_split}
     with explained(f"cannot load the data set {name}"):  # each builder has its own exceptions
         rows = datasets.load_dataset(**source)
-    return rows if len(rows) else fail(f"the data set {name} is empty")
+    if not len(rows):
+        fail(f"the data set {name} is empty")
+    return rows
 
 
 def is_empty(answer: object) -> bool:
@@ -1390,7 +1404,7 @@ def last_cause(error: BaseException) -> str:
 
 @contextmanager
 def explained(message: str, *errors: type[Exception], code: int = 2):
-    """Let these exceptions (all, where none is named) end in `fail(message: cause)`."""
+    """Turn these exceptions (default: all) into `fail(message: cause)`."""
     errors = errors or (Exception,)
     try:
         yield

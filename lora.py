@@ -248,6 +248,6 @@ def copy_into(mine: dict[str, torch.Tensor], state: dict[str, torch.Tensor]) -> 
     """Copy tensors by name. Raises ValueError where names or shapes differ."""
     for name in sorted(mine.keys() | state.keys()):
         if name not in mine or name not in state or mine[name].shape != state[name].shape:
-            raise ValueError(f"this state belongs to another model or rank: {name!r} is amiss")
+            raise ValueError(f"the state of another model or rank: {name!r} does not match")
     for name, tensor in mine.items():
         tensor.copy_(state[name])

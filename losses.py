@@ -28,10 +28,11 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-# What `backward_by_chunks` works on at a time, by device: (logits of a chunk, chunks of a block).
-# In fp32 a chunk is 0.5 MB, which fits into the cache of a CPU core; on a GPU 256 MB (with 64
-# MB the loss took 1.3 to 1.6 times as long on an H100), on an Apple one, which shares the memory of
-# the machine, 16 MB.
+# How much `backward_by_chunks` works on at a time, by device: (logits of a chunk, chunks of a
+# block). The loss runs chunk by chunk, so that all that it computes from the logits stays small: in
+# fp32 a chunk is 0.5 MB on a CPU, whose cache it fits into, 256 MB on a GPU (with 64 MB the loss
+# took 1.3 to 1.6 times as long on an H100), 16 MB on an Apple one, which shares the machine's
+# memory. The matrix products run block by block, because they are slow with few rows.
 CHUNK = {"cpu": (2**17, 96), "mps": (2**22, 8), "cuda": (2**26, 2)}
 
 
@@ -412,8 +413,8 @@ def backward_by_chunks(
     if hidden.dim() != 2:
         rows = "take rows as predicting_last does, or all by hidden.flatten(0, 1)"
         raise ValueError(f"hidden must be [N, H], not {list(hidden.shape)}: {rows}")
-    sides = [(layer, hidden.detach())] + ([] if teacher is None else [teacher])
-    for tensor in (sides[-1][1], *tensors):
+    teacher_layer, teacher_hidden = teacher or (None, hidden)
+    for tensor in (teacher_hidden, *tensors):
         if len(tensor) != len(hidden):
             raise ValueError(f"hidden has {len(hidden)} rows, but a tensor has {len(tensor)}")
 
@@ -424,40 +425,42 @@ def backward_by_chunks(
     # A tensor [block_rows, R] for each side, used again for each block. The student's is used twice
     # even within a block: when the loss of a chunk is done, nobody needs its logits any more, and
     # the gradient of the loss with respect to them takes their place.
-    buffers = [h.new_empty(block_rows, side.rows) for side, h in sides]
-    hidden_grad = torch.empty_like(hidden)
-    columns, done = None, 0
+    buffer = hidden.new_empty(block_rows, layer.rows)
+    if teacher is not None:
+        teacher_buffer = teacher_hidden.new_empty(block_rows, teacher_layer.rows)
+    hidden_grad, columns = torch.empty_like(hidden), None
     # With N = 0 there is one empty block of one empty chunk.
     for start in range(0, max(len(hidden), 1), block_rows):
-        block = slice(start, start + block_rows)
-        inputs = []
-        for (side, h), buffer in zip(sides, buffers):
-            products = side.linear(h[block], out=buffer[: len(h[block])])
-            inputs.append(products[:, : side.vocab_size])
-        inputs += [tensor[block] for tensor in tensors]
+        block_hidden = hidden.detach()[start : start + block_rows]
+        n = len(block_hidden)
+        block_logits = layer.linear(block_hidden, out=buffer[:n])[:, : layer.vocab_size]
+        if teacher is not None:
+            teacher_block = teacher_hidden[start : start + n]
+            teacher_logits = teacher_layer.linear(teacher_block, out=teacher_buffer[:n])
 
-        for chunk, *others in zip(*[x.split(chunk_rows) for x in inputs]):
-            logits = chunk.detach().requires_grad_()
+        for begin in range(0, max(n, 1), chunk_rows):
+            rows = slice(begin, min(begin + chunk_rows, n))  # of the block
+            all_rows = slice(start + rows.start, start + rows.stop)
+            logits = block_logits[rows].detach().requires_grad_()
+            inputs = [tensor[all_rows] for tensor in tensors]
             if teacher is not None:
-                others[0] = teacher[0].finish(others[0])
-            part = loss(layer.finish(logits), *others)
-            if part.shape[:1] != chunk.shape[:1]:
-                raise ValueError(f"loss of {len(chunk)} rows must be [n] or [n, C]: {part.shape}")
+                theirs = teacher_logits[rows, : teacher_layer.vocab_size]
+                inputs.insert(0, teacher_layer.finish(theirs))
+            part = loss(layer.finish(logits), *inputs)
+            if part.shape[:1] != logits.shape[:1]:
+                raise ValueError(f"loss of {len(logits)} rows must be [n] or [n, C]: {part.shape}")
             if part.dim() > 2 or part.shape[1:] == (layer.vocab_size,):
                 # Such as F.kl_div(..., reduction="none"): column 0 would be the loss of id 0.
                 raise ValueError(f"loss returned {list(part.shape)}: sum over the vocabulary first")
             ((part if part.dim() == 1 else part[:, 0]).sum() / divisor).backward()
-            chunk.copy_(logits.grad)  # in the student's buffer
+            block_logits[rows] = logits.grad  # a view of the buffer
             if columns is None:  # allocated late, not to split the allocator's chunk-sized pieces
                 columns = part.new_empty(len(hidden), *part.shape[1:])
-            columns[done : done + len(part)] = part.detach()
-            done += len(part)
+            columns[all_rows] = part.detach()
 
-        student_h = sides[0][1][block]
         # The buffer now holds gradients. Columns beyond V had no loss: their gradient is 0.
-        logits_grad = buffers[0][: len(student_h)]
-        logits_grad[:, layer.vocab_size :] = 0
-        hidden_grad[block] = layer.linear_backward(student_h, logits_grad)
+        buffer[:n, layer.vocab_size :] = 0
+        hidden_grad[start : start + n] = layer.linear_backward(block_hidden, buffer[:n])
     if hidden.requires_grad:  # else only the output layer learns
         hidden.backward(hidden_grad)
     return columns

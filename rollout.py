@@ -184,8 +184,8 @@ def check_numbers(
     length = max((len(p) + limit for p, limit in zip(prompts, limits)), default=0)
     positions = getattr(model.config, "max_position_embeddings", None)
     if positions and length > positions:
-        limit = f"the model has {positions} positions (max_position_embeddings)"
-        raise ValueError(f"a prompt and its max_new_tokens are {length} tokens, but {limit}")
+        has = f"the model has {positions} positions (max_position_embeddings)"
+        raise ValueError(f"a prompt and its max_new_tokens are {length} tokens, but {has}")
 
 
 def plain(value):
@@ -386,10 +386,10 @@ def attention_masks(config, positions: torch.Tensor, length: int, dtype: torch.d
     key, query = torch.arange(length, device=positions.device), positions[:, None, :, None]
 
     def mask(window: int | None) -> torch.Tensor:
-        hidden = key > query
+        masked = key > query
         if window is not None:
-            hidden = hidden | (key <= query - window)
-        return hidden.to(dtype).mul_(torch.finfo(dtype).min)
+            masked = masked | (key <= query - window)
+        return masked.to(dtype).mul_(torch.finfo(dtype).min)
 
     window, kinds = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
     if kinds is None:

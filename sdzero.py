@@ -37,44 +37,42 @@ from common import (
     Optimizer,
     Run,
     Task,
-    above_0,
-    all_reduce,
     check_flags,
     compiled,
     count,
     entry,
     fail,
     fraction,
+    in_micro_batches,
     learning_rate,
     make_parser,
-    my_share,
     natural,
     positive,
-    progress,
     sample_and_verify,
     seed_of,
     setup,
+    share,
     warn,
 )
 from lora import LoraTeacher
-from losses import OutputLayer, backward_by_chunks, micro_batches, predicting_last
+from losses import OutputLayer, backward_by_chunks, predicting_last
 from rollout import Rollout
 from teacher import Teacher
 
 BETAS, WEIGHT_DECAY = (0.9, 0.999), 0.01  # AdamW's, from the authors' scripts
 OBJECTIVES = ["full_logits", "topk_logits", "sampled_token", "mixed_kl"]
-POSITIONS = (16, 64, 256, 1024)  # the KL is logged for tokens before each of these, and the rest
+POSITIONS = (16, 64, 256, 1024)  # the KL is logged for tokens 0 to 15, 16 to 63, ..., 1024 on
 
 FLAGS = [
     ("epochs", count, 1, "passes over the problems; each samples anew"),
-    ("objective", OBJECTIVES, "full_logits", "D of README (4); mixed_kl is the authors' code's"),
+    ("objective", OBJECTIVES, "full_logits", "the divergence; mixed_kl is the authors' code's"),
     # 1 is the reverse KL, 0 the forward KL, between lies (5), which is 0 at both ends: 0.999 is
     # almost no loss. Of mixed_kl alpha is the weight of the FORWARD KL.
     (
         "alpha",
         fraction,
         None,
-        "of README (5) (default: 1; mixed_kl's share of the forward KL: 0.5)",
+        "1: reverse KL, 0: forward KL (default: 1; mixed_kl's share of the forward KL: 0.5)",
     ),
     # the student's most likely tokens in topk_logits, the teacher's in mixed_kl
     ("topk", count, None, "tokens of topk_logits (default: 64), and of mixed_kl (default: all)"),
@@ -85,7 +83,7 @@ FLAGS = [
     ("importance-cap", positive, None, "c of README (6) (default: no weight)"),
     ("teacher", ["base", "live", "ema"], "base", "frozen; the student itself; moving average"),
     # teacher <- (1 - rate) teacher + rate student; a rate of 1 copies the student
-    ("teacher-rate", above_0, None, "of ema, every --teacher-interval steps (default: 0.05)"),
+    ("teacher-rate", share, None, "of ema, every --teacher-interval steps (default: 0.05)"),
     ("teacher-interval", count, None, "of ema, in optimizer steps (default: 1)"),
 ]
 
@@ -128,12 +126,13 @@ def make_loss(args: Namespace):
     def loss(student_logits, teacher_logits, token_ids, old_logprobs):
         student_logits = student_logits / temperature
         teacher_logits = teacher_logits / temperature
-        student, teacher = losses.log_softmax(student_logits), losses.log_softmax(teacher_logits)
+        student_logprobs = losses.log_softmax(student_logits)
+        teacher_logprobs = losses.log_softmax(teacher_logits)
         # full_logits shares its log-softmax with the figures below. The others get the logits: a
         # token that topk_logits leaves out must have the gradient 0. Through one more log-softmax
         # it would get a rounding error, of which AdamW makes a full step.
         if args.objective == "full_logits":
-            value = losses.divergence(student, teacher, args.alpha)
+            value = losses.divergence(student_logprobs, teacher_logprobs, args.alpha)
         elif args.objective == "topk_logits":
             value = losses.topk_logits(
                 student_logits, teacher_logits, args.topk, args.alpha, tail=not args.no_tail
@@ -143,12 +142,12 @@ def make_loss(args: Namespace):
         else:
             value = losses.sampled_token(student_logits, teacher_logits, token_ids)
         with torch.no_grad():
-            entropy = losses.entropy(student)
-            log_pi = student.gather(-1, token_ids[:, None])[:, 0]
-            log_ratio = log_pi - teacher.gather(-1, token_ids[:, None])[:, 0]
+            entropy = losses.entropy(student_logprobs)
+            log_pi = student_logprobs.gather(-1, token_ids[:, None])[:, 0]
+            log_ratio = log_pi - teacher_logprobs.gather(-1, token_ids[:, None])[:, 0]
             kl = value
             if (args.objective, args.alpha) != ("full_logits", 1):
-                kl = losses.divergence(student, teacher, 1)
+                kl = losses.divergence(student_logprobs, teacher_logprobs, 1)
         if args.importance_cap:
             value = value * losses.importance_weight(log_pi, old_logprobs, args.importance_cap)
         return torch.stack([value, kl.detach(), log_ratio, entropy], dim=-1)
@@ -217,13 +216,12 @@ def distill_step(
     """
     examples = [e for e in examples if len(e.response.ids) > args.skip_first]
     divisor = sum(len(e.response.ids) - args.skip_first for e in examples)
-    mine = my_share(examples, [len(e.teacher_ids) for e in examples])  # all, without torchrun
-    lengths = [len(e.teacher_ids) for e in mine]
-    parts = []
-    for group in progress(micro_batches(lengths, args.micro_tokens), "training"):
-        chosen = [mine[i] for i in group]
-        parts.append(distill(student, teacher, student_layer, teacher_layer, chosen, args, divisor))
-    whole = all_reduce(student, parts)  # with torchrun: everybody's, and the sum of their gradients
+
+    def backward(some: list[Example]) -> dict[str, torch.Tensor]:
+        return distill(student, teacher, student_layer, teacher_layer, some, args, divisor)
+
+    lengths = [len(e.teacher_ids) for e in examples]
+    whole = in_micro_batches(student, examples, lengths, args.micro_tokens, backward)
     if not whole:
         return {"loss": 0.0, "kl": None, "log_ratio": None, "entropy": None, "loss_tokens": 0}
     loss = whole["loss"].sum().item() / divisor
@@ -337,7 +335,7 @@ def main(argv: list[str] | None = None) -> None:
             if kept and len(example.teacher_ids) <= lm.context:
                 examples.append(example)
 
-        # score, one step towards the teacher (more with --passes), then the teacher's own
+        # score, move the student towards the teacher (more often with --passes), then the teacher
         tokens = sum(len(attempt.response.ids) for attempt in attempts)
         sampled = {
             "reward": sum(attempt.reward for attempt in attempts) / len(batch),

@@ -42,38 +42,36 @@ from common import (
     Problem,
     Run,
     Task,
-    all_reduce,
     check_flags,
     compiled,
     count,
     entry,
     explained,
     fail,
-    gathered,
+    in_micro_batches,
     key_of,
     learning_rate,
     make_parser,
-    my_share,
-    progress,
     render,
     revise,
     sample_and_verify,
     seed_of,
     setup,
+    wait_for_all,
 )
-from losses import OutputLayer, backward_by_chunks, micro_batches, predicting_last, token_logprobs
+from losses import OutputLayer, backward_by_chunks, predicting_last, token_logprobs
 
 BETAS, WEIGHT_DECAY = (0.9, 0.95), 1e-4  # AdamW's, the paper's
 PROBLEMS_AT_ONCE = 256  # sampled together; a run that is killed repeats at most these
-# loss weights: (of y_init and P_r, of y_rev)
-WEIGHTS = {"both": (1, 2), "generation": (1, 1), "revision": (0, 1)}
+# (loss weight of y_init and P_r, of y_rev)
+LOSS_WEIGHTS = {"both": (1, 2), "generation": (1, 1), "revision": (0, 1)}
 
 FLAGS = [
     ("attempts", count, 1, "n: first attempts per problem"),
     ("revisions", count, 3, "m: revisions per attempt, right or wrong"),
     ("epochs", count, 3, "passes over the traces"),
     # sequential is the authors' code: L_generation on traces of wrong attempts, then L_revision
-    ("terms", [*WEIGHTS, "sequential"], "both", "of L_SRT; sequential: one after the other"),
+    ("terms", [*LOSS_WEIGHTS, "sequential"], "both", "of L_SRT; sequential: one after the other"),
     ("collect-only", bool, False, "stop when the traces are saved"),
     ("traces", Path, None, "train on the traces.jsonl of a --collect-only run"),
 ]
@@ -101,7 +99,7 @@ class Trace:
         return self.prompt_ids + self.init_ids + self.phrase_ids + self.revision_ids
 
     def weights(self, pair: tuple[int, int]) -> list[int]:
-        """The loss weight of each token after x, by a pair of `WEIGHTS`."""
+        """The loss weight of each token after x, by a pair of `LOSS_WEIGHTS`."""
         before = len(self.init_ids) + len(self.phrase_ids)
         return [pair[0]] * before + [pair[1]] * len(self.revision_ids)
 
@@ -179,7 +177,7 @@ def collect_all(task: Task, run: Run) -> list[Trace]:
                 "more --revisions, another --prompt-suffix, --verifier or --max-new-tokens"
             )
         run.write(path.name, "".join(lines))
-    gathered([])  # waits: all processes have read the chunks, and the traces are written
+    wait_for_all()  # all processes have read the chunks, and the traces are written
     for file in files:
         file.unlink(missing_ok=True)
     return [Trace(**json.loads(line)) for line in open(path)]
@@ -221,20 +219,20 @@ def srt_loss(
     model: torch.nn.Module,
     layer: OutputLayer,
     traces: list[Trace],
-    weights: tuple[int, int],
+    pair: tuple[int, int],
     divisor: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> dict[str, torch.Tensor]:
     """Add the gradient of README (3) of some traces to the model's, in one forward pass.
 
-    (1) scores y_rev; (2) scores y_init, P_r and y_rev: `weights` (1, 2) is their sum. The loss is
-    the sum of weight x -log pi over all tokens, divided by `divisor`: the sum of the weights in the
-    whole optimizer step, which the caller counts, so that micro-batches change nothing.
-    Returns (-log pi [N], weight [N]) of the tokens after x.
+    (1) scores y_rev; (2) scores y_init, P_r and y_rev: the pair (1, 2) of `LOSS_WEIGHTS` is their
+    sum. The loss is the sum of weight x -log pi over all tokens, divided by `divisor`: the sum of
+    the weights in the whole optimizer step, which the caller counts, so that micro-batches change
+    nothing. Returns "nll" (-log pi) and "weight" of the tokens after x, [N] each.
     """
     token_ids, weight = [], []
     for trace in traces:
         token_ids += trace.ids[len(trace.prompt_ids) :]
-        weight += trace.weights(weights)
+        weight += trace.weights(pair)
     counts = [len(trace.ids) - len(trace.prompt_ids) for trace in traces]
     hidden = predicting_last(model, [trace.ids for trace in traces], counts)  # [N, H]
     token_ids = torch.tensor(token_ids, device=hidden.device)  # [N]
@@ -246,25 +244,25 @@ def srt_loss(
 
     loss = compiled(loss) if hidden.is_cuda else loss
     columns = backward_by_chunks(loss, layer, hidden, token_ids, weight, divisor=divisor)
-    return columns[:, 1], weight
+    return {"nll": columns[:, 1], "weight": weight}
 
 
 def srt_step(
     model: torch.nn.Module,
     layer: OutputLayer,
     traces: list[Trace],
-    weights: tuple[int, int],
+    pair: tuple[int, int],
     micro_tokens: int,
 ) -> dict:
     """Add the gradient of one optimizer step's mean loss to the model's; returns its metrics. The
     result does not depend on the micro-batches."""
-    divisor = sum(sum(trace.weights(weights)) for trace in traces)
-    mine = my_share(traces, [len(trace.ids) for trace in traces])
-    parts = []
-    for group in progress(micro_batches([len(t.ids) for t in mine], micro_tokens), "training"):
-        nll, weight = srt_loss(model, layer, [mine[i] for i in group], weights, divisor)
-        parts.append({"nll": nll, "weight": weight})
-    whole = all_reduce(model, parts)  # with torchrun: everybody's, and the sum of their gradients
+    divisor = sum(sum(trace.weights(pair)) for trace in traces)
+
+    def backward(some: list[Trace]) -> dict[str, torch.Tensor]:
+        return srt_loss(model, layer, some, pair, divisor)
+
+    lengths = [len(trace.ids) for trace in traces]
+    whole = in_micro_batches(model, traces, lengths, micro_tokens, backward)
     loss = (whole["nll"] * whole["weight"]).sum().item() / divisor
     if not math.isfinite(loss):
         raise FloatingPointError(f"the loss is {loss}")
@@ -290,7 +288,7 @@ def plan(args: Namespace, traces: list[Trace]) -> list[tuple[list[Trace], tuple[
             order = chosen.copy()
             random.Random(seed_of(args.seed, "order", terms, epoch)).shuffle(order)
             for i in range(0, len(order), args.batch_size):
-                steps.append((order[i : i + args.batch_size], WEIGHTS[terms]))
+                steps.append((order[i : i + args.batch_size], LOSS_WEIGHTS[terms]))
     return steps
 
 
@@ -304,8 +302,8 @@ def train(task: Task, traces: list[Trace], run: Run) -> None:
     model.train()
     for step in range(done + 1, len(steps) + 1):
         run.begin_step(step)
-        batch, weights = steps[step - 1]
-        metrics = srt_step(model, layer, batch, weights, args.micro_tokens)
+        batch, pair = steps[step - 1]
+        metrics = srt_step(model, layer, batch, pair, args.micro_tokens)
         lr = learning_rate(args, step, len(steps))
         metrics.update(grad_norm=optimizer.step(lr), lr=lr)
         run.end_step(step, len(steps), metrics, metrics["tokens"])

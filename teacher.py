@@ -46,9 +46,10 @@ class Teacher:
             self.module = copy.deepcopy(student).requires_grad_(False).eval()
         # fp32 and float64 weights share storage with the average, so no second copy is needed.
         self.average = {}
-        for name, weight in self.module.named_parameters() if kind == "ema" else ():
-            precision = torch.promote_types(weight.dtype, torch.float32)
-            self.average[name] = weight.detach().to(precision)
+        if kind == "ema":
+            for name, weight in self.module.named_parameters():
+                precision = torch.promote_types(weight.dtype, torch.float32)
+                self.average[name] = weight.detach().to(precision)
 
     @contextmanager
     def scoring(self):
@@ -68,7 +69,9 @@ class Teacher:
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Call after optimizer step `step`, from 1: moves `ema` when `interval` divides it."""
-        for name, average in self.average.items() if step % self.interval == 0 else ():
+        if step % self.interval:
+            return
+        for name, average in self.average.items():
             average.lerp_(self.student.get_parameter(name).to(average.dtype), self.rate)
             self.module.get_parameter(name).copy_(average)
 
@@ -86,7 +89,9 @@ class Teacher:
         shapes = {name: average.shape for name, average in self.average.items()}
         found = {name: average.shape for name, average in state.items()}
         if different := sorted(name for name, _ in shapes.items() ^ found.items()):
-            raise ValueError(f"not this {self.kind} teacher's state: {different[0]!r} is amiss")
+            raise ValueError(
+                f"not this {self.kind} teacher's state: {different[0]!r} does not match"
+            )
         for name, average in self.average.items():
             average.copy_(state[name])
             self.module.get_parameter(name).copy_(average)

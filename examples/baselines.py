@@ -45,23 +45,22 @@ from common import (
     Problem,
     Run,
     Task,
-    above_0,
-    all_reduce,
     check_flags,
     count,
     entry,
     fail,
-    gathered,
+    in_micro_batches,
     learning_rate,
     load_problems,
     make_parser,
-    my_share,
     sample_and_verify,
     seed_of,
     setup,
+    share,
+    wait_for_all,
 )
 from lora import LoraTeacher
-from losses import OutputLayer, backward_by_chunks, micro_batches, predicting_last, token_logprobs
+from losses import OutputLayer, backward_by_chunks, predicting_last, token_logprobs
 from rollout import Rollout
 from sdzero import BETAS, WEIGHT_DECAY, Example, distill_step
 from srt import Trace, plan, srt_step
@@ -81,7 +80,7 @@ FLAGS = [
     ("epochs", count, None, "sft, rft: passes over what is trained on (default: 3)"),
     ("solution-column", str, None, "sft, sdft: worked solutions (default: the gold answers)"),
     ("teacher", ["base", "live", "ema"], None, "sdft, sdpo: see sdzero.py (default: ema)"),
-    ("teacher-rate", above_0, None, "sdft, sdpo: of ema, at every step (default: 0.05)"),
+    ("teacher-rate", share, None, "sdft, sdpo: of ema, at every step (default: 0.05)"),
 ]
 BELONGS_TO = {  # flag: methods; elsewhere it would do nothing
     "generations": ("grpo", "sdft", "sdpo"),
@@ -187,7 +186,7 @@ def collect(task: Task, args: Namespace, run: Run) -> list[Trace]:
         }
         run.log("collect", 1, counts)
         run.write(path.name, "".join(json.dumps(asdict(t)) + "\n" for t in traces))
-    gathered([])  # waits until rank 0 has written it
+    wait_for_all()  # until rank 0 has written it
     return [Trace(**json.loads(line)) for line in open(path)]
 
 
@@ -230,10 +229,9 @@ def grpo_step(
     def loss(logits, token_ids, advantages):
         return -advantages * token_logprobs(logits / (args.temperature or 1), token_ids)
 
-    mine, parts = my_share(live, [len(x) + len(y.ids) for x, y, _ in live]), []
-    for group in micro_batches([len(x) + len(y.ids) for x, y, _ in mine], args.micro_tokens):
+    def backward(some: list[tuple]) -> dict[str, torch.Tensor]:
         sequences, counts, token_ids, advantages = [], [], [], []
-        for x, y, advantage in [mine[i] for i in group]:
+        for x, y, advantage in some:
             sequences.append(x + y.ids)
             counts.append(len(y.ids))
             token_ids += y.ids
@@ -242,8 +240,10 @@ def grpo_step(
         token_ids = torch.tensor(token_ids, device=hidden.device)
         advantages = torch.tensor(advantages, device=hidden.device)
         values = backward_by_chunks(loss, layer, hidden, token_ids, advantages, divisor=tokens)
-        parts.append({"loss": values})
-    values = all_reduce(model, parts)
+        return {"loss": values}
+
+    lengths = [len(x) + len(y.ids) for x, y, _ in live]
+    values = in_micro_batches(model, live, lengths, args.micro_tokens, backward)
     total = values["loss"].sum().item() if values else 0.0
     return {"loss": total / tokens, "with_signal": len(live) / responses}
 

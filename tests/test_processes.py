@@ -192,7 +192,7 @@ def test_a_loss_that_is_not_finite_on_one_process_stops_all(script, base, togeth
     flags = f"{base}{OWN[script]} --output {tmp_path / 'out'}"
     codes, _, err = together(2, script, flags, patch=not_finite_on_rank_1)
     assert codes == [1, 1] and "Traceback" not in err[0] + err[1]
-    assert err[0].count("the loss is nan; the last checkpoint is kept") == 1
+    assert err[0].count("the loss is nan; --resume with a lower --lr") == 1
     assert not log_of(tmp_path / "out", "train")
 
 
@@ -201,12 +201,12 @@ def raises_on_rank_1(module, rank):
         raise RuntimeError("a fault of rank 1")
 
     if rank:
-        module.micro_batches = broken
+        common.micro_batches = broken
 
 
 def fails_on_rank_1(module, rank):
     if rank:
-        module.micro_batches = lambda *args: common.fail("rank 1 cannot go on")
+        common.micro_batches = lambda *args: common.fail("rank 1 cannot go on")
 
 
 @pytest.mark.parametrize("patch", [raises_on_rank_1, fails_on_rank_1])

@@ -306,7 +306,8 @@ def test_srt_loss_equals_two_separate_losses(weights):
     model = tiny("qwen3")
     revision, generation = srt_references(model)
     expected = {(1, 2): revision + generation, (1, 1): generation, (0, 1): revision}[weights]
-    nll, weight = srt_loss(model, OutputLayer(model, VOCAB), TRACES, weights, divisor=1)
+    values = srt_loss(model, OutputLayer(model, VOCAB), TRACES, weights, divisor=1)
+    nll, weight = values["nll"], values["weight"]
     assert (nll * weight).sum().item() == pytest.approx(expected.item(), abs=1e-9)
     assert nll.sum().item() == pytest.approx(generation.item(), abs=1e-9)
     model.zero_grad()
