@@ -397,6 +397,8 @@ _REWRITES = [  # tests check every example, and every "in any order"
     # a number after a power is a factor: 2^6 3^5 -> 2^6*3^5; 8!2! -> 8!*2!
     (r"((?<!_)[\w)]\^(?:\{[^{}]*\}|[a-z]|\w(?=\s))|!)\s*(?=\d)", r"\1*"),
     (r"(?i)\A[\s‹]*no (?:real )?solutions?[\s›]*\Z", "⦃⦄"),  # ‹No solution› -> ⦃⦄
+    # 2x = 10 \Rightarrow x = 5 -> x = 5
+    (r"\A[^,;]{0,99}=[^,;]{0,99}(?:\\Rightarrow|\\implies|⇒)\s*", ""),
 ]
 
 
@@ -726,15 +728,16 @@ class _Reader:
 def _read(text: str) -> _Node:
     """The parsed answer. ±1, 2 is the list of three numbers.
 
-    Rule: a left side that is not read, \\lim_{n} f(n) = 3, is a name. Inequalities joined by `and`
-    are not those joined by `or`; a comma may mean either.
+    Rule: a left side that is not read, as in \\lim f(n) = 3, is a name if it begins with a letter
+    or a command. Inequalities joined by `and` are not those joined by `or`; a comma may be either.
     """
     if len(text) > _MAX_LENGTH:
         raise ValueError("too long")
     try:
         nodes = _Reader(text).items()
-    except (ValueError, ArithmeticError):
-        named = re.fullmatch("([^,;]{1,60})=([^=]+)", text)
+    except ValueError:
+        begins = r"[(|]*(?:[A-Za-z‹]|\\(?!frac|binom|neg))(?!.*\\(?:not|equiv)\b)"
+        named = re.fullmatch(rf"({begins}[^,;]{{0,60}})=([^=]+)", text)
         if not named:
             raise
         nodes = _Reader(f"‹{re.sub('[‹›]', '', named[1]).strip()}›={named[2]}").items()
