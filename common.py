@@ -404,7 +404,6 @@ def join_processes(args: Namespace) -> None:
         if there < wanted:
             fail(f"each of {wanted} processes needs a GPU of its own, torch finds {there} here")
         args.device = f"cuda:{os.environ['LOCAL_RANK']}"
-        torch.cuda.set_device(args.device)  # also for NCCL
     # gloo for Python objects, which travel over the CPU. Waiting for the slowest one may take long.
     backend = "cpu:gloo,cuda:nccl" if args.device.startswith("cuda") else "gloo"
     dist.init_process_group(backend, timeout=timedelta(hours=6))
@@ -980,7 +979,7 @@ def load_lm(args: Namespace) -> LM:
     here = "" if Path(name).is_dir() else " (of the hub: no such folder is here)"
     with explained(f"cannot use the model {name}{here} on {args.device}"):  # it may raise anything
         torch.empty(0, device=args.device)
-        if args.device.startswith("cuda"):  # graphs are captured on the current device
+        if args.device.startswith("cuda"):  # what graphs are captured on, and NCCL works with
             torch.cuda.set_device(torch.device(args.device).index or 0)
         # cuDNN's attention plans anew for every shape, and ours change at every step
         torch.backends.cuda.enable_cudnn_sdp(False)
@@ -1431,8 +1430,9 @@ def entry(main: Callable) -> None:
     Run.begun = False
     try:
         main()
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    except SystemExit as end:
+        if end.code:
+            raise  # else nothing went wrong: --eval-only, or a complete run
     except FloatingPointError as error:
         again = "; --resume with a lower --lr goes on from the last checkpoint, if there is one"
         fail(f"{error}{again if Run.begun else ''}", 1)
@@ -1444,3 +1444,5 @@ def entry(main: Callable) -> None:
             raise SystemExit(130) from None
         again = "; the same command with --resume goes on from the last checkpoint"
         fail("interrupted" + (again if Run.begun else ""), 130)
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -34,7 +34,9 @@ import torch
 import losses
 from common import (
     SHOW_EVERY,
+    Attempt,
     Optimizer,
+    Problem,
     Run,
     Task,
     check_flags,
@@ -107,6 +109,31 @@ class Example:
         as in stage 1; the second one keeps it."""
         first_copy = self.response.without_eos
         return self.prompt_ids + first_copy + self.phrase_ids + self.response.ids
+
+
+def put_together(task: Task, attempts: list[Attempt]) -> list[Example]:
+    """What is trained on: the responses that fit the context twice, as the teacher reads them, and
+    with --drop-truncated have ended by themselves."""
+    phrases, examples = task.lm.phrases(task.args), []
+    for attempt in attempts:
+        x, y, r = attempt.problem.prompt_ids, attempt.response, attempt.reward
+        example = Example(x, y, r, phrases[r])
+        kept = y.finished or not task.args.drop_truncated
+        if kept and len(example.teacher_ids) <= task.lm.context:
+            examples.append(example)
+    return examples
+
+
+def describe(attempts: list[Attempt], examples: list[Example]) -> tuple[dict, int]:
+    """(metrics of the responses of a batch, how many tokens they have)."""
+    n, tokens = len(attempts), sum(len(attempt.response.ids) for attempt in attempts)
+    metrics = {
+        "reward": sum(attempt.reward for attempt in attempts) / n,
+        "length": tokens / n,
+        "cut_off": sum(not attempt.response.finished for attempt in attempts) / n,
+        "dropped": n - len(examples),
+    }
+    return metrics, tokens
 
 
 def make_loss(args: Namespace):
@@ -275,9 +302,15 @@ def parse_arguments(argv: list[str] | None = None) -> Namespace:
     return args
 
 
-def check_lengths(task: Task) -> None:
-    """Fail where even the shortest response would leave nothing to train on."""
+def check(task: Task) -> None:
+    """Warn of what the method does not mean; fail where even the shortest response would leave
+    nothing to train on."""
     args, context = task.args, task.lm.context
+    if not task.saved["problems"]:
+        warn(f"{args.model} does not come from stage 1: it has not learnt to revise")
+    if args.top_p < 1 or args.temperature == 0:
+        own = "--top-p 1 and a --temperature above 0 sample it"
+        warn(f"the loss is an expectation over the model's own distribution: {own}")
     if args.skip_first >= args.max_new_tokens:
         fail("--skip-first leaves nothing of a response of --max-new-tokens")
     prompts = [len(p.prompt_ids) for p in task.problems]
@@ -291,17 +324,21 @@ def check_lengths(task: Task) -> None:
         warn(f"responses of more than {fitting} tokens may not fit twice, and are then dropped")
 
 
+def plan(args: Namespace, problems: list[Problem]) -> list[list[Problem]]:
+    """The batches of all epochs."""
+    batches, order = [], problems.copy()
+    for epoch in range(args.epochs):
+        random.Random(seed_of(args.seed, "order", epoch)).shuffle(order)
+        batches += [order[i : i + args.batch_size] for i in range(0, len(order), args.batch_size)]
+    return batches
+
+
 def main(argv: list[str] | None = None) -> None:
     # set-up: the student, its frozen or moving teacher, the optimizer; a checkpoint if there is one
     args = parse_arguments(argv)
     task = setup(args)
     lm, student = task.lm, task.lm.model
-    if not task.saved["problems"]:
-        warn(f"{args.model} does not come from stage 1: without a reviser little is gained")
-    if args.top_p < 1 or args.temperature == 0:
-        own = "--top-p 1 and a --temperature above 0 sample it"
-        warn(f"the loss is an expectation over the model's own distribution: {own}")
-    check_lengths(task)
+    check(task)
     task.trained_on([p.key for p in task.problems])
     run = Run(task)
     # made before `restore`: the frozen teacher is the model that the run began with
@@ -310,42 +347,24 @@ def main(argv: list[str] | None = None) -> None:
     optimizer = Optimizer(student, BETAS, WEIGHT_DECAY)
     done = run.restore(optimizer=optimizer, teacher=teacher)
     layers = OutputLayer(student, lm.vocab_size), OutputLayer(teacher.module, lm.vocab_size)
-    phrases = lm.phrases(args)
-    batches, order = [], list(task.problems)
-    for epoch in range(args.epochs):
-        random.Random(seed_of(args.seed, "order", epoch)).shuffle(order)
-        batches += [order[i : i + args.batch_size] for i in range(0, len(order), args.batch_size)]
+    batches = plan(args, task.problems)
     total = len(batches) * args.passes
     run.evaluate(0)
     student.train()
 
     for batch_index in range(done // args.passes, len(batches)):
-        batch, first_step = batches[batch_index], batch_index * args.passes + 1
+        first_step = batch_index * args.passes + 1
         run.begin_step(first_step)
 
         # the student answers, the verifier gives its bit
-        attempts = sample_and_verify(task, batch, ("responses", first_step))
-
-        # what the teacher reads, x + y + P_r + y, must fit the context whole
-        examples = []
-        for attempt in attempts:
-            x, y, r = attempt.problem.prompt_ids, attempt.response, attempt.reward
-            example = Example(x, y, r, phrases[r])
-            kept = y.finished or not args.drop_truncated
-            if kept and len(example.teacher_ids) <= lm.context:
-                examples.append(example)
-
-        # score, move the student towards the teacher (more often with --passes), then the teacher
-        tokens = sum(len(attempt.response.ids) for attempt in attempts)
-        sampled = {
-            "reward": sum(attempt.reward for attempt in attempts) / len(batch),
-            "length": tokens / len(batch),
-            "cut_off": sum(not attempt.response.finished for attempt in attempts) / len(batch),
-            "dropped": len(batch) - len(examples),
-        }
+        attempts = sample_and_verify(task, batches[batch_index], ("responses", first_step))
+        examples = put_together(task, attempts)
+        sampled, tokens = describe(attempts, examples)
         if batch_index % SHOW_EVERY == 0:
             sampled["sample"] = attempts[0].shown()
+
         for step in range(first_step, first_step + args.passes):
+            # the teacher scores, the student moves towards it, then the teacher follows (ema)
             metrics = distill_step(student, teacher, *layers, examples, args)
             lr = learning_rate(args, step, total)
             metrics.update(sampled, grad_norm=optimizer.step(lr), lr=lr)
