@@ -127,8 +127,8 @@ class LoraTeacher:
             raise ValueError("LoraTeacher needs a student with adapters: call add_lora first")
         self.module, self.kind, self.rate, self.interval = student, kind, rate, interval
         self.average = {}
-        for name, tensor in adapter_state(student).items() if kind == "ema" else ():
-            self.average[name] = tensor.clone()
+        if kind == "ema":
+            self.average = {name: x.clone() for name, x in adapter_state(student).items()}
 
     @contextmanager
     def scoring(self):
