@@ -124,7 +124,7 @@ def extract_answer(response: str) -> str | None:
     """
     _require_strings(response=response)
     fallback = None  # what a phrase stated; used only if nothing better comes before it
-    markers = [*_MARKER.finditer(response)][-100:]  # no honest text has more
+    markers = [*_MARKER.finditer(response)][-20:]  # no honest text needs more
     while markers:
         match = markers.pop()
         before, end = response[max(0, match.start() - 120) : match.start()], match.end()
@@ -181,7 +181,7 @@ _REMARK_BEFORE = re.compile(r"""(?ix)
     |\b(?:(?:if|who)\ [^.!?\n]{0,30}\bforg[eo]t|forgetting)\b(?!.*\ is\b)[^.!?\n]{0,60}
     |\bif\ (?:that|it)\ is(?:\ not|n't)?\ (?:wrong|right|(?:in)?correct)\b(?!\ to)[^.!?\n]{0,60}
     # I do not think it is \boxed{13}; most people say \boxed{13}; previously I said \boxed{13}
-    |(?:\bwhether|(?:\bnot|n't)\ (?:true|think|believe|sure|certain)|\bfalse|\btempt(?:ing|ed)\ to
+    |(?:\b(?:whether|doubt)|(?:\bnot|n't)\ (?:true|think|believe|sure|certain)|\bfalse|\btempt(?:ing|ed)\ to
     |\b(?:people|someone|nobody|students|many|most|others)\ (?:\w+\ )?(?:say|think|guess)s?
     |\bpreviously\ (?:\w+\ )?(?:said|thought|wrote))
     (?:\ (?!(?:so|but|gives?|we|and|hence)\b)\w+){0,4}:?  # not: I am not sure, so it is 13
@@ -198,7 +198,7 @@ _JOINED = re.compile(r"""(?ix)  # between boxes that are one answer; not only a 
 _ASIDE = re.compile(r"""(?ix)  # an answer other than the final one
     \b(?:wrong|incorrect|mistaken|common|tempting|naive|trap|(?:an)?other|similar|previous|earlier
     |old|first|initial|original|intermediate|partial|approximate|rough|next|possible|potential|guess
-    |sometimes|often|usually|makes|rounding|students?|not|no|without|any|each|an|a)\b
+    |sometimes|often|usually|makes|rounding|students?|not|no|without|any|each|every|an|a)\b
     |\b(?:check|verify|confirm)\w*\ (?:the|my|our)\ |\bof\ (?:the|my|our)\ answer\b
     |\b(?:twice|half|double)\ |\bfor\ \w\ =""")
 _EMPTY = re.compile(r"""(?isx)  # no answer in a box, or after a phrase; #### Step 2
@@ -426,9 +426,15 @@ _TOKEN = re.compile(rf"""(?x)  # a number may have groups of three digits: 1,234
     |(?P<function>(?:{"|".join(_FUNCTIONS)})(?![A-Za-z]))
     |(?P<name>{_NAME}|[π∞])|(?P<call>{_CALL})|(?P<letters>(?:(?!{_CALL}|{_NAME}){_LETTER})+)
     |(?P<command>\\[A-Za-z]+)|(?P<close>[}}⦄)\]⟧⏎])|(?P<sign>\S))""")
-_SIDE_NAME = re.compile(rf"""(?x)  # x, m + n, a/b, f^{{-1}}(2), [ABC], A^2; not 2x, x + 1, x^2
-    (?!-)(?:(?!log|ln|exp)(?:{_NAME}|{_LETTER})(?:(?<=[A-Z])\^(?:[2-9T]|\{{-1\}})|\^\{{-1\}}(?=\())?
-    (?:\(-?\d+\))?|\\frac|[-+*/(),|{{}}⟦⟧⏎[\]])+""")
+_SIDE_NAME = re.compile(rf"""(?x)  # x, m + n, a/b, f^{{-1}}(2), [ABC]; not 2x, x + 1, x^2, -x
+    (?!.*(?<!\^)[({{|]-|-)(?:(?!log|ln|exp)(?:{_NAME}|{_LETTER})(?:\^\{{-1\}}(?=\())?(?:\(-?\d+\))?
+    |\\frac|[-+*/(),|{{}}⟦⟧⏎[\]])+""")
+_UNREAD_NAME = re.compile(r"""(?x)  # \sum_{k=1}^{9} k, |A ∪ B|, a \bmod 7; not x \oplus 2, \neg x
+    # and with its right side. Without signs and numbers, except in brackets and scripts
+    ((?![A-Za-z]\s*\^|(?:sin|cos|tan|ln|log|exp)\b|\\frac|\\binom)(?!.*\\(?:l?not|neg|nexists|sim
+    |equiv)\b)(?!.*\b(?:since|because)\b)
+    (?:[A-Za-z|‹›°∪\s]|\\bmod\s*\w+|\\[A-Za-z]+|[_^]\s*\w|\([^()]*\)|[_^]?\s*\{[^{}]*\}){1,60})
+    =([^=]+)""")
 _NUMBER_WORD = re.compile(r"""(?x)  # not a unit: it changes the number before it, as in 3 halves
     \w+tieths?|(?:\w+illion|(?:thir|four|fif|six|seven|eigh|nine)teen|hundred|thousand|dozen
     |(?:twen|thir|for|fif|six|seven|eigh|nine)ty|one|two|three|four|five|six|seven|eight|nine|ten
@@ -469,7 +475,11 @@ class _Node(NamedTuple):
         """Whether it only names what is asked for: words, or letters joined by signs (m + n; not
         2x, or 2x = 10 would say 10).
         """
-        return self.kind == "text" or _SIDE_NAME.fullmatch(self.text) is not None
+        if self.kind == "text":
+            return not re.match("(?i)not ", self.items[0])
+        letters = re.findall(rf"frac|{'|'.join(_FUNCTIONS)}|{_NAME}|([a-ce-z])(?!\()", self.text)
+        letters = [*filter(None, letters)]  # x + x = 10 does not say 10
+        return _SIDE_NAME.fullmatch(self.text) is not None and len(letters) == len({*letters})
 
 
 def _tokens(text: str) -> list[tuple[str, str]]:
@@ -586,9 +596,9 @@ class _Reader:
             sides.append(node._replace(text=self.read[start:]))
         if not signs:
             return sides[0]
-        if signs == "∈" and sides[0].is_name:
+        if signs == "∈" and sides[0].is_name and sides[1].kind != "value":
             return sides[1]._replace(signs=signs)
-        if signs == "=" and not sides[0].is_name:
+        if signs == "=" and not sides[0].is_name and sides[1].is_name:
             sides.reverse()
         if signs == "=" and sides[0].kind == sides[1].kind == "()":
             pairs = zip(sides[0].items, sides[1].items, strict=True)  # (x, y) = (1, 2)
@@ -707,7 +717,7 @@ class _Reader:
             argument = _apply(mul, argument._replace(unit=""), _symbol("π"))
             argument = _apply(truediv, argument, _number(180))
         power = scripts.get("^", _number(1))
-        if f"arc{name}" in _FUNCTIONS and power.items[0] == -1:  # \tan^{-1}
+        if f"arc{name}" in _FUNCTIONS and power.items[:1] == (-1,):  # \tan^{-1}
             name, power = f"arc{name}", _number(1)
         base = [scripts["_"]] if name == "log" and "_" in scripts else []
         result = _apply(functools.partial(_call, name), argument, *base)
@@ -728,16 +738,15 @@ class _Reader:
 def _read(text: str) -> _Node:
     """The parsed answer. ±1, 2 is the list of three numbers.
 
-    Rule: a left side that is not read, as in \\lim f(n) = 3, is a name if it begins with a letter
-    or a command. Inequalities joined by `and` are not those joined by `or`; a comma may be either.
+    Rule: a left side that is not read, as in \\lim f(n) = 3, is a name (see _UNREAD_NAME).
+    Inequalities joined by `and` are not those joined by `or`; a comma may be either.
     """
     if len(text) > _MAX_LENGTH:
         raise ValueError("too long")
     try:
         nodes = _Reader(text).items()
     except ValueError:
-        begins = r"[(|]*(?:[A-Za-z‹]|\\(?!frac|binom|neg))(?!.*\\(?:not|equiv)\b)"
-        named = re.fullmatch(rf"({begins}[^,;]{{0,60}})=([^=]+)", text)
+        named = _UNREAD_NAME.fullmatch(text)
         if not named:
             raise
         nodes = _Reader(f"‹{re.sub('[‹›]', '', named[1]).strip()}›={named[2]}").items()
@@ -816,10 +825,12 @@ def _apply(function, *arguments: _Node) -> _Node:
     if not fits or any(argument.kind != "value" for argument in arguments):
         raise ValueError("arithmetic on something other than numbers of one unit")
     points, numbers = [*zip(*(argument.items for argument in arguments))], []
-    for point in points[:1] if points.count(points[0]) == _POINTS else points:
+    constant = points.count(points[0]) == _POINTS
+    for point in points[:1] if constant else points:
         x = function(*point)
         if isinstance(x, Fraction):
-            extreme = max(x.numerator.bit_length(), x.denominator.bit_length()) > _MAX_BITS
+            bits = max(x.numerator.bit_length(), x.denominator.bit_length())
+            extreme = bits > (_MAX_BITS if constant else _MAX_BITS // 4)  # x^100, not x^200
         else:  # (a float that became zero by underflow would equal others)
             finite = function is neg or all(map(cmath.isfinite, (x, *point)))  # -∞; no 0*∞
             extreme = not finite or abs(x) < 1e-250 and all(point)
@@ -870,7 +881,7 @@ def _factorial(n: Fraction | complex) -> Fraction | complex:
 
 
 def _binomial(n: Fraction | complex, k: Fraction | complex) -> Fraction | complex:
-    if k not in _WHOLE:
+    if k not in _WHOLE or k.real > 20 and n not in _WHOLE:
         return _factorial(n) / (_factorial(k) * _factorial(n - k))
     factors = [(n - i) / Fraction(i + 1) for i in range(int(k.real))]
     return math.prod(factors, start=Fraction(1))
@@ -982,7 +993,8 @@ class _Comparison:
             return rounded if len(rounded) == 1 else []
         for side in sides[:-1]:
             formula = sides[0].is_name and side.kind == "value" and not side.is_constant
-            if not (side.is_name or formula or self.same(side, sides[-1])):
+            power = sides[-1].kind == "[]" and re.fullmatch(r"[A-Z]\^.*", side.text)  # of a matrix
+            if not (side.is_name or formula or power or self.same(side, sides[-1])):
                 return []
         return [sides[-1], *rounded[-1:]] if all(_rounds(sides[-1], x) for x in rounded) else []
 
@@ -1011,7 +1023,7 @@ def _intervals(relations: list[_Node]) -> list[_Node]:
     for relation in relations:
         sides, signs = [_apply(neg, infinity), *relation.items, infinity], f"<{relation.signs}<"
         k = 1 if len(sides) == 4 and sides[1].is_name else 2  # where the variable is
-        if len(sides) > 5 or not sides[k].is_name:
+        if len(sides) > 5 or not sides[k].is_name or "|" in sides[k].text:
             return []
         if signs == "<≠<":
             pieces += _without_points(_Node("()", [sides[0], infinity]), sides[3 - k]).items
