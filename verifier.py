@@ -111,9 +111,8 @@ def is_equivalent(answer: str, gold: str) -> bool:
     same = _same_choice(a, b)
     if same is not None:
         return same
-    if _same_text(a, b):
-        return True
-    x, y = (_LABELLED.fullmatch(_FILLER.sub("", text).strip()) for text in (a, b))
+    a, b = (_FILLER.sub("", text).strip() or text for text in (a, b))
+    x, y = _LABELLED.fullmatch(a), _LABELLED.fullmatch(b)
     return (not x[1] or not y[1] or _plain(x[1]) == _plain(y[1])) and _same_text(x[2], y[2])
 
 
@@ -124,7 +123,7 @@ def extract_answer(response: str) -> str | None:
     """
     _require_strings(response=response)
     fallback = None  # what a phrase stated; used only if nothing better comes before it
-    markers = [*_MARKER.finditer(response)][-20:]  # no honest text needs more
+    markers = [*_MARKER.finditer(response)][-10:]  # no honest text needs more
     while markers:
         match = markers.pop()
         before, end = response[max(0, match.start() - 120) : match.start()], match.end()
@@ -396,6 +395,10 @@ _REWRITES = [  # tests check every example, and every "in any order"
     # in any order
     # a number after a power is a factor: 2^6 3^5 -> 2^6*3^5; 8!2! -> 8!*2!
     (r"((?<!_)[\w)]\^(?:\{[^{}]*\}|[a-z]|\w(?=\s))|!)\s*(?=\d)", r"\1*"),
+    (
+        r"‹((?:thous|hundr|[mbtr]+illi)\w+) ",
+        r"‹\1› ‹",
+    ),  # 5 ‹million people› -> 5 ‹million› ‹people›
     (r"(?i)\A[\s‹]*no (?:real )?solutions?[\s›]*\Z", "⦃⦄"),  # ‹No solution› -> ⦃⦄
     # 2x = 10 \Rightarrow x = 5 -> x = 5
     (r"\A[^,;]{0,99}=[^,;]{0,99}(?:\\Rightarrow|\\implies|⇒)\s*", ""),
@@ -432,7 +435,7 @@ _SIDE_NAME = re.compile(rf"""(?x)  # x, m + n, a/b, f^{{-1}}(2), [ABC]; not 2x, 
 _UNREAD_NAME = re.compile(r"""(?x)  # \sum_{k=1}^{9} k, |A ∪ B|, a \bmod 7; not x \oplus 2, \neg x
     # and with its right side. Without signs and numbers, except in brackets and scripts
     ((?![A-Za-z]\s*\^|(?:sin|cos|tan|ln|log|exp)\b|\\frac|\\binom)(?!.*\\(?:l?not|neg|nexists|sim
-    |equiv)\b)(?!.*\b(?:since|because)\b)
+    |equiv)\b)(?!.*(?:\b(?:since|because)\b|›\ *\^))
     (?:[A-Za-z|‹›°∪\s]|\\bmod\s*\w+|\\[A-Za-z]+|[_^]\s*\w|\([^()]*\)|[_^]?\s*\{[^{}]*\}){1,60})
     =([^=]+)""")
 _NUMBER_WORD = re.compile(r"""(?x)  # not a unit: it changes the number before it, as in 3 halves
@@ -476,10 +479,16 @@ class _Node(NamedTuple):
         2x, or 2x = 10 would say 10).
         """
         if self.kind == "text":
-            return not re.match("(?i)not ", self.items[0])
-        letters = re.findall(rf"frac|{'|'.join(_FUNCTIONS)}|{_NAME}|([a-ce-z])(?!\()", self.text)
-        letters = [*filter(None, letters)]  # x + x = 10 does not say 10
-        return _SIDE_NAME.fullmatch(self.text) is not None and len(letters) == len({*letters})
+            return re.search(r"(?i)\b(?:not|false)\b", self.items[0]) is None
+        letters = [name for name in self.names if name in "abcehijklmnopqrstuvwxyz"]
+        unique = len(letters) == len({*letters})  # x + x = 10 does not say 10
+        return unique and _SIDE_NAME.fullmatch(self.text) is not None
+
+    @property
+    def names(self) -> list[str]:
+        """Names in its text: x and y_1 of sin x + y_1."""
+        found = re.findall(rf"frac|binom|{'|'.join(_FUNCTIONS)}|({_NAME}|{_LETTER})", self.text)
+        return [name for name in found if name]
 
 
 def _tokens(text: str) -> list[tuple[str, str]]:
@@ -518,7 +527,9 @@ def _letters(run: str, kind: str, before: str, spaced: bool) -> list[tuple[str, 
         return [("name", run)]
     low, follows = run.lower(), kind in ("number", "close")
     begins = kind == "and" or before in "=<>≤≥≠≈∈([⦃"
-    is_unit = low in _UNITS and (follows or kind == "name" or before == "/")
+    is_unit = low in _UNITS and (
+        kind == "number" or before == "/" or spaced and (follows or kind == "name")
+    )
     is_word = (begins or follows and spaced) and _is_wordlike(low)
     if kind == "word" or is_unit or is_word or begins and low in ("no", "on", "is"):
         return [("word", run)]
@@ -902,7 +913,11 @@ def _same_text(a: str, b: str) -> bool:
 
 def _plain(text: str) -> str:
     """Text without an article and blanks, except between two numbers; words also without case."""
-    text = re.sub("(?i)^(?:the|an|a) (?=[a-z]{3})", "", re.sub("[‹› ]+", " ", text).strip())
+    text = re.sub("[‹› ]+", " ", text).strip()
+    article, _, rest = text.partition(" ")
+    words = all(map(_is_wordlike, rest.lower().split()))  # (a sin x is a product)
+    if article.lower() == "the" or article.lower() in ("a", "an") and words:
+        text = rest
     text = re.sub(r"\s(?!\d)|(?<!\w)\s", "", re.sub(r"\{(\w)\}", r"\1", text))
     low = text.lower()
     is_word = text.isalpha() and (low == "no" or _is_wordlike(low) or text[2:].islower())
@@ -987,7 +1002,8 @@ class _Comparison:
         """
         n = (chain.signs + "≈").index("≈") + 1
         sides, rounded = chain.items[:n], chain.items[n:]
-        if set(chain.signs) - {*"=≈"}:
+        names = [name for side in chain.items[1:] for name in side.names]
+        if set(chain.signs) - {*"=≈"} or sides[0].text in names:  # x = 2x
             return []
         if rounded and all(side.is_name for side in sides):
             return rounded if len(rounded) == 1 else []
@@ -1104,7 +1120,8 @@ _FILLER = re.compile(r"""(?ix)  # words around an answer; the lookbehind saves t
     |,\ ?‹?(?:respectively|exactly|precisely|each|now|of\ course))›?\s*\Z
     |(?<=[^\s,(])[ ,(‹]*(?:for\ (?:all|any|every)\b[^\d<>≤≥≠]{0,40}|(?:since|because)\b.*
     |[kn]\ ∈\ \{?Z\}?\s*\)?)\Z
-    |(?<=[\d}])\ *\((?!(?:or|and|mod|not|wrong)\b)[A-Za-z][A-Za-z\ ]{2,}\)\Z""")
+    |(?<=[\d}])[\ ‹]+\((?![^)]*\b(?:wrong|incorrect|maybe|base|mod|squared|cubed|negative|factorial
+    |or|and|not|hundreds|thousands|millions)\b)(?=by|[a-z]*[aeiou])[a-z]{2,}[a-z\ -]{2,}\)[\ ›]*\Z""")
 _LABELLED = re.compile(r"""(?sx)  # total cost: 5, ‹The cost is› 5, A(1, 2); the label may be empty
     ((?![^:]{0,60}\b(?i:not|except|less|more|than|wrong|negative|minus|half|twice|double|root)\b
     [^:]{0,60}(?::|\bis\b))(?=[^:\d]*[A-Za-z]{3})[A-Za-z‹][^=:<>≤≥≠≈∈\d]{0,60}(?::|\bis\b\ ?›?)
