@@ -436,7 +436,7 @@ _UNREAD_NAME = re.compile(r"""(?x)  # \sum_{k=1}^{9} k, |A ∪ B|, a \bmod 7; no
     # and with its right side. Without signs and numbers, except in brackets and scripts
     ((?![A-Za-z]\s*\^|(?:sin|cos|tan|ln|log|exp)\b|\\frac|\\binom)(?!.*\\(?:l?not|neg|nexists|sim
     |equiv)\b)(?!.*(?:\b(?:since|because)\b|›\ *\^))
-    (?:[A-Za-z|‹›°∪\s]|\\bmod\s*\w+|\\[A-Za-z]+|[_^]\s*\w|\([^()]*\)|[_^]?\s*\{[^{}]*\}){1,60})
+    (?:[A-Za-z|‹›°∪\s]|\\bmod\s*\w+|\\[A-Za-z]+|[_^]\s*\w|\([^()]*\)|[_^]?\s*\{[^{}]*\}){1,60}+)
     =([^=]+)""")
 _NUMBER_WORD = re.compile(r"""(?x)  # not a unit: it changes the number before it, as in 3 halves
     \w+tieths?|(?:\w+illion|(?:thir|four|fif|six|seven|eigh|nine)teen|hundred|thousand|dozen
@@ -1121,7 +1121,7 @@ _FILLER = re.compile(r"""(?ix)  # words around an answer; the lookbehind saves t
     |(?<=[^\s,(])[ ,(‹]*(?:for\ (?:all|any|every)\b[^\d<>≤≥≠]{0,40}|(?:since|because)\b.*
     |[kn]\ ∈\ \{?Z\}?\s*\)?)\Z
     |(?<=[\d}])[\ ‹]+\((?![^)]*\b(?:wrong|incorrect|maybe|base|mod|squared|cubed|negative|factorial
-    |or|and|not|hundreds|thousands|millions)\b)(?=by|[a-z]*[aeiou])[a-z]{2,}[a-z\ -]{2,}\)[\ ›]*\Z""")
+    |or|and|not|hundreds|thousands|millions)\b)(?=by|[a-z]*[aeiou])[a-z]{2}[a-z\ -]{2,}\)[\ ›]*\Z""")
 _LABELLED = re.compile(r"""(?sx)  # total cost: 5, ‹The cost is› 5, A(1, 2); the label may be empty
     ((?![^:]{0,60}\b(?i:not|except|less|more|than|wrong|negative|minus|half|twice|double|root)\b
     [^:]{0,60}(?::|\bis\b))(?=[^:\d]*[A-Za-z]{3})[A-Za-z‹][^=:<>≤≥≠≈∈\d]{0,60}(?::|\bis\b\ ?›?)

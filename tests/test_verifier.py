@@ -206,6 +206,13 @@ HOSTILE = {
     "number through tuple": r"\boxed{x/x/x/(1, 2)}",
     "number through interval": r"\boxed{x/(-\infty, 3)}",
     "binomial": r"\boxed{\binom{99999}{50000}}",
+    # found by a reader: hundreds of fractions with many digits, again for every phrase
+    "binomials of letters": "The answer is (" * 100 + r"\binom a{300}," * 9 + "\n",
+    "phrases with binomials": ("The answer is (" + r"\binom a{300}," * 9 + "\n") * 100,
+    "phrases with powers": ("The answer is (" + "a^{400}+b^{90}+" * 9 + "\n") * 100,
+    "powers of letters": r"\boxed{" + "x^{400}+y^{90}=z^{90}," * 27 + "}",
+    "commands": r"\boxed{" + r"\abcdefghijklmnop" * 12 + "}",  # a name that is not read took hours
+    "no exponent": r"\boxed{\sin^{\{\}} x}",
     "matrix not closed": r"\boxed{\begin{pmatrix}1&2}",
     "command at the end": r"\boxed{5\frac}",
     "subscript at the end": r"\boxed{x_}",
