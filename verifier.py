@@ -180,7 +180,8 @@ _REMARK_BEFORE = re.compile(r"""(?ix)
     |\b(?:(?:if|who)\ [^.!?\n]{0,30}\bforg[eo]t|forgetting)\b(?!.*\ is\b)[^.!?\n]{0,60}
     |\bif\ (?:that|it)\ is(?:\ not|n't)?\ (?:wrong|right|(?:in)?correct)\b(?!\ to)[^.!?\n]{0,60}
     # I do not think it is \boxed{13}; most people say \boxed{13}; previously I said \boxed{13}
-    |(?:\b(?:whether|doubt)|(?:\bnot|n't)\ (?:true|think|believe|sure|certain)|\bfalse|\btempt(?:ing|ed)\ to
+    |(?:\b(?:whether|doubt|false|tempt(?:ing|ed)\ to)
+    |(?:\bnot|n't)\ (?:true|think|believe|sure|certain)
     |\b(?:people|someone|nobody|students|many|most|others)\ (?:\w+\ )?(?:say|think|guess)s?
     |\bpreviously\ (?:\w+\ )?(?:said|thought|wrote))
     (?:\ (?!(?:so|but|gives?|we|and|hence)\b)\w+){0,4}:?  # not: I am not sure, so it is 13
@@ -1121,7 +1122,7 @@ _FILLER = re.compile(r"""(?ix)  # words around an answer; the lookbehind saves t
     |(?<=[^\s,(])[ ,(‹]*(?:for\ (?:all|any|every)\b[^\d<>≤≥≠]{0,40}|(?:since|because)\b.*
     |[kn]\ ∈\ \{?Z\}?\s*\)?)\Z
     |(?<=[\d}])[\ ‹]+\((?![^)]*\b(?:wrong|incorrect|maybe|base|mod|squared|cubed|negative|factorial
-    |or|and|not|hundreds|thousands|millions)\b)(?=by|[a-z]*[aeiou])[a-z]{2}[a-z\ -]{2,}\)[\ ›]*\Z""")
+    |or|and|not|hundreds|thousands|millions)\b)(?=by|[a-z]*[aeiou])[a-z]{2}[a-z\ -]{2,}\)\ ?›?\Z""")
 _LABELLED = re.compile(r"""(?sx)  # total cost: 5, ‹The cost is› 5, A(1, 2); the label may be empty
     ((?![^:]{0,60}\b(?i:not|except|less|more|than|wrong|negative|minus|half|twice|double|root)\b
     [^:]{0,60}(?::|\bis\b))(?=[^:\d]*[A-Za-z]{3})[A-Za-z‹][^=:<>≤≥≠≈∈\d]{0,60}(?::|\bis\b\ ?›?)
