@@ -181,8 +181,11 @@ def test_the_problems_of_given_traces_are_remembered_and_not_evaluated(base, dat
     first = tmp_path / "collected"
     flags = [*FLAGS, "--model", base, "--dataset", data, "--eval-samples", "1"]
     flags += ["--eval-every", "99", "--batch-size", "32"]
-    call(srt, *flags, "--problems", "20", "--eval-problems", "2", collect_only=True, output=first)
+    few = ["--problems", "20", "--eval-problems", "2", "--revisions", "1"]
+    call(srt, *flags, *few, collect_only=True, output=first)
     tried = set(read(first / "srt.json")["problems"])
+    lines = (first / "traces.jsonl").read_text().splitlines()
+    assert {key_of(json.loads(line)["problem"]) for line in lines} < tried
     traces, out = first / "traces.jsonl", tmp_path / "out"
     call(srt, *flags, "--eval-problems", "30", traces=traces, output=out, epochs=1)
     assert len(tried) == 20 and remembered(out) == (tried, tried)

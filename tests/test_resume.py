@@ -414,7 +414,7 @@ def test_a_chunk_that_is_there_is_not_sampled_again(small, quick, tmp_path, monk
 def test_best_is_gone_with_its_evaluation(small, quick, tmp_path, monkeypatch):
     """Killed after a new best and before the next checkpoint: the log forgets that evaluation, and
     a --resume with another --eval-every may never repeat it."""
-    folder, accuracies = tmp_path / "out", {1: 0.3, 2: 0.2, 3: 0.6}
+    folder, accuracies = tmp_path / "out", {0: 0.9, 1: 0.3, 2: 0.2, 3: 0.6}
 
     def evaluate(task, step):
         return dict(accuracy=accuracies.get(step, 0.1), accuracy_se=0.01, sample="")
@@ -429,6 +429,18 @@ def test_best_is_gone_with_its_evaluation(small, quick, tmp_path, monkeypatch):
     call(sdzero, *flags, "--eval-every", "100", "--resume")
     assert [x["step"] for x in log_of(folder, "eval")] == [0, 1, 2, 6]
     assert not (folder / "best").exists()
+
+
+@pytest.mark.parametrize("last", [0.4, 0.6])
+def test_the_best_model_is_kept_beside_a_worse_last_one(last, small, quick, tmp_path, monkeypatch):
+    def evaluate(task, step):
+        return dict(accuracy={4: 0.5, 6: last}.get(step, 0.1), accuracy_se=0.01, sample="")
+
+    monkeypatch.setattr(common, "evaluate", evaluate)
+    flags = [*SMALL, *OWN["sdzero"], "--model", small["sdzero"], "--dataset", "x"]
+    call(sdzero, *flags, "--epochs", "2", "--eval-every", "2", "--output", tmp_path / "out")
+    assert [x["step"] for x in log_of(tmp_path / "out", "eval")] == [0, 2, 4, 6]
+    assert (tmp_path / "out" / "best").exists() == (last < 0.5)
 
 
 # --------------------------------------------------------------------------- the state of a folder

@@ -175,6 +175,7 @@ def test_best_is_the_best_evaluation_that_is_not_the_last(runs):
         assert kept == (best >= evals[-1]["accuracy"])
         if kept:
             assert AutoModelForCausalLM.from_pretrained(runs / name / "best")
+            assert read(runs / name / "best" / "srt.json") == read(runs / name / "srt.json")
 
 
 def test_collecting_and_training_one_by_one(runs, base, data, tmp_path):
@@ -206,6 +207,10 @@ def test_other_objectives_and_teachers_run(flags, runs, data, tmp_path):
     assert all(abs(x["loss"]) < 100 and x["loss_tokens"] > 0 for x in train)
     if "--passes" in flags:
         assert train[0]["reward"] == train[1]["reward"] and train[0]["loss"] != train[1]["loss"]
+        assert "sample" in train[0] and "sample" not in train[1]
+        clocks = [x for x in lines_of(out / "metrics.jsonl") if x["kind"] == "train"]
+        assert ["tokens_per_s" in x for x in clocks] == [True, False] * 4
+        assert [e["step"] for e in log_of(out, "eval")] == [0, 6, 8]  # of --eval-every 5
     if "bfloat16" in flags:
         assert AutoModelForCausalLM.from_pretrained(out, dtype="auto").dtype == torch.bfloat16
 

@@ -4,6 +4,7 @@ float64; the optimizer; the estimate of the memory."""
 import argparse
 import math
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 import common
 import losses
+import srt
 from common import (
     LM,
     Optimizer,
@@ -236,6 +238,29 @@ def test_skipped_tokens():
     kept = whole["position"] >= 2
     assert later["loss_tokens"] == kept.sum() == 7
     assert later["loss"] == pytest.approx(whole["loss"][kept].mean().item(), abs=1e-10)
+    rest = distill(student, Teacher(other), *layers, EXAMPLES, settings(skip_first=2), divisor=1)
+    assert rest["position"].tolist() == [2, 3, *range(2, 7)]
+
+
+def test_the_order_of_traces_comes_from_the_seed():
+    traces = [SimpleNamespace(reward=1, k=k) for k in range(20)]
+    flags = dict(terms="both", epochs=1, batch_size=20)
+    orders = []
+    for seed in (0, 1):
+        ((batch, _),) = srt.plan(argparse.Namespace(seed=seed, **flags), traces)
+        orders.append([trace.k for trace in batch])
+    assert orders[0] != orders[1] and sorted(orders[0]) == sorted(orders[1]) == [*range(20)]
+
+
+def test_the_same_text_for_two_problems_is_two_traces(monkeypatch):
+    problems = [common.Problem(f"{i}?", "1", [i]) for i in (5, 6)]
+    attempts = [common.Attempt(p, response([8], False), "a", 1) for p in problems]
+    monkeypatch.setattr(srt, "sample_and_verify", lambda *rest, **more: attempts)
+    monkeypatch.setattr(srt, "revise", lambda *rest, **more: [(a, a) for a in attempts])
+    lm = SimpleNamespace(phrases=lambda args: [[1], [2]], text=str)
+    flags = dict(attempts=1, revisions=1, phrase_wrong="No.", phrase_right="Yes.")
+    task = SimpleNamespace(args=argparse.Namespace(**flags), lm=lm)
+    assert [t.problem for t in srt.collect(task, problems, 0)[0]] == ["5?", "6?"]
 
 
 def test_importance_weights():

@@ -230,7 +230,7 @@ def files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("wiring")
     sizes = dict(num_hidden_layers=2, max_position_embeddings=40_000)
     save_model(folder / "base", family="llama", **sizes)
-    save_model(folder / "short", family="llama", **{**sizes, "max_position_embeddings": 25})
+    save_model(folder / "short", family="llama", **{**sizes, "max_position_embeddings": 24})
 
     def rows(numbers, asked="problem", wanted="answer", **more):
         lines = []
@@ -335,6 +335,7 @@ def slow_training(files, batches, loss, rates, betas, weight_decay, rate=0.0, in
 def assert_same_training(w, files, expected, metric="loss"):
     values, moved = expected
     assert [x[metric] for x in w.log("train")] == pytest.approx(values, rel=1e-3, abs=1e-5)
+    assert [x["lr"] for x in w.log("train")] == pytest.approx(w.rates)
     assert (w.moved() - moved).norm() < 1e-3 * moved.norm()
 
 
@@ -440,6 +441,7 @@ STAGE_2 = {
     "--importance-cap 1.2": dict(cap=1.2),
     "--importance-cap 100": dict(cap=100),
     "--temperature 0.5": dict(temperature=0.5),
+    "--temperature 0": dict(temperature=1),
     "--alpha 0": objective("full_logits", alpha=0),
     "--alpha 0.3": objective("full_logits", alpha=0.3),
     f"{TOPK} --no-tail": objective("topk_logits", k=64, tail=False),
@@ -450,9 +452,11 @@ STAGE_2 = {
     MIXED: objective("mixed_kl", w=0.5),
     f"{MIXED} --alpha 0.2": objective("mixed_kl", w=0.2),
     f"{MIXED} --alpha 0.2 --topk 3": objective("mixed_kl", w=0.2, k=3),
+    "--objective sampled_token --importance-cap 1.2": objective("sampled_token") | dict(cap=1.2),
     "--skip-first 5": dict(skip_first=5),
+    "--skip-first 2 --importance-cap 1.2": dict(skip_first=2, cap=1.2),
     "--drop-truncated": dict(drop_truncated=True),
-    "--model short": dict(limit=25),  # its context: what the teacher reads must fit
+    "--model short": dict(limit=24),  # what the teacher reads just fits: 18 to 24 ids, and 27
     "--teacher live": dict(rate=None),
     "--teacher ema": dict(rate=0.05),
     "--teacher ema --teacher-rate 0.6": dict(rate=0.6),
@@ -476,6 +480,8 @@ def test_stage_2_equals_the_slow_loop(flags, watch, files):
     assert watch.rates == pytest.approx(rates)
     assert_same_training(watch, files, expected)
     assert all(p.training == p.grad for u in watch.steps for p in u.passes)
+    dropped = [x["dropped"] for x in watch.log("train")]
+    assert "limit" not in changed or sum(dropped) == 1
     shape = {k: v for k, v in changed.items() if k in ("sizes", "epochs", "passes")}
     if len(shape) < len(changed):
         assert_other_training(expected, plain_stage_2(watch, files, **shape))
@@ -566,6 +572,9 @@ STAGE_1 = {
     "--terms generation": dict(weights=GENERATION),
     "--terms revision": dict(weights=REVISION),
     "--terms sequential": dict(sizes=[4, 2, *CUT], weights=[GENERATION] * 2 + [REVISION] * 5),
+    "--terms sequential --epochs 2": dict(
+        sizes=[4, 2] * 2 + CUT * 2, weights=[GENERATION] * 4 + [REVISION] * 10, epochs=2
+    ),
 }
 
 
@@ -625,6 +634,7 @@ def test_traces_and_what_stage_1_logs(watch, files):
     assert first["reward"] == phrases.count(SHORT[1]) / 4
     assert first["length"] == sum(map(len, new)) / 4
     assert first["cut_off"] == sum(y[-1] != EOS for y in new) / 4
+    assert first["tokens"] == sum(len(x) + len(shown) + len(new) for x, shown, new in steps[0])
 
 
 def test_collecting_and_training_on_some_of_it(watch, files, tmp_path):
@@ -956,6 +966,7 @@ def test_the_length_limit(watch, files):
         assert x["accuracy"] == 7 / 15 and x["revision_too_long"] == 15 - len(first)
         assert x["revised_accuracy"] == sum(revised) / len(first)
         assert x["correction_rate"] == pytest.approx(rise / (len(first) - sum(first)))
+        assert ("revised" in x["sample"]) == fits(*pairs[0], 32)
 
 
 @pytest.mark.parametrize("name", ["srt", "sdzero"])
@@ -1128,6 +1139,7 @@ def test_rejection_fine_tuning_equals_the_slow_loop(flags, group, epochs, watch,
 RESUMED = {
     "srt": "--dtype bfloat16 --batch-size 4 --problems 16 --epochs 2",
     "sdzero": "--dtype bfloat16 --batch-size 2 --teacher ema --teacher-rate 0.3 --problems 16",
+    "sdzero, frozen teacher": "--batch-size 2 --problems 16",
     "sdzero, two passes": "--batch-size 4 --passes 2 --teacher ema --teacher-interval 3",
     "rft": "--batch-size 4 --problems 16 --epochs 3",
     "grpo": "--batch-size 4 --group 4 --problems 8 --dtype bfloat16",
