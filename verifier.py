@@ -39,7 +39,8 @@ determinants, set-builder notation, \mp, \choose (but \binom), sets after a minu
 conditions that hold together as intervals (x > 0 and x < 1; x \ne 1, x \ne 2), 2|x|, "5 or so", the
 environments cases and aligned, answers of more than 600 characters, numbers beyond
 10^2400. Ratios (3:4), congruences, times and numbers in other bases count as written. A word after
-a number is its unit whatever it means: 5 wrong is 5, and 5 apples is not 5 pears. Not detected are
+a number is its unit whatever it means: 5 wrong is 5, 3mg is 3 milligrams, and 5 apples is not 5
+pears. A calculation with different units (5 cm x 3 cm = 15 cm^2) is not read. Not detected are
 more than ten right digits next to an irrational number (0.33333333333\pi), a small term next to a
 large one (e^{-100} + 1), and that |x - 3| is not 3 - x: variables are compared below 2.5.
 
