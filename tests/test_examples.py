@@ -3,6 +3,7 @@ method by its command line, the commands of the toy and its ablations; and that 
 training still runs."""
 
 import json
+import math
 import re
 import sys
 from dataclasses import replace
@@ -84,16 +85,18 @@ def test_grpo_without_any_signal_has_no_gradient():
 
 
 def test_rft_keeps_distinct_right_responses():
-    """Catches wrong ones that are kept, right ones that count twice or are lost."""
-    g = group([3, 4], [1, 0, 1, 1])
-    g.responses[3] = g.responses[0]
+    """Catches wrong ones that are kept, right ones that count twice or are lost, one response to
+    two problems that is kept for one of them only."""
+    g, h = group([3, 4], [1, 0, 1, 1]), group([5], [0, 1])
+    g.responses[3] = h.responses[1] = g.responses[0]
     tokenizer = make_tokenizer()
     task = SimpleNamespace(
         lm=SimpleNamespace(text=tokenizer.decode, tokenizer=tokenizer), args=None
     )
-    kept = baselines.right_responses(task, [g, group([5], [0, 0])])
-    assert [t.revision_ids for t in kept] == [g.responses[0].ids, g.responses[2].ids]
-    assert [t.ids for t in kept] == [[3, 4] + t.revision_ids for t in kept]
+    kept = baselines.right_responses(task, [g, h])
+    a, b = g.responses[0].ids, g.responses[2].ids
+    assert [t.revision_ids for t in kept] == [a, b, a]
+    assert [t.ids for t in kept] == [[3, 4] + a, [3, 4] + b, [5] + a]
     assert all(t.finished and t.weights((1, 1)) == [1] * len(t.revision_ids) for t in kept)
 
 
@@ -132,6 +135,7 @@ def test_what_the_teachers_are_shown():
     a, b = g.responses[1].ids, g.responses[2].ids
     examples = baselines.sdpo_examples([g, lonely, group([6], [0, 0])], [9, 9])
     assert [e.response for e in examples] == [*g.responses, lonely.responses[0]]
+    assert [e.reward for e in examples] == [0, 1, 1, 0, 0]  # its own, not that of what is shown
     shown = [e.shown_ids for e in examples]
     assert shown == [a[:-1], b[:-1], a[:-1], b[:-1], lonely.responses[1].ids[:-1]]
     assert examples[1].teacher_ids == [3, 4] + b[:-1] + [9, 9] + a
@@ -141,6 +145,7 @@ def test_what_the_teachers_are_shown():
     expected = [[3, 4, 20, 21, 9] + y.ids for y in g.responses]
     expected += [[5, 22, 9] + y.ids for y in lonely.responses]
     assert [e.teacher_ids for e in examples] == expected
+    assert [e.reward for e in examples] == g.rewards + lonely.rewards
 
 
 # ------------------------------------------------------------------------------- command lines
@@ -168,7 +173,9 @@ def test_command_line(method, base, data, tmp_path):  # noqa: F811
     evals = [x for x in lines if x["kind"] == "eval"]
     assert evals[0]["step"] == 0 and evals[-1]["step"] == train[-1]["step"]
     if method == "rft":
-        assert [x["generations"] for x in lines if x["kind"] == "collect"] == [4 * 12]
+        (counts,) = [x for x in lines if x["kind"] == "collect"]
+        assert counts["generations"] == 4 * 12
+        assert len(train) == 3 * math.ceil(counts["kept"] / 8)  # three epochs
     else:
         assert [x["generations"] for x in train] == [8 * i for i in range(1, 9)]
         assert all(0 <= x["cut_off"] <= 1 for x in train)

@@ -496,9 +496,10 @@ FLAGS = [
     *("--save-every", "2", "--max-new-tokens", "8", "--slots", "4", "--device", "cpu"),
     *("--lora", "4", "--lora-alpha", "6", "--lr", "1e-2"),
 ]
+EMA = ["--teacher", "ema", "--teacher-rate", "0.6", "--teacher-interval", "2"]
 STAGES = {
     "srt": (srt, ["--batch-size", "4", "--epochs", "2", "--problems", "16"]),
-    "sdzero": (sdzero, ["--batch-size", "4", "--warmup", "2", "--teacher", "ema"]),
+    "sdzero": (sdzero, ["--batch-size", "4", "--warmup", "2", *EMA]),
 }
 
 
@@ -563,6 +564,19 @@ def test_both_stages_save_merged_models_and_adapters(runs, files):
     assert abs(one @ two) < 0.5  # stage 2 does not begin with the A that stage 1 began with
 
 
+def recorded(monkeypatch, script):
+    """(kind, rate, interval) of every LoraTeacher that the script makes."""
+    made = []
+
+    def make_teacher(*arguments):
+        teacher = LoraTeacher(*arguments)
+        made.append((teacher.kind, teacher.rate, teacher.interval))
+        return teacher
+
+    monkeypatch.setattr(script, "LoraTeacher", make_teacher)
+    return made
+
+
 class Killed(BaseException):
     pass
 
@@ -570,7 +584,8 @@ class Killed(BaseException):
 @pytest.mark.parametrize("name", STAGES)
 def test_a_killed_run_goes_on_bit_for_bit(name, runs, files, tmp_path, monkeypatch):
     """Killed after step 5 of a run that saves at 2 and 4. The checkpoint holds adapters, optimizer
-    and teacher, but no model; best/ is a merged model."""
+    and teacher, but no model; best/ is a merged model. Catches flags of the teacher that do not
+    reach it, too."""
     model = files / "llama" if name == "srt" else runs.out / "srt"
     arguments = (name, model, files / "data.jsonl", tmp_path / "out", "--dtype", runs.dtype)
     log = common.Run.log
@@ -582,9 +597,11 @@ def test_a_killed_run_goes_on_bit_for_bit(name, runs, files, tmp_path, monkeypat
 
     monkeypatch.setattr(common.Run, "log", log_until_killed)
     monkeypatch.setattr(sdzero, "Teacher", None)  # which would copy the whole model
+    teachers = recorded(monkeypatch, sdzero)
     with pytest.raises(Killed):
         call(*arguments)
     monkeypatch.undo()
+    assert teachers == ([("ema", 0.6, 2)] if name == "sdzero" else [])
     checkpoint = tmp_path / "out" / "checkpoint-4"
     assert (checkpoint / "adapter" / "adapter_model.safetensors").exists()
     assert not (checkpoint / "model.safetensors").exists()
@@ -604,11 +621,14 @@ def test_a_killed_run_goes_on_bit_for_bit(name, runs, files, tmp_path, monkeypat
 
 @pytest.mark.parametrize("method", ["rft", "grpo", "sdft"])
 def test_the_baselines_with_adapters(method, files, tmp_path, monkeypatch):
-    """They run to the end, and every adapted matrix of what they save has moved."""
+    """They run to the end, and every adapted matrix of what they save has moved; the teacher is a
+    moving average."""
     monkeypatch.setattr(baselines, "Teacher", None)  # which would copy the whole model
+    teachers = recorded(monkeypatch, baselines)
     flags = ["--method", method, "--model", files / "llama", "--dataset", files / "data.jsonl"]
     flags += [*FLAGS, "--batch-size", "8", "--output", tmp_path / "out"]
     baselines.main([str(flag) for flag in flags])
+    assert teachers == ([("ema", 0.05, 1)] if method == "sdft" else [])
     base = AutoModelForCausalLM.from_pretrained(files / "llama").state_dict()
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     moved = [n for n, x in model.state_dict().items() if not torch.equal(x, base[n])]

@@ -236,6 +236,7 @@ def files(tmp_path_factory):
         lines = []
         for i in numbers:
             row = {**more, asked: f"{i}?", wanted: f"<{i}>", "solution": f"s{i}"}
+            row["revised"] = f"b\n\n{SHORT[0]}\n\ns{i}"
             lines.append(json.dumps(row) + "\n")
         return "".join(lines)
 
@@ -1053,6 +1054,8 @@ def groups_of(w, steps, size, group):
     order = [i for batch in batches for _, i, n in batch if n == 0]
     first = order[:12]
     assert len(set(first)) == len(first) and first != sorted(first)
+    second = order[12:]  # the next pass: in another order
+    assert not second or second != first[: len(second)]
     return batches
 
 
@@ -1069,6 +1072,13 @@ def another_right_one(i, n):
     return attempt(i, others[n % len(others)])[0] if others else None
 
 
+def one_that_fits(i, n):
+    """If all that the teacher reads is within the context of `short`."""
+    told, (text, finished) = another_right_one(i, n), attempt(i, n)
+    read = f"<|user|>{i}?<|im_end|><|assistant|>{told}\n\n{SHORT[1]}\n\n{text}"
+    return told if told and len(ids_of(read)) + finished <= 25 else None
+
+
 GROUP = {"grpo": 2, "sdft": 1, "sdpo": 4}
 BASELINES = {
     "grpo": dict(steps=3, size=8),
@@ -1080,35 +1090,54 @@ BASELINES = {
     "sdft --teacher live": dict(steps=3, size=4, shown=gold, rate=None),
     "sdpo": dict(steps=3, size=8, shown=another_right_one),
     "sdpo --teacher-rate 0.6": dict(steps=3, size=8, shown=another_right_one, rate=0.6),
+    "sdpo --model short --generations 48": dict(steps=6, size=8, shown=one_that_fits),
 }
 
 
 @pytest.mark.parametrize("command", BASELINES)
 def test_baselines_equal_the_slow_loop(command, watch, files):
     """Catches advantages of another group, a teacher that is shown the response itself or another
-    problem's, a budget that is ignored."""
+    problem's, a budget that is ignored, a response with which the teacher would read more than the
+    context holds; and figures in the log that are not those of the step's responses."""
     (name, *flags), changed = command.split(), dict(BASELINES[command])
-    run(watch, files, name, *flags)
+    run(watch, files, name, *(files / flag if flag == "short" else flag for flag in flags))
     batches = groups_of(watch, changed.pop("steps"), changed.pop("size"), GROUP[name])
-    assert_same_training(watch, files, slow_baseline(watch, files, name, batches, **changed))
-    if "rate" in changed:
-        expected = slow_baseline(watch, files, name, batches, **changed)
-        changed.pop("rate")
-        assert_other_training(expected, slow_baseline(watch, files, name, batches, **changed))
+    expected = slow_baseline(watch, files, name, batches, **changed)
+    assert_same_training(watch, files, expected)
+    for line, batch in zip(watch.log("train"), batches, strict=True):
+        rewards, lengths, cut, dropped = [], [], [], 0
+        for _, i, n in batch:
+            text, finished = attempt(i, n)
+            rewards.append(verdict(text, i))
+            lengths.append(len(text) + finished)
+            cut.append(not finished)
+            dropped += name != "grpo" and changed["shown"](i, n) is None
+        for figure, values in (("reward", rewards), ("length", lengths), ("cut_off", cut)):
+            assert line[figure] == pytest.approx(sum(values) / len(batch))
+        assert line.get("dropped", 0) == dropped
+    usual = {k: v for k, v in changed.items() if k != "rate"}
+    if "short" in flags:
+        usual["shown"] = another_right_one
+    if usual != changed:
+        assert_other_training(expected, slow_baseline(watch, files, name, batches, **usual))
 
 
-def test_fine_tuning_on_solutions_equals_the_slow_loop(watch, files):
-    """Each solution with its EOS once per epoch, after its own problem; nothing is sampled."""
-    run(watch, files, "sft")
+@pytest.mark.parametrize("column", ["solution", "revised"])
+def test_fine_tuning_on_solutions_equals_the_slow_loop(column, watch, files):
+    """Each solution with its EOS once per epoch, after its own problem; nothing is sampled. Of one
+    that holds an attempt and P_0 only the revision is trained on."""
+    run(watch, files, "sft", "--solution-column", column)
     assert not watch.asked()
-    batches = []
+    before, batches = f"b\n\n{SHORT[0]}\n\n" if column == "revised" else "", []
     for step in watch.steps:
         batch = []
         for row in (row for p in step.passes for row in p.rows):
             i = problem_of(TOKENIZER.decode(row))
             y = ids_of(worked(i, 0))
             assert list(row[-len(y) :]) == y  # what was read: EOS is padding, too
-            batch.append((list(row[: -len(y)]), i, 0))
+            x = ids_of(f"<|user|>{i}?<|im_end|><|assistant|>{before}")
+            assert list(row[: -len(y)]) == x
+            batch.append((x, i, 0))
         batches.append(batch)
     assert Counter(i for batch in batches for _, i, _ in batch) == dict.fromkeys(range(12), 2)
     assert_same_training(watch, files, slow_baseline(watch, files, "sft", batches, rate=0))
@@ -1118,7 +1147,8 @@ def test_fine_tuning_on_solutions_equals_the_slow_loop(watch, files):
     "flags, group, epochs", [("", 4, 1), ("--epochs 2", 4, 2), ("--group 2", 2, 1)]
 )
 def test_rejection_fine_tuning_equals_the_slow_loop(flags, group, epochs, watch, files):
-    """Trains on all distinct right responses and nothing else, each once per epoch."""
+    """Trains on all distinct right responses and nothing else, each once per epoch. Catches traces
+    with another answer or end than theirs, and counts of what is kept for what is right."""
     run(watch, files, "rft", *flags.split())
     (sample,), known = watch.asked(), {}
     assert Counter(map(problem_of, sample.texts)) == dict.fromkeys(range(12), group)
@@ -1132,6 +1162,13 @@ def test_rejection_fine_tuning_equals_the_slow_loop(flags, group, epochs, watch,
     assert Counter(sum(rows, [])) == dict.fromkeys(known, epochs)
     batches = [[known[row] for row in batch] for batch in rows]
     assert_same_training(watch, files, slow_baseline(watch, files, "rft", batches, rate=0))
+    traces = lines_of(watch.out / "traces.jsonl")
+    names = ("problem", "answer", "revision_text", "finished")
+    expected = {(f"{i}?", f"<{i}>", *attempt(i, n)) for _, i, n in known.values()}
+    assert {tuple(t[name] for name in names) for t in traces} == expected
+    (counts,) = watch.log("collect")
+    right = sum(verdict(attempt(i, n)[0], i) for i in range(12) for n in range(group))
+    assert (counts["right"], counts["kept"], len(traces)) == (right, len(known), len(known))
 
 
 # ------------------------------------------------------------------- resume, code, the whole toy
