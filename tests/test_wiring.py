@@ -1076,7 +1076,7 @@ def one_that_fits(i, n):
     """If all that the teacher reads is within the context of `short`."""
     told, (text, finished) = another_right_one(i, n), attempt(i, n)
     read = f"<|user|>{i}?<|im_end|><|assistant|>{told}\n\n{SHORT[1]}\n\n{text}"
-    return told if told and len(ids_of(read)) + finished <= 25 else None
+    return told if told and len(ids_of(read)) + finished <= 24 else None
 
 
 GROUP = {"grpo": 2, "sdft": 1, "sdpo": 4}
