@@ -332,14 +332,8 @@ for _line in re.split(", |\n", _SPELLINGS):  # a sign, and its commands: ⏎ is 
 
 _UNICODE = {chr(i + 0xFEE0): chr(i) for i in range(0x21, 0x7F)}  # full-width forms
 _UNICODE |= dict(zip("。、~−–×·⋅÷’⟨⟩º\u00a0\u202f\u2009‹›", ".,\x20--***/'()°\x20\x20\x20\x20\x20"))
-_UNICODE |= {
-    "½": " 1/2",
-    "¼": " 1/4",
-    "¾": " 3/4",
-    "⅓": " 1/3",
-    "⅔": " 2/3",
-    **{c: f"^{n}" for n, c in zip("23456789", "²³⁴⁵⁶⁷⁸⁹")},
-}
+_UNICODE |= {c: f" {x}" for c, x in zip("½¼¾⅓⅔", ("1/2", "1/4", "3/4", "1/3", "2/3"))}
+_UNICODE |= {c: f"^{n}" for n, c in zip("23456789", "²³⁴⁵⁶⁷⁸⁹")}
 _UNICODE |= {"ℝ": r"\mathbb{R}", "∅": r"\emptyset ", "\u200b": "", **dict.fromkeys('“”"`', "")}
 _UNICODE = str.maketrans(_UNICODE)
 
@@ -529,9 +523,8 @@ def _letters(run: str, kind: str, before: str, spaced: bool) -> list[tuple[str, 
         return [("name", run)]
     low, follows = run.lower(), kind in ("number", "close")
     begins = kind == "and" or before in "=<>≤≥≠≈∈([⦃"
-    is_unit = low in _UNITS and (
-        kind == "number" or before == "/" or spaced and (follows or kind == "name")
-    )
+    may_be_unit = kind == "number" or before == "/" or spaced and (follows or kind == "name")
+    is_unit = low in _UNITS and may_be_unit
     is_word = (begins or follows and spaced) and _is_wordlike(low)
     if kind == "word" or is_unit or is_word or begins and low in ("no", "on", "is"):
         return [("word", run)]

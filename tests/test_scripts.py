@@ -208,8 +208,9 @@ def test_other_objectives_and_teachers_run(flags, runs, data, tmp_path):
     if "--passes" in flags:
         assert train[0]["reward"] == train[1]["reward"] and train[0]["loss"] != train[1]["loss"]
         assert "sample" in train[0] and "sample" not in train[1]
-        clocks = [x for x in lines_of(out / "metrics.jsonl") if x["kind"] == "train"]
-        assert ["tokens_per_s" in x for x in clocks] == [True, False] * 4
+        lines = (out / "metrics.jsonl").read_text().splitlines()
+        clocks = ["tokens_per_s" in line for line in lines if '"train"' in line]
+        assert clocks == [True, False] * 4
         assert [e["step"] for e in log_of(out, "eval")] == [0, 6, 8]  # of --eval-every 5
     if "bfloat16" in flags:
         assert AutoModelForCausalLM.from_pretrained(out, dtype="auto").dtype == torch.bfloat16
