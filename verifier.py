@@ -135,7 +135,7 @@ def extract_answer(response: str) -> str | None:
             # the match of \boxed5 ends after the 5
             after, is_final = end + (0 if match["digits"] else len(content)), True
         else:
-            content = _stated(response[end : end + 500].lstrip(" \t#*:_"))
+            content = _stated(response[end : end + 500].lstrip(" \t#*:_>"))
             last_word = content.split()[-1] if content.strip() else ""
             after = response.find(last_word, end) + len(last_word)
             is_final = _is_final(before, match[0] if match["phrase"] else "", content)
@@ -173,7 +173,7 @@ _MARKER = re.compile(r"""(?ix)
         |[*\#\s]{0,4}\n\s*)         # ### Final Answer
         (?:(?<=\n)-\ )?)            # which is a list of one""")
 _REMARK_BEFORE = re.compile(r"""(?ix)
-    (?:\b(?<!no\ )(?<!of\ )(?<!least\ )(?<!my\ )  # a common wrong answer is \boxed{13}
+    (?:\b(?<!\d\ )(?<!no\ )(?<!of\ )(?<!least\ )(?<!my\ )  # a common wrong answer is \boxed{13}
     (?:wrong|incorrect|mistaken|common|frequent|typical|tempting|naive|(?:an)?other|student'?s'?)
     \ (?:\w+\ )?(?:answer|mistake|error|slip)s?\b
     (?!\ (?:to|his|her|their|our|the|we)\b)[^.,!?\n]{0,60}
@@ -221,7 +221,7 @@ _SENTENCE = re.compile(r"""(?x)  # She sold 72 clips in May. Not: She sold 6 doz
     |over|under|times)\b))(?:that\ |[A-Z])[a-z]+\ [a-z]+\ """)
 _SENTENCE_END = re.compile(r"""(?x)  # not: **5** or **6**; 5 — no, 6
     (?:[.?]|!(?!\s*[=+/-]))(?=[\s*]|$)|(?<=\w)\*\*(?!\w|\s?(?:or|and)\b)|\n|<[|/]
-    |\s—\s(?!(?:no|wait|or)\b)|;\s(?=[a-z]{3})""")
+    |\s—\s(?!(?:no|wait|or)\b)|\s[-–]\s(?=(?:the|this|that|which|it)\b)|;\s(?=[a-z]{3})""")
 _BOLD = re.compile(r"""(?x)  # It takes **5 hours**. Not: It is not **5**; more than **5**; **5** or
     (?!.*(?:n't|\b(?:not?|never|than|or)\b))[A-Z][a-z]*\ [^\n*.]{3,100}\*\*([^*\n]{1,60})\*\*""")
 
@@ -285,7 +285,7 @@ def _is_final(before: str, phrase: str, content: str) -> bool:
     if conditional or _ASIDE.search(clause + phrase) or len(content) > _MAX_STATED:
         return False
     content = _FILLER.sub("", re.sub("[‹›]", "", _clean(content)))
-    if re.match(r"[-+$¤£€¥\\({\[.\d⟦⦃|√]", content):
+    if re.match(r"[-+$¤£€¥₹\\({\[.\d⟦⦃|√]", content):
         with contextlib.suppress(ValueError, ArithmeticError):
             return _read(content) is not None
         return False
@@ -297,9 +297,10 @@ def _is_final(before: str, phrase: str, content: str) -> bool:
 
 # Signs, synonyms, and names that do not look like words or that follow a variable. Any other word
 # after a number is its unit without being listed (see _unit). A plural with s is added to each.
-_UNIT_NAMES = """$ dollar usd ¤ buck|£ gbp|€ euro eur|¢ cent|¥ yen yuan|% percent|° degree deg|°c|°f
-|mm millimeter millimetre|cm centimeter centimetre|dm|m meter metre|km kilometer kilometre
-|in inch inche|ft foot feet|yd yard|mi mile|mg milligram|g gram|kg kilogram|lb pound|oz ounce
+_UNIT_NAMES = """$ dollar usd ¤ buck|£ gbp|€ euro eur|¢ cent|¥ yen yuan|₹ rupee|% percent
+|° degree deg|°c|°f|mm millimeter millimetre|cm centimeter centimetre|dm|m meter metre
+|km kilometer kilometre|in inch inche|ft foot feet|yd yard|mi mile|mg milligram|g gram
+|kg kilogram|lb pound|oz ounce
 |ml milliliter millilitre|l liter litre|s second sec|min minute|h hour hr|mph|kph|week|year yr
 |rad radian|pt|am a.m|pm p.m|kb|mb|gb|kw|kwh|hp|hz|n|j|w|v|sq square|cubic|us|th st nd rd
 |of|per|unit"""
@@ -379,12 +380,17 @@ _REWRITES = [  # tests check every example, and every "in any order"
     (r"(?<![A-Za-z])C_(\{\w+\}|\w)\^(\{\w+\}|\w)", r"\\binom \1 \2"),  # C_9^{2} -> \binom 9 {2}
     (r"(?<=[\w)])\*\*(?=[\w(])", "^"),  # x**2 -> x^2
     (r"[<>!=]=", lambda m: _SIGNS[m[0]]),  # x <= 2 -> x ≤ 2
-    # 30^{°} -> 30°; 21^{ ‹st› } -> 21‹st›
-    (r"\^\s*(?:\{\s*(?:[°o]|(‹(?:st|nd|rd|th)›))\s*\}|°|o\b)", lambda m: m[1] or "°"),
+    # 30^{°} -> 30°; 21^{ ‹st› } -> 21‹st›; 5^{th} -> 5‹th›
+    (
+        r"\^\s*(?:\{\s*(?:[°o]|‹?(st|nd|rd|th)›?)\s*\}|°|o\b)",
+        lambda m: f"‹{m[1]}›" if m[1] else "°",
+    ),
     # 3 1/2 -> (3+1/2)
     (r"(?<![\w.^])(\d+) *(\\frac *(?:\{ *\d+ *\} *){2}|(?<= )\d+ ?/ ?\d+)", r"(\1+\2)"),
     # in this order
     (r"\A([^$]*)\$(?=\s?[\d.])([^$]*)\Z", r"\1¤\2"),  # $5 -> ¤5
+    (r"\A\s*(?:US ?¤|USD|Rs\.?|₹) ?(?=\d)", lambda m: "¤" if "U" in m[0] else "₹"),  # US¤5 -> ¤5
+    (r"(¤ ?[\d.,]*\d) ?/ ?(‹?)(?=[a-z]{3})", r"\1 \2per "),  # ¤5/hour -> ¤5 per hour
     (r"\*\*|__|\$", " "),  # **5** -> 5
     # after a number and a space, a last letter is a unit: 5 m/s -> 5 ‹m›/s
     (rf"\A(\s*[-+]?[\d.,]+) +({_UNIT_LETTER})(?=(?:[\^/]\w+)*\s*\Z)", r"\1 ‹\2›"),
@@ -397,7 +403,7 @@ _REWRITES = [  # tests check every example, and every "in any order"
     ),  # 5 ‹million people› -> 5 ‹million› ‹people›
     (r"(?i)\A[\s‹]*no (?:real )?solutions?[\s›]*\Z", "⦃⦄"),  # ‹No solution› -> ⦃⦄
     # 2x = 10 \Rightarrow x = 5 -> x = 5
-    (r"\A[^,;]{0,99}=[^,;]{0,99}(?:\\Rightarrow|\\implies|⇒)\s*", ""),
+    (r"\A[^,;]{0,199}(?:\\Rightarrow|\\implies|⇒)\s*(?=[^=]*=)", ""),
 ]
 
 
@@ -431,13 +437,13 @@ _SIDE_NAME = re.compile(rf"""(?x)  # x, m + n, a/b, f^{{-1}}(2), [ABC]; not 2x, 
 _UNREAD_NAME = re.compile(r"""(?x)  # \sum_{k=1}^{9} k, |A ∪ B|, a \bmod 7; not x \oplus 2, \neg x
     # and with its right side. Without signs and numbers, except in brackets and scripts
     ((?![A-Za-z]\s*\^|(?:sin|cos|tan|ln|log|exp)\b|\\frac|\\binom)(?!.*\\(?:l?not|neg|nexists|sim
-    |equiv)\b)(?!.*(?:\b(?:since|because)\b|›\ *\^))
+    |equiv|cong|[gl]l|gg)\b)(?!.*(?:\b(?:since|because)\b|›\ *\^))
     (?:[A-Za-z|‹›°∪\s]|\\bmod\s*\w+|\\[A-Za-z]+|[_^]\s*\w|\([^()]*\)|[_^]?\s*\{[^{}]*\}){1,60}+)
     =([^=]+)""")
 _NUMBER_WORD = re.compile(r"""(?x)  # not a unit: it changes the number before it, as in 3 halves
     \w+tieths?|(?:\w+illion|(?:thir|four|fif|six|seven|eigh|nine)teen|hundred|thousand|dozen
     |(?:twen|thir|for|fif|six|seven|eigh|nine)ty|one|two|three|four|five|six|seven|eight|nine|ten
-    |eleven|twelve|third|quarter)(?:ths?|s)?|(?:fif|eigh|nin|twelf)ths?|half|halfs|halves
+    |eleven|twelve|third|quarter|mil)(?:ths?|s)?|(?:fif|eigh|nin|twelf)ths?|half|halfs|halves
     |twice|thrice|score|least|most|double|triple|factorial|plus|minus|negative|point|remainder
     |root|power
     |(?:squar|cub|doubl|tripl|halv|divid|multipli|increas|decreas|reduc|rais|add|subtract)ed""")
@@ -475,9 +481,10 @@ class _Node(NamedTuple):
         2x, or 2x = 10 would say 10).
         """
         if self.kind == "text":
-            return re.search(r"(?i)\b(?:not|false)\b", self.items[0]) is None
+            return re.search(_DENIED, self.items[0], re.X) is None
         letters = [name for name in self.names if name in "abcehijklmnopqrstuvwxyz"]
-        unique = len(letters) == len({*letters})  # x + x = 10 does not say 10
+        runs = re.findall(rf"(?:{_NAME}|{_LETTER})+(?:\(-?\d+\))?", self.text)
+        unique = all(len(x) == len({*x}) for x in (letters, runs))  # x + x = 10 does not say 10
         return unique and _SIDE_NAME.fullmatch(self.text) is not None
 
     @property
@@ -646,7 +653,7 @@ class _Reader:
         while self.token.lower() in _SCALES:
             node = _apply(mul, node, _number(_SCALES[self.next().lower()]))
         unit = ""  # words, signs like %, and powers and quotients of them: cm^2, m/s, °C
-        while self.kind == "word" or self.sees("%°¤£€¢¥^/*" if unit else "%°¤£€¢¥"):
+        while self.kind == "word" or self.sees("%°¤£€¢¥₹^/*" if unit else "%°¤£€¢¥₹"):
             unit += " " * (self.kind == "word") + self.next()
             start = len(self.read)
             if unit[-1] == "^":
@@ -666,14 +673,14 @@ class _Reader:
 
     def power(self) -> _Node:
         signs = ""
-        while self.sees("+-±¤£€¥"):  # -$5 and $-5
+        while self.sees("+-±¤£€¥₹"):  # -$5 and $-5
             signs += self.next()
         currency = _UNITS.get(signs.strip("+-±"), "")
         node = self.atom()
         if self.accept("^"):  # once: 2^3^4 is not TeX, and may be read in two ways
             node = _apply(_power, node, self.power() if self.sees("-") else self.atom())
-        while self.accept("!"):
-            node = _apply(_factorial, node)
+        if self.accept("!"):
+            node = self.fail() if self.sees("!") else _apply(_factorial, node)
         node = _apply(neg, node) if signs.count("-") % 2 else node
         if currency:
             node = _for_each_sign(lambda part: part._replace(unit=currency), [node])
@@ -825,7 +832,7 @@ def _apply(function, *arguments: _Node) -> _Node:
     if function is _add:  # 3 + 5 m is 8 m
         fits = {*units} <= {unit} and (unit != "%" or n == 2)
     elif function in (mul, truediv):  # 2 x $5; 180°/5
-        fits = n == 0 or n == 1 and unit in "$£€¥°"
+        fits = n == 0 or n == 1 and unit in "$£€¥₹°"
     else:
         fits = n == 0 or function is neg
     if not fits or any(argument.kind != "value" for argument in arguments):
@@ -913,7 +920,7 @@ def _plain(text: str) -> str:
     words = all(map(_is_wordlike, rest.lower().split()))  # (a sin x is a product)
     if article.lower() == "the" or article.lower() in ("a", "an") and words:
         text = rest
-    text = re.sub(r"\s(?!\d)|(?<!\w)\s", "", re.sub(r"\{(\w)\}", r"\1", text))
+    text = re.sub(r"\s(?!\d)|(?<!\w)\s", "", re.sub(r"\{([\w:])\}", r"\1", text))
     low = text.lower()
     is_word = text.isalpha() and (low == "no" or _is_wordlike(low) or text[2:].islower())
     return low if is_word else text
@@ -960,12 +967,13 @@ class _Comparison:
         """Equal numbers, and no different units; a percentage is a hundredth, and from 1% on also
         the bare number, since gold answers to "what percent" lack the sign: 50% is 0.5 and 50.
         """
-        if a.unit and b.unit and a.unit != b.unit:
-            return False
+        short, long = sorted((a.unit, b.unit), key=len)
+        if short not in ("", long) and not (short in "$£€¥₹%°" and long.startswith(f"{short} ")):
+            return False  # $18 is 18 dollars per hour, and 25% is 25% of the boys
         equal = all(map(_close, a.items, b.items))
-        if (a.unit == "%") == (b.unit == "%"):
+        if a.unit[:1] == "%" == b.unit[:1] or "%" not in a.unit + b.unit:
             return equal
-        percent, other = (a, b) if a.unit == "%" else (b, a)
+        percent, other = (a, b) if a.unit[:1] == "%" else (b, a)
         hundredth = all(_close(x, 100 * y) for x, y in zip(percent.items, other.items))
         return hundredth or equal and abs(percent.items[0]) >= 1
 
@@ -1081,7 +1089,7 @@ def _rounds(exact: _Node, rounded: _Node) -> bool:
 
     Rule: a rounded number has two digits or more, for 1/3 ≈ 0 would be an answer and a guess.
     """
-    number = r"[¤£€¥]?-?\d*\.?(\d*)(?:\*10\^\{?(-?\d+)\}?)?[^\d+*/^-]*"
+    number = r"[¤£€¥₹]?-?\d*\.?(\d*)(?:\*10\^\{?(-?\d+)\}?)?[^\d+*/^-]*"
     match = re.fullmatch(number, rounded.text)
     if not match or not exact.kind == rounded.kind == "value" or not exact.is_constant:
         return False
@@ -1108,19 +1116,23 @@ _CHOICE = re.compile(r"""(?x)  # and its text, with no other choice in it: A. 12
     (?:(?i:option|choice)\ )?\(?\s*([A-J])(?:\s*[).:]+(?!\s*(?:not|[A-J]\Z))
     (?!.*(?:\b[A-J]\s*[).:]|(?:\bor|\band|[,/])\s*\(?[A-J]\b))\s*(.*))?""")
 _CHOICES = re.compile(r"[A-J]\)?(?:(?:[\s,;]|and)+\(?[A-J]\)?)+")  # A, (C) and D
-_FILLER = re.compile(r"""(?ix)  # words around an answer; the lookbehind saves time on commas
+# Words that deny the number beside them, or say that it is a multiple; and others that change it
+_DENIED = r"""(?i:n't\b|\b(?:no(?!\.)|not|none|never|cannot|false|wrong|incorrect|invalid|rejected
+    |extraneous|impossible|half|twice|double|triple|square\ of\ the)\b)"""
+_CHANGED = rf"""(?:{_DENIED}|\b(?i:except|at\ (?:most|least)|less|fewer|more|than|almost|nearly|too
+    |negative|minus|thirds|(?:doubl|tripl|halv|squar|cub)ed|root|dozen|(?:hundr|thous|\w*illi)\w+)\b)"""
+_FILLER = re.compile(rf"""(?ix)  # words around an answer; the lookbehind saves time on commas
     ‹?\b(?:(?:the\ )?(?:final\ )?answer\ is|approximately|about|exactly|only|just
     |a\ total\ of|equal\ to|either|both)\b\ ?›?\s*
     |(?<=[^\s,])(?:[ ,]*‹?(?:altogether|in\ total|in\ all|overall|combined|total)
     |,\ ?‹?(?:respectively|exactly|precisely|each|now|of\ course))›?\s*\Z
-    |(?<=[^\s,(])[ ,(‹]*(?:for\ (?:all|any|every)\b[^\d<>≤≥≠]{0,40}|(?:since|because)\b.*
-    |[kn]\ ∈\ \{?Z\}?\s*\)?)\Z
-    |(?<=[\d}])[\ ‹]+\((?![^)]*\b(?:wrong|incorrect|maybe|base|mod|squared|cubed|negative|factorial
-    |or|and|not|hundreds|thousands|millions)\b)(?=by|[a-z]*[aeiou])[a-z]{2}[a-z\ -]{2,}\)\ ?›?\Z""")
-_LABELLED = re.compile(r"""(?sx)  # total cost: 5, ‹The cost is› 5, A(1, 2); the label may be empty
-    ((?![^:]{0,60}\b(?i:not|except|less|more|than|wrong|negative|minus|half|twice|double|root)\b
-    [^:]{0,60}(?::|\bis\b))(?=[^:\d]*[A-Za-z]{3})[A-Za-z‹][^=:<>≤≥≠≈∈\d]{0,60}(?::|\bis\b\ ?›?)
-    |[A-Z]\ ?(?=\([^()]*,)|)(.*)""")
+    |(?<=[^\s,(])[ ,(‹]*(?:for\ (?:all|any|every)\b[^\d<>≤≥≠]{{0,40}}|(?:since|because)\b.*
+    |[kn]\ ∈\ \{{?Z\}}?\s*\)?)\Z|(?<=[\d}}])[\ ‹]+\(
+    (?![^)]{{0,60}}(?:{_CHANGED}|\b(?:maybe|base|mod|factorial|percent|or|and)\b))
+    (?=by|[a-z]*[aeiou])[a-z]{{2}}[a-z\ -]{{2,60}}\)\ ?›?\Z""")
+_LABELLED = re.compile(rf"""(?sx)  # total cost: 5, ‹The cost is› 5, A(1, 2); the label may be empty
+    ((?![^:]{{0,60}}{_CHANGED}[^:]{{0,60}}(?::|\bis\b))(?=[^:\d]*[A-Za-z]{{3}})
+    [A-Za-z‹][^=:<>≤≥≠≈∈\d]{{0,60}}(?::|\bis\b\ ?›?)|[A-Z]\ ?(?=\([^()]*,)|)(.*)""")
 
 
 def _same_choice(a: str, b: str) -> bool | None:
@@ -1134,8 +1146,10 @@ def _same_choice(a: str, b: str) -> bool | None:
         return x[1] == y[1] and (not x[2] or not y[2] or _same_text(x[2], y[2]))
     if x or y:
         choice, other = (x, b) if x else (y, a)
-        says_it = other.strip("( )").upper() == choice[1] or _same_text(choice[2] or "", other)
-        return True if says_it else None
+        letter = re.fullmatch(r"\(?([A-Ja-j])\)?", other)  # (b); A. b is not the choice b
+        if letter:
+            return letter[1].upper() == choice[1] or None
+        return _same_text(choice[2] or "", other) or None
     words = []
     for text in (a, b):
         is_list = _CHOICES.fullmatch(text.strip("( )"))
