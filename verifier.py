@@ -9,8 +9,8 @@ response raises or hangs; a gold answer or tests of the wrong type raise.
 
 Which answer counts? Markers are \boxed{} and \fbox{}, `####`, and "answer is" (or "answer:",
 <answer>). The LAST marker counts, so a revision outranks the first attempt whatever both used; but
-an answer that is only taken back stays. Boxes with no words between them but "and", "or" are one
-answer, a list. Of a sentence ("Answer: She sold 72 clips.") the only number is the answer.
+an answer that is only taken back stays. Boxes on one line, or with "and" or "or" between
+them, are one answer, a list. Of a sentence ("Answer: She sold 72 clips.") the only number counts.
 Skipped: boxes without an answer (\boxed{...}: an instruction repeated), headings (`#### Step 2`),
 phrases that state no answer ("the answer is correct", "the final answer is positive" after a box),
 conditions ("if ..., the answer would be"), denials ("is not", "I doubt whether it is") and remarks
@@ -354,6 +354,7 @@ _REWRITES = [  # tests check every example, and every "in any order"
         lambda m: f"({m[1]}.{m[2]}0+{m[3]}/{'9' * len(m[3])}{'0' * len(m[2])})",
     ),
     (r"x ?(?=10\^)", "*"),  # 3 x 10^5 -> 3 *10^5
+    (r"\\q?quad(?=\s*[A-Za-z]\s*=)", ","),  # x = 6 \quad y = 8 -> x = 6 , y = 8
     (r"(?<![\\A-Za-z])(sqrt|pi|infinity)(?![A-Za-z])", r"\\\1"),  # sqrt(2) -> \sqrt(2)
     (r"\\mathbb ?\{?R\}?|\\R(?![A-Za-z])", r"(-\\infty,\\infty)"),  # \mathbb{R} -> (-\infty,\infty)
     (r"\\(bar|hat|overline) ?\{?([A-Za-z])(?:\}|\b)", r"\2_{\1}"),  # \bar x -> x_{bar}
@@ -364,6 +365,8 @@ _REWRITES = [  # tests check every example, and every "in any order"
     # words, in this order
     # \operatorname{tg}x -> \tg x
     (_TEXT + r"\s*\{((?:arc)?(?:sin|cos|tan|tg)|cot|ctg|ln|lg|log)\}", r"\\\1 "),
+    # the last letter is a unit: 5\mathrm{K} -> 5 ‹K›
+    (rf"(?<=[\d}}])(?:\s|\\[, ])*{_TEXT}\s*\{{\s*([ACFHKT])\s*\}}\s*\Z", r" ‹\1›"),
     # a letter is a variable unless it is a unit: 3\mathrm{e}+2 -> 3 e+2
     (rf"{_TEXT}\s*(?:\{{\s*({_VARIABLE})\s*\}}|({_VARIABLE}))", r" \1\2"),
     # 5\text{ cm} -> 5 ‹cm›; \text{No root.} -> ‹No root›
@@ -451,6 +454,7 @@ _SCALES = {"hundred": 100, "thousand": 10**3}
 _SCALES |= {"million": 10**6, "billion": 10**9, "trillion": 10**12}
 _CLOSING = {"(": ")]", "[": ")]", "{": "}", "⦃": "⦄"}
 _FACTORS = "name", "call", "function", "command"  # what may be a factor without a sign before it
+_SI_UNIT = re.compile("[kmgtnp]?(?:[jkcatfhwvnmsgl]|ev|hz|pa|mol)")  # in \\text{}: 5 eV, 3 kJ
 _LINKS = "/ * - a an to by as at on for with than from".split()  # in a unit of several words
 
 
@@ -553,8 +557,10 @@ def _unit(text: str, constant: bool) -> str:
     words = []
     for word in re.sub(r"\bper\b|/", " / ", text.lower().replace("*", " ")).split():
         name, _, power = word.strip(".").partition("^")
-        is_word = constant and all(map(_is_wordlike, name.split("-")))
-        if _NUMBER_WORD.fullmatch(name) or not (name in _UNITS or name in _LINKS or is_word):
+        is_word = all(map(_is_wordlike, name.split("-"))) or _SI_UNIT.fullmatch(name)
+        if _NUMBER_WORD.fullmatch(name) or not (
+            name in _UNITS or name in _LINKS or constant and is_word
+        ):
             raise ValueError("no unit")
         prefix = {"2": "sq ", "3": "cubic "}.get(power, power)
         words.append(prefix + _UNITS.get(name, name.removesuffix("s")))
@@ -634,7 +640,10 @@ class _Reader:
         node = self.sum()
         while node.kind not in ("value", "±") and (sign := self.accept("∪∖")):
             parts, other = node.items if node.kind == "∪" else [node], self.sum()
-            node = _without_points(node, other) if sign == "∖" else _Node("∪", [*parts, other])
+            if sign == "∪" and node.kind == other.kind == "⦃⦄":
+                node = node._replace(items=node.items + other.items)
+            else:
+                node = _without_points(node, other) if sign == "∖" else _Node("∪", [*parts, other])
         return node
 
     def sum(self) -> _Node:
@@ -1008,10 +1017,13 @@ class _Comparison:
         names = [name for side in chain.items[1:] for name in side.names]
         if set(chain.signs) - {*"=≈"} or sides[0].text in names:  # x = 2x
             return []
+        if len(sides) > 2 and (sides[-1].kind == "text" or sides[-1].is_name):  # x = B = D
+            return []
         if rounded and all(side.is_name for side in sides):
             return rounded if len(rounded) == 1 else []
         for side in sides[:-1]:
-            formula = sides[0].is_name and side.kind == "value" and not side.is_constant
+            gone = {*side.names} - {*sides[-1].names}  # replaced by their values
+            formula = sides[0].is_name and side.kind == "value" and gone and not side.is_constant
             power = sides[-1].kind == "[]" and re.fullmatch(r"[A-Z]\^.*", side.text)  # of a matrix
             if not (side.is_name or formula or power or self.same(side, sides[-1])):
                 return []
@@ -1113,7 +1125,7 @@ def _without_points(node: _Node, points: _Node) -> _Node:
 
 
 _CHOICE = re.compile(r"""(?x)  # and its text, with no other choice in it: A. 12, not (A) or (B)
-    (?:(?i:option|choice)\ )?\(?\s*([A-J])(?:\s*[).:]+(?!\s*(?:not|[A-J]\Z))
+    (?:(?i:option|choice)\ )?\(?\s*([A-J])(?:\s*[).:]+(?!\s*(?:=|not|[A-J]\Z))
     (?!.*(?:\b[A-J]\s*[).:]|(?:\bor|\band|[,/])\s*\(?[A-J]\b))\s*(.*))?""")
 _CHOICES = re.compile(r"[A-J]\)?(?:(?:[\s,;]|and)+\(?[A-J]\)?)+")  # A, (C) and D
 # Words that deny the number beside them, or say that it is a multiple; and others that change it
