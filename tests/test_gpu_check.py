@@ -34,7 +34,7 @@ def test_gpu_check_runs_and_finds_nothing_wrong(tmp_path):
     assert run.returncode == 0, run.stdout + run.stderr
     results = [json.loads(line) for line in open(tmp_path / "gpu_check.jsonl")]
     finished = {result["name"].split()[0] for result in results if "took_s" in result}
-    assert finished == {str(part) for part in range(9)}
+    assert finished == {str(part) for part in range(10)}
     assert "| sampling, Qwen3-0.6B" in (tmp_path / "rows.md").read_text()
 
 
