@@ -862,14 +862,13 @@ PHRASES = (
     "Let me rephrase the above solution.",
 )
 INHERITED = "(default: what the model was trained with, else"
-# name, kind (a list: a choice; bool: a switch), default, help, in the order of a run. A script may
-# have other defaults: see `make_parser`.
+# name, kind (a list: a choice; bool: a switch), default, help, in the order of a run
 FLAGS = [
     ("model", str, REQUIRED, "hub name, or a transformers folder"),
     ("dataset", str, REQUIRED, "FILE (.jsonl .json .csv .parquet), or NAME[:CONFIG][@SPLIT]"),
     ("problem-column", str, None, "(default: problem, question or prompt, whichever is there)"),
     ("answer-column", str, None, "gold answers, or tests (default: answer, solution or tests)"),
-    ("problems", count, None, "how many to train on (default: {problems})"),
+    ("problems", count, None, "how many to train on (default: all; stage 1: half, at most 10,000)"),
     ("prompt-suffix", str, None, f"text after every problem {INHERITED} none)"),
     ("prompt-template", str, None, f"text with {{problem}}, no chat template {INHERITED} none)"),
     ("template-kwargs", json_object, None, "of the chat template: '{\"enable_thinking\": false}'"),
@@ -911,15 +910,16 @@ def make_parser(description: str, own: list[tuple], **defaults) -> argparse.Argu
     usage = "%(prog)s --model MODEL --dataset DATASET [flags]"
     parser = argparse.ArgumentParser(description=description, usage=usage, allow_abbrev=False)
     parser.error = fail
-    problems = defaults.pop("problems", "all")
     for name, kind, default, text in FLAGS + own:
-        default = defaults.get(name.replace("-", "_"), default)
-        if kind is not bool and default not in (None, REQUIRED):
-            text += f" (default: {default})"
-        text = text.replace("{problems}", problems).replace("%", "%%")
+        if kind is bool:
+            parser.add_argument(f"--{name}", action="store_true", help=text)
+            continue
+        if default not in (None, REQUIRED):
+            text += " (default: %(default)s)"
         how = {"choices": kind} if isinstance(kind, list) else {"type": kind}
-        how = {"action": "store_true"} if kind is bool else {**how, "default": default}
-        parser.add_argument(f"--{name}", help=text, required=default is REQUIRED, **how)
+        required = default is REQUIRED
+        parser.add_argument(f"--{name}", default=default, help=text, required=required, **how)
+    parser.set_defaults(**defaults)
     return parser
 
 

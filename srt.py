@@ -313,7 +313,6 @@ def parse_arguments(argv: list[str] | None = None) -> Namespace:
     parser = make_parser(
         "Stage 1 of SD-Zero: sample, verify, revise, keep what verifies, fine-tune.",
         FLAGS,
-        problems="half of them, at most 10,000; the other half is stage 2's",
         max_new_tokens=16384,
         temperature=0.7,
         batch_size=4,
