@@ -216,11 +216,7 @@ def load_traces(lm: LM, args: Namespace) -> tuple[list[Trace], list[str]]:
 
 
 def srt_loss(
-    model: torch.nn.Module,
-    layer: OutputLayer,
-    traces: list[Trace],
-    pair: tuple[int, int],
-    divisor: float,
+    model: torch.nn.Module, layer: OutputLayer, traces: list[Trace], pair: tuple, divisor: float
 ) -> dict[str, torch.Tensor]:
     """Add the gradient of README (3) of some traces to the model's, in one forward pass.
 
@@ -248,11 +244,7 @@ def srt_loss(
 
 
 def srt_step(
-    model: torch.nn.Module,
-    layer: OutputLayer,
-    traces: list[Trace],
-    pair: tuple[int, int],
-    micro_tokens: int,
+    model: torch.nn.Module, layer: OutputLayer, traces: list[Trace], pair: tuple, micro_tokens: int
 ) -> dict:
     """Add the gradient of one optimizer step's mean loss to the model's; returns its metrics. The
     result does not depend on the micro-batches."""
