@@ -504,8 +504,8 @@ def setup(args: Namespace, half: bool = False) -> Task:
     verify_all = load_verifier(args.verifier)
     lm = load_lm(args)
     task = Task(args, lm, verify_all, *split_problems(lm, args, saved, half), saved)
-    if some := (task.problems + task.held_out)[:1]:  # a verifier that raises, raises now
-        verify_all([""], [some[0].answer])
+    some = (task.problems + task.held_out)[0]  # a verifier that raises, raises now
+    verify_all([""], [some.answer])
     if args.eval_only:
         figures = evaluate(task, 0)
         sample = figures.pop("sample")
@@ -621,10 +621,9 @@ class Run:
 
     def evaluate(self, step: int, last: bool = False) -> None:
         """Evaluate and log, unless the log has it; keep the best model that is not the last."""
-        done = [line["step"] for line in self.lines if line["kind"] == "eval"]
-        if not step and self.last_checkpoint():  # the model is no longer what it was at step 0
-            return
-        if not self.task.held_out or step in done:
+        logged = step in [line["step"] for line in self.lines if line["kind"] == "eval"]
+        too_late = step == 0 and self.last_checkpoint()  # the model is no longer what it was then
+        if logged or too_late or not self.task.held_out:
             return
         self.log("eval", step, evaluate(self.task, step))
         if step and step == best_step(self.lines):
@@ -776,11 +775,9 @@ def fingerprint(task: Task, traces: list | None) -> dict[str, str]:
 @on_rank_0
 def locked(folder: Path):
     """A file that is open while this process works in the folder, so that no second one does."""
-    try:
+    with explained(f"cannot write to {folder}", OSError):
         folder.mkdir(parents=True, exist_ok=True)
         file = open(folder / ".lock", "w")
-    except OSError as error:
-        fail(f"cannot write to {folder}: {error.strerror}")
     try:
         if fcntl:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -155,10 +155,9 @@ def collect(task: Task, problems: list[Problem], chunk: int) -> tuple[list[Trace
 def collect_all(task: Task, run: Run) -> list[Trace]:
     """`collect` chunk by chunk into traces.jsonl. A chunk whose file exists is done."""
     path, lines, tried = run.folder / "traces.jsonl", [], 0
-    starts = range(0, len(task.problems), PROBLEMS_AT_ONCE)
-    files = [run.folder / f"chunk-{chunk}.json" for chunk in range(len(starts))]
     if not path.exists():
-        for chunk, (start, file) in enumerate(zip(starts, files)):
+        for chunk, start in enumerate(range(0, len(task.problems), PROBLEMS_AT_ONCE)):
+            file = run.folder / f"chunk-{chunk}.json"
             if file.exists():
                 saved = json.loads(file.read_text())
             else:
@@ -178,7 +177,7 @@ def collect_all(task: Task, run: Run) -> list[Trace]:
             )
         run.write(path.name, "".join(lines))
     wait_for_all()  # all processes have read the chunks, and the traces are written
-    for file in files:
+    for file in run.folder.glob("chunk-*.json"):
         file.unlink(missing_ok=True)
     return [Trace(**json.loads(line)) for line in open(path)]
 
