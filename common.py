@@ -980,8 +980,7 @@ def load_lm(args: Namespace) -> LM:
             has_bfloat16 = gpu and torch.cuda.is_bf16_supported(including_emulation=False)
             args.dtype = "bfloat16" if has_bfloat16 else "float32"
             if gpu and not has_bfloat16:
-                twice = "the weights are float32, which takes twice the memory"
-                warn(f"this GPU has no bfloat16: {twice}")
+                warn("this GPU has no bfloat16: float32 weights take twice the memory")
         dtype = getattr(torch, args.dtype)
         # scaled_dot_product_attention of Apple's GPUs is silently wrong for strided keys and for
         # masks that several heads share (pytorch#181133, #184180, #195910).
