@@ -473,8 +473,8 @@ def in_micro_batches(
     for group in progress(groups, "training"):
         parts.append(backward([items[mine[k]] for k in group]))
     if ranks() > 1:
-        mine = [{name: x.cpu() for name, x in part.items()} for part in parts]
-        parts = [part for theirs in gathered(mine) for part in theirs]
+        on_cpu = [{name: x.cpu() for name, x in part.items()} for part in parts]
+        parts = [part for theirs in gathered(on_cpu) for part in theirs]
         for weight in model.parameters():
             if weight.requires_grad and parts:
                 meet(dist.all_reduce, grad_of(weight))
@@ -504,8 +504,8 @@ def setup(args: Namespace, half: bool = False) -> Task:
     verify_all = load_verifier(args.verifier)
     lm = load_lm(args)
     task = Task(args, lm, verify_all, *split_problems(lm, args, saved, half), saved)
-    if some := (task.problems + task.held_out)[:1]:  # a verifier that raises, raises now
-        verify_all([""], [some[0].answer])
+    some = (task.problems + task.held_out)[0]  # a verifier that raises, raises now
+    verify_all([""], [some.answer])
     if args.eval_only:
         figures = evaluate(task, 0)
         sample = figures.pop("sample")
@@ -589,18 +589,16 @@ class Run:
         """Forget what was logged after the last checkpoint: the resumed run logs it again. A line
         that was half written when the run was killed is such a line."""
         path, last = self.folder / "metrics.jsonl", self.last_checkpoint()
-        collected, best = (self.folder / "traces.jsonl").exists(), {"step": 0, "accuracy": -1.0}
-        for line in path.read_text().splitlines() if path.exists() else []:
+        collected, lines = (self.folder / "traces.jsonl").exists(), []
+        for text in path.read_text().splitlines() if path.exists() else []:
             try:
-                line = json.loads(line)
+                lines.append(json.loads(text))
             except ValueError:
                 break
-            if line["kind"] == "eval" and line["step"] and line["accuracy"] > best["accuracy"]:
-                best = line
-            keep = collected if line["kind"] == "collect" else line["step"] <= last
-            if keep:
+        for line in lines:
+            if collected if line["kind"] == "collect" else line["step"] <= last:
                 self.lines.append(line)
-        if best["step"] > last:  # the model of an evaluation that is forgotten
+        if best_step(lines) > last:  # the model of an evaluation that is forgotten
             self.remove("best")
         self.write(path.name, "".join(json.dumps(line) + "\n" for line in self.lines))
 
@@ -623,15 +621,12 @@ class Run:
 
     def evaluate(self, step: int, last: bool = False) -> None:
         """Evaluate and log, unless the log has it; keep the best model that is not the last."""
-        done = [line for line in self.lines if line["kind"] == "eval"]
-        if not step and self.last_checkpoint():  # the model is no longer what it was at step 0
+        logged = step in [line["step"] for line in self.lines if line["kind"] == "eval"]
+        too_late = step == 0 and self.last_checkpoint()  # the model is no longer what it was then
+        if logged or too_late or not self.task.held_out:
             return
-        if not self.task.held_out or any(line["step"] == step for line in done):
-            return
-        figures = evaluate(self.task, step)
-        self.log("eval", step, figures)
-        best = max((line["accuracy"] for line in done if line["step"]), default=-1.0)
-        if step and figures["accuracy"] > best:
+        self.log("eval", step, evaluate(self.task, step))
+        if step and step == best_step(self.lines):
             if last:
                 self.remove("best")
             else:
@@ -780,11 +775,9 @@ def fingerprint(task: Task, traces: list | None) -> dict[str, str]:
 @on_rank_0
 def locked(folder: Path):
     """A file that is open while this process works in the folder, so that no second one does."""
-    try:
+    with explained(f"cannot write to {folder}", OSError):
         folder.mkdir(parents=True, exist_ok=True)
         file = open(folder / ".lock", "w")
-    except OSError as error:
-        fail(f"cannot write to {folder}: {error.strerror}")
     try:
         if fcntl:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -793,6 +786,12 @@ def locked(folder: Path):
     except OSError:
         warn(f"{folder} cannot be locked: start no second process there")
     return file
+
+
+def best_step(lines: list[dict]) -> int:
+    """The step of the best evaluation of a trained model, the first of equals; 0 without one."""
+    evals = [line for line in lines if line["kind"] == "eval" and line["step"]]
+    return max(evals, key=lambda line: line["accuracy"], default={"step": 0})["step"]
 
 
 def signs_of_collapse(lines: list[dict]) -> dict[str, str]:
@@ -862,14 +861,13 @@ PHRASES = (
     "Let me rephrase the above solution.",
 )
 INHERITED = "(default: what the model was trained with, else"
-# name, kind (a list: a choice; bool: a switch), default, help, in the order of a run. A script may
-# have other defaults: see `make_parser`.
+# name, kind (a list: a choice; bool: a switch), default, help, in the order of a run
 FLAGS = [
     ("model", str, REQUIRED, "hub name, or a transformers folder"),
     ("dataset", str, REQUIRED, "FILE (.jsonl .json .csv .parquet), or NAME[:CONFIG][@SPLIT]"),
     ("problem-column", str, None, "(default: problem, question or prompt, whichever is there)"),
     ("answer-column", str, None, "gold answers, or tests (default: answer, solution or tests)"),
-    ("problems", count, None, "how many to train on (default: {problems})"),
+    ("problems", count, None, "how many to train on (default: all; stage 1: half, at most 10,000)"),
     ("prompt-suffix", str, None, f"text after every problem {INHERITED} none)"),
     ("prompt-template", str, None, f"text with {{problem}}, no chat template {INHERITED} none)"),
     ("template-kwargs", json_object, None, "of the chat template: '{\"enable_thinking\": false}'"),
@@ -911,15 +909,16 @@ def make_parser(description: str, own: list[tuple], **defaults) -> argparse.Argu
     usage = "%(prog)s --model MODEL --dataset DATASET [flags]"
     parser = argparse.ArgumentParser(description=description, usage=usage, allow_abbrev=False)
     parser.error = fail
-    problems = defaults.pop("problems", "all")
     for name, kind, default, text in FLAGS + own:
-        default = defaults.get(name.replace("-", "_"), default)
-        if kind is not bool and default not in (None, REQUIRED):
-            text += f" (default: {default})"
-        text = text.replace("{problems}", problems).replace("%", "%%")
+        if kind is bool:
+            parser.add_argument(f"--{name}", action="store_true", help=text)
+            continue
+        if default not in (None, REQUIRED):
+            text += " (default: %(default)s)"
         how = {"choices": kind} if isinstance(kind, list) else {"type": kind}
-        how = {"action": "store_true"} if kind is bool else {**how, "default": default}
-        parser.add_argument(f"--{name}", help=text, required=default is REQUIRED, **how)
+        required = default is REQUIRED
+        parser.add_argument(f"--{name}", default=default, help=text, required=required, **how)
+    parser.set_defaults(**defaults)
     return parser
 
 
@@ -966,24 +965,22 @@ def check_flags(args: Namespace) -> None:
 def load_lm(args: Namespace) -> LM:
     """The model in --dtype on --device. Fails where it cannot be loaded, sampled from, told when
     to stop, or saved again."""
-    mps, name = args.device.startswith("mps"), args.model
+    name, gpu, mps = args.model, args.device.startswith("cuda"), args.device.startswith("mps")
     if mps and not torch.backends.mps.is_available():
         fail("--device mps: there is no Apple GPU here")
     here = "" if Path(name).is_dir() else " (of the hub: no such folder is here)"
     with explained(f"cannot use the model {name}{here} on {args.device}"):  # it may raise anything
         torch.empty(0, device=args.device)
-        if args.device.startswith("cuda"):  # what graphs are captured on, and NCCL works with
+        if gpu:  # what graphs are captured on, and NCCL works with
             torch.cuda.set_device(torch.device(args.device).index or 0)
         # cuDNN's attention plans anew for every shape, and ours change at every step
         torch.backends.cuda.enable_cudnn_sdp(False)
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
         if args.dtype == "auto":  # bfloat16 where a GPU computes in it, which T4 and V100 do not
-            gpu = args.device.startswith("cuda")
             has_bfloat16 = gpu and torch.cuda.is_bf16_supported(including_emulation=False)
             args.dtype = "bfloat16" if has_bfloat16 else "float32"
             if gpu and not has_bfloat16:
-                twice = "the weights are float32, which takes twice the memory"
-                warn(f"this GPU has no bfloat16: {twice}")
+                warn("this GPU has no bfloat16: float32 weights take twice the memory")
         dtype = getattr(torch, args.dtype)
         # scaled_dot_product_attention of Apple's GPUs is silently wrong for strided keys and for
         # masks that several heads share (pytorch#181133, #184180, #195910).
@@ -992,7 +989,7 @@ def load_lm(args: Namespace) -> LM:
         ).to(args.device)
         check_supported(model)
         OutputLayer(model)
-    if args.device.startswith("cuda") and not hasattr(sdpa_attention, "pack_gqa"):
+    if gpu and not hasattr(sdpa_attention, "pack_gqa"):
         slow = "keys and values for every query head, and samples up to 10 times slower than 5.23"
         warn(f"transformers {transformers.__version__} copies {slow}")
     if not args.prompt_template and not tokenizer.chat_template:
@@ -1118,31 +1115,28 @@ def load_rows(name: str, default_split: str):
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
     path = Path(name)
-    if path.is_file() or path.suffix in DATA_FILES:
-        if not path.is_file():
-            fail(f"no such data file: {name}")
+    if path.suffix in DATA_FILES and not path.is_file():
+        fail(f"no such data file: {name}")
+    if path.is_file():
         if path.suffix not in DATA_FILES:
             fail(f"{name} is no data file of a known form: {', '.join(DATA_FILES)}")
         if not path.stat().st_size:
             fail(f"the data set {name} is empty")
         source = {"path": DATA_FILES[path.suffix], "data_files": str(path), "split": "train"}
-        if path.suffix == ".csv":  # "NA" is text, and a blank makes no column of integers inexact
-            source["keep_default_na"] = False
-            csv.field_size_limit(2**31 - 1)
-            with (
-                explained(f"cannot load the data set {name}"),
-                open(path, newline="", errors="replace") as file,
-            ):
-                widths = [len(row) for row in csv.reader(file)]
-            if max(widths) > widths[0]:  # pandas would take the first field for the row's name
-                row = widths.index(max(widths)) + 1
-                fail(f"row {row} of {name} has {max(widths)} fields, the header {widths[0]}")
     else:
         rest, _, split = name.partition("@")
         rest, _, config = rest.partition(":") if not Path(rest).exists() else (rest, "", "")
         check_is_there(rest, "data set")
         source = {"path": rest, "name": config or None, "split": split or default_split}
     with explained(f"cannot load the data set {name}"):  # each builder has its own exceptions
+        if path.suffix == ".csv":
+            source["keep_default_na"] = False  # "NA" is text, a blank makes no integers inexact
+            csv.field_size_limit(2**31 - 1)
+            with open(path, newline="", errors="replace") as file:
+                widths = [len(row) for row in csv.reader(file)]
+            if max(widths) > widths[0]:  # pandas would take the first field for the row's name
+                row = widths.index(max(widths)) + 1
+                fail(f"row {row} of {name} has {max(widths)} fields, the header {widths[0]}")
         rows = datasets.load_dataset(**source)
     if not len(rows):
         fail(f"the data set {name} is empty")
@@ -1151,8 +1145,9 @@ def load_rows(name: str, default_split: str):
 
 def is_empty(answer: object) -> bool:
     """Whether a row has no gold answer; a blank among numbers is nan, which is not itself."""
-    blank = isinstance(answer, str) and not answer.strip()
-    return blank or answer is None or answer == [] or answer != answer
+    if isinstance(answer, str):
+        return not answer.strip()
+    return answer in (None, []) or answer != answer
 
 
 def checked_answer(answer: object, verifier_name: str) -> object:
@@ -1251,12 +1246,15 @@ def split_problems(lm: LM, args: Namespace, saved: dict, half: bool) -> tuple[li
 
 def load_verifier(name: str) -> Callable[[list[str], list], list[int]]:
     """verify_all(responses, answers) -> r in {0, 1} for each."""
-    verify = {"math": verifier.verify, "code": verifier.verify_code}.get(name)
-    if name == "code" and sys.platform != "linux":
-        fail("--verifier code needs Linux, whose kernel contains what it runs")
-    if name == "code" and not verify("```python\npass\n```", ["assert True"]):
-        fail("--verifier code cannot run programs on this machine: a right one came out as wrong")
-    if not verify:
+    if name == "math":
+        verify = verifier.verify
+    elif name == "code":
+        verify = verifier.verify_code
+        if sys.platform != "linux":
+            fail("--verifier code needs Linux, whose kernel contains what it runs")
+        if not verify("```python\npass\n```", ["assert True"]):
+            fail("--verifier code cannot run programs on this machine: a right one came out wrong")
+    else:
         unknown = f"--verifier {name} is neither math nor code nor a module:function to be imported"
         with explained(unknown):  # importing runs the user's code
             sys.path.insert(0, os.getcwd())

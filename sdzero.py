@@ -277,7 +277,6 @@ def parse_arguments(argv: list[str] | None = None) -> Namespace:
     parser = make_parser(
         "Stage 2 of SD-Zero: sample, verify, score with the reviser, learn.",
         FLAGS,
-        problems="all that stage 1 and the evaluation left",
         save_every=20,
         output=Path("runs/sdzero"),
     )

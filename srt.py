@@ -155,10 +155,9 @@ def collect(task: Task, problems: list[Problem], chunk: int) -> tuple[list[Trace
 def collect_all(task: Task, run: Run) -> list[Trace]:
     """`collect` chunk by chunk into traces.jsonl. A chunk whose file exists is done."""
     path, lines, tried = run.folder / "traces.jsonl", [], 0
-    starts = range(0, len(task.problems), PROBLEMS_AT_ONCE)
-    files = [run.folder / f"chunk-{chunk}.json" for chunk in range(len(starts))]
     if not path.exists():
-        for chunk, (start, file) in enumerate(zip(starts, files)):
+        for chunk, start in enumerate(range(0, len(task.problems), PROBLEMS_AT_ONCE)):
+            file = run.folder / f"chunk-{chunk}.json"
             if file.exists():
                 saved = json.loads(file.read_text())
             else:
@@ -178,7 +177,7 @@ def collect_all(task: Task, run: Run) -> list[Trace]:
             )
         run.write(path.name, "".join(lines))
     wait_for_all()  # all processes have read the chunks, and the traces are written
-    for file in files:
+    for file in run.folder.glob("chunk-*.json"):
         file.unlink(missing_ok=True)
     return [Trace(**json.loads(line)) for line in open(path)]
 
@@ -216,11 +215,7 @@ def load_traces(lm: LM, args: Namespace) -> tuple[list[Trace], list[str]]:
 
 
 def srt_loss(
-    model: torch.nn.Module,
-    layer: OutputLayer,
-    traces: list[Trace],
-    pair: tuple[int, int],
-    divisor: float,
+    model: torch.nn.Module, layer: OutputLayer, traces: list[Trace], pair: tuple, divisor: float
 ) -> dict[str, torch.Tensor]:
     """Add the gradient of README (3) of some traces to the model's, in one forward pass.
 
@@ -248,11 +243,7 @@ def srt_loss(
 
 
 def srt_step(
-    model: torch.nn.Module,
-    layer: OutputLayer,
-    traces: list[Trace],
-    pair: tuple[int, int],
-    micro_tokens: int,
+    model: torch.nn.Module, layer: OutputLayer, traces: list[Trace], pair: tuple, micro_tokens: int
 ) -> dict:
     """Add the gradient of one optimizer step's mean loss to the model's; returns its metrics. The
     result does not depend on the micro-batches."""
@@ -313,7 +304,6 @@ def parse_arguments(argv: list[str] | None = None) -> Namespace:
     parser = make_parser(
         "Stage 1 of SD-Zero: sample, verify, revise, keep what verifies, fine-tune.",
         FLAGS,
-        problems="half of them, at most 10,000; the other half is stage 2's",
         max_new_tokens=16384,
         temperature=0.7,
         batch_size=4,

@@ -395,7 +395,6 @@ def parse_arguments(argv: list[str] | None = None) -> Namespace:
     parser = make_parser(
         "Baselines: RFT, GRPO, SDFT, SDPO, with the flags of srt.py and sdzero.py.",
         FLAGS,
-        problems="all that an earlier stage 1 and the evaluation left",
         output=Path("runs/baseline"),
     )
     args = parser.parse_args(argv)
