@@ -427,6 +427,27 @@ def test_commands_of_the_ablations(commands, tmp_path, capsys):
     assert capsys.readouterr().out.count(": 75.0") == sum(map(len, ablations.GRID.values()))
 
 
+def test_the_toys_web():
+    """A phrase fits the attempt before it in four cases of five, and who looks again at one of the
+    seven goods is right three times in ten, at first never. What is given has no loss."""
+    world, fits = toy.World(0), 0
+    for _ in range(1000):
+        given, text = world.document("revision")
+        goods = re.search(r"Total of (.*)\?", given)[1].split(" + ")
+        attempt, phrase, _ = given.split("\n\n")
+        right = int(attempt.split("#### ")[1]) == world.answer(goods)
+        fits += phrase == toy.PHRASES[right]
+        assert text.endswith("<|eos|>") and "\n\n" not in text
+    assert 0.75 < fits / 1000 < 0.85
+    seven = [good for good in toy.GOODS if world.known[good] == (0.0, 0.3)]
+    for again, low, high in ((False, 0, 0), (True, 0.25, 0.35)):
+        found = [world.look_up(good, again) == world.price[good] for good in seven * 200]
+        assert len(seven) == 7 and low <= sum(found) / len(found) <= high
+    ids, labels = toy.padded([([3, 4], [5, 1]), ([3], [6, 7, 8, 1])], 0)
+    assert ids.tolist() == [[3, 4, 5, 1, 0], [3, 6, 7, 8, 1]]
+    assert labels.tolist() == [[-100, -100, 5, 1, -100], [-100, 6, 7, 8, 1]]
+
+
 def test_kinds_of_tokens():
     """Catches a price that is compared with another good's, and a phrase that does not end the
     first answer."""
@@ -481,6 +502,51 @@ def test_where_the_kl_is():
 
 def reviser_of(model):
     return SimpleNamespace(model=model)
+
+
+def test_srt_revises_a_models_attempts(tmp_path, monkeypatch):
+    """Everything by rule, so the figures are known. Catches SRT's revisions taken for the model's
+    own, the phrase of the other verdict, EOS before it, shares of wrong attempts for right ones."""
+    tokenizer, world, rows = toy.make_tokenizer(), toy.World(5), []
+    for folder in ("base", "srt"):
+        tiny("llama", vocab_size=len(tokenizer)).save_pretrained(tmp_path / folder)
+        tokenizer.save_pretrained(tmp_path / folder)
+    for _ in range(5):
+        goods = world.make_problem()
+        rows.append({"problem": toy.question(goods), "answer": str(world.answer(goods))})
+    (tmp_path / "heldout.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    right, revised = [0, 1, 0, 1, 1], [1, 0, 0, 0, 1]
+
+    def ids_of(text):
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def written(row, verdict):
+        return f"#### {int(row['answer']) + (not verdict)}"
+
+    def sample(lm, args, prompts, purpose, temperature):
+        assert args.seed == 7 and temperature == 1 and len(prompts) == 5
+        first, found = purpose == ("attempts",), []
+        assert Path(lm.model.name_or_path).name == ("base" if first else "srt")
+        for prompt, row, r, new in zip(prompts, rows, right, revised):
+            text = toy.chat(row["problem"])
+            text += "" if first else f"{written(row, r)}\n\n{toy.PHRASES[r]}\n\n"
+            assert prompt == ids_of(text)
+            ids = ids_of(written(row, r if first else new) + "<|eos|>")
+            found.append(Rollout(ids, [0.0] * len(ids), True))
+        return found
+
+    monkeypatch.setattr(toy, "sample_all", sample)
+    row, examples, student, reviser = toy.revised_by_srt(tmp_path, 7, "base")
+    assert row == {
+        "accuracy": 3 / 5,
+        "revised_accuracy": 2 / 5,
+        "correction_rate": pytest.approx(-1 / 2),
+        "wrong_to_right": 1 / 2,
+        "right_to_wrong": 2 / 3,
+        "length": 2,
+    }
+    assert [e.reward for e in examples] == right
+    assert [Path(lm.model.name_or_path).name for lm in (student, reviser)] == ["base", "srt"]
 
 
 def test_worlds(tmp_path, capsys):

@@ -82,6 +82,7 @@ def data(tmp_path_factory):
         ((0.5, 0.3, 0.6, 0.4), 10),
         ((0.9, 0.3, 0.2, 0.5), None),
         ((0.9, 0.3, 0.3, 0.1), 5),  # the earlier of two equal ones
+        ((0.5, 0.6, 0.3, 0.4), 5),  # the last one is better than the one before it only
     ],
 )
 def test_the_best_evaluated_model_is_kept_beside_the_last(

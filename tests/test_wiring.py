@@ -57,7 +57,7 @@ EOS, VOCAB = 0, len(TOKENIZER)  # the model's output layer is three rows wider
 
 # held-out problem: which of its three attempts are right (R) or wrong (W), and which revisions
 HELD_OUT = {101: "RRW", 102: "WWW", 103: "RWW", 104: "RRR", 105: "WWR"}
-REVISED = {101: "RWR", 102: "WRW", 103: "RRW", 104: "RRW", 105: "WWR"}
+REVISED = {101: "RRR", 102: "RWW", 103: "WWW", 104: "WRR", 105: "RWR"}
 
 
 def ids_of(text):
