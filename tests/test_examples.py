@@ -549,6 +549,46 @@ def test_srt_revises_a_models_attempts(tmp_path, monkeypatch):
     assert [Path(lm.model.name_or_path).name for lm in (student, reviser)] == ["base", "srt"]
 
 
+def test_the_trace_in_the_readme(tmp_path, capsys):
+    """The first trace that puts a wrong attempt right, by the prices that are true, and the KL of
+    this attempt's tokens. Catches a right attempt, or a total that is right by accident."""
+    tokenizer, world = toy.make_tokenizer(), toy.World(5)
+    models = [tiny("llama", vocab_size=len(tokenizer), seed=s, dtype=torch.float32) for s in (0, 1)]
+    goods = world.make_problem()
+    prices = [world.price[good] for good in goods]
+    wrong = [(price + 1) % 10 for price in prices]
+    by_accident = prices[::-1]
+    assert by_accident != prices
+
+    def ids_of(text):
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    lines = []
+    for r, first, last in ((1, prices, prices), (0, wrong, by_accident), (0, wrong, prices)):
+        ids = [ids_of(text) for text in (toy.chat(toy.question(goods)), toy.solution(goods, first))]
+        ids += ids_of(toy.PHRASES[r]), ids_of(toy.solution(goods, last))
+        texts = [toy.solution(goods, numbers) for numbers in (first, last)]
+        answer = str(world.answer(goods))
+        lines.append(srt.Trace(toy.question(goods), answer, r, toy.PHRASES[r], *texts, True, *ids))
+    (tmp_path / "srt").mkdir()
+    traces = "".join(json.dumps(vars(line)) + "\n" for line in lines)
+    (tmp_path / "srt" / "traces.jsonl").write_text(traces)
+    student, reviser = (SimpleNamespace(model=m, tokenizer=tokenizer) for m in models)
+    toy.show_trace(tmp_path, world, student, reviser)
+    out = capsys.readouterr().out
+    for name, text in (("y  ", lines[2].init_text), ("y_rev", lines[2].revision_text)):
+        assert re.search(rf"(?m)^{name} +(.*)$", out)[1] == text.replace("\n", " / ")
+    assert f"P_0        {toy.PHRASES[0]}" in out
+    y = lines[2].init_ids + [tokenizer.eos_token_id]
+    told = lines[2].prompt_ids + lines[2].init_ids + lines[2].phrase_ids
+    p, q = (
+        model(torch.tensor([read + y])).logits[0, -len(y) - 1 : -1].log_softmax(-1)
+        for model, read in zip(models, (lines[2].prompt_ids, told))
+    )
+    shown = [float(n) for n in re.search(r"KL, nats +(.*)", out)[1].split()]
+    assert shown == pytest.approx((p.exp() * (p - q)).sum(-1).tolist(), abs=1e-3)
+
+
 def test_worlds(tmp_path, capsys):
     """The tables and the figure are those of the runs; catches a world or a method that stands in
     another's row."""

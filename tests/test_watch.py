@@ -35,8 +35,10 @@ def evaluation(n, accuracy, error=0.02):
     ],
 )
 def test_a_step_that_goes_wrong_is_said(name, before, after):
-    """Catches a sign that looks at the wrong figure, in the wrong direction, or at one step."""
-    lines = [step(n, **{name: before}) for n in range(1, 31)]
+    """However slowly. Catches a sign that looks at the wrong figure, in the wrong direction, or at
+    one step."""
+    lines = [step(n, **{name: before}) for n in range(1, 11)]
+    lines += [step(n, **{name: math.sqrt(before * after)}) for n in range(11, 31)]
     assert common.signs_of_collapse(lines) == {}
     lines += [step(n, **{name: after}) for n in range(31, 41)]
     signs = common.signs_of_collapse(lines)
