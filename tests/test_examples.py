@@ -8,6 +8,7 @@ import re
 import sys
 from dataclasses import replace
 from pathlib import Path
+from random import Random
 from types import SimpleNamespace
 
 import pytest
@@ -104,7 +105,7 @@ def test_sft_trains_on_a_revision_without_its_attempt(base, tmp_path):  # noqa: 
     """Catches a loss on the attempt, the phrase of the other verdict, an attempt cut at the first
     of two phrases, EOS before the phrase or missing at the end."""
     no, yes = "\n\nNo.\n\n", "\n\nYes.\n\n"
-    texts = ["ab", f"ab{no}cd", f"cd{yes}e", f"a{no}b{yes}c"]
+    texts = ["ab", f"ab{no}cd", f"cd{yes}e", f"a{no}b{yes}c", f"a{yes}b{no}c"]
     rows = [{"problem": f"{i}?", "answer": text} for i, text in enumerate(texts)]
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     flags = ["--method", "sft", "--model", base, "--dataset", tmp_path / "data.jsonl"]
@@ -120,6 +121,7 @@ def test_sft_trains_on_a_revision_without_its_attempt(base, tmp_path):  # noqa: 
         ("1?", "ab", no, "cd", 0),
         ("2?", "cd", yes, "e", 1),
         ("3?", f"a{no}b", yes, "c", 1),
+        ("4?", f"a{yes}b", no, "c", 0),
     ):
         trace = found[problem]
         before = ids(attempt) + ids(phrase)
@@ -284,11 +286,14 @@ def test_problems_of_the_real_model(tmp_path):
     assert files["both.jsonl"] == files["stage1.jsonl"] + files["stage2.jsonl"]
     real.write_problems(tmp_path, 5)
     assert files == {path.name: path.read_text() for path in tmp_path.iterdir()}
+    seen = set()  # of problems: the same random numbers do not make the same problem again
+    assert real.make_problem(Random(0), seen) != real.make_problem(Random(0), seen)
 
 
 def test_commands_of_the_real_model(monkeypatch, tmp_path, capsys):
     """Every method starts from the right model with the right problems and number of responses;
-    what is finished is not run again; the table has the figures of the row's own model."""
+    what is finished is not run again, what has begun goes on; the table has the figures of the
+    row's own model."""
     scripts = {"srt.py": srt, "sdzero.py": sdzero, "examples/baselines.py": baselines}
     seen = {}
 
@@ -302,12 +307,14 @@ def test_commands_of_the_real_model(monkeypatch, tmp_path, capsys):
             return SimpleNamespace(stdout="problems\n" + json.dumps(found))
         assert not args.eval_problems and args.output.name not in seen
         seen[args.output.name] = args
-        args.output.mkdir()
+        args.output.mkdir(exist_ok=True)
         (args.output / "config.json").touch()
         line = json.dumps({"kind": "train", "step": 1, "seconds": 90.0, "sample": "text"})
         (args.output / "metrics.jsonl").write_text(f"{line}\n")
 
     monkeypatch.setattr(real, "call", record)
+    (tmp_path / "srt").mkdir()
+    (tmp_path / "srt" / "settings.json").touch()
     for _ in range(2):
         real.main(["--model", "smollm2", "--out", str(tmp_path)])
     budget = 4 * real.SIZES["stage1"] + real.SIZES["stage2"]
@@ -324,6 +331,7 @@ def test_commands_of_the_real_model(monkeypatch, tmp_path, capsys):
         assert (Path(args.model).name, Path(args.dataset).stem) == (model, problems)
         assert getattr(args, "generations", None) == responses
         assert args.temperature == 1 and args.max_new_tokens == 128
+        assert args.resume == (name == "srt")
         if name in ("srt", "rft"):
             assert args.problems in (None, real.SIZES["stage1"])
             assert getattr(args, "group", 4) == 4 == getattr(args, "revisions", 3) + 1
@@ -427,9 +435,10 @@ def test_commands_of_the_ablations(commands, tmp_path, capsys):
     assert capsys.readouterr().out.count(": 75.0") == sum(map(len, ablations.GRID.values()))
 
 
-def test_the_toys_web():
+def test_the_toys_web(monkeypatch):
     """A phrase fits the attempt before it in four cases of five, and who looks again at one of the
-    seven goods is right three times in ten, at first never. What is given has no loss."""
+    seven goods is right three times in ten, at first never. What is given has no loss. No four
+    goods come twice."""
     world, fits = toy.World(0), 0
     for _ in range(1000):
         given, text = world.document("revision")
@@ -446,6 +455,9 @@ def test_the_toys_web():
     ids, labels = toy.padded([([3, 4], [5, 1]), ([3], [6, 7, 8, 1])], 0)
     assert ids.tolist() == [[3, 4, 5, 1, 0], [3, 6, 7, 8, 1]]
     assert labels.tolist() == [[-100, -100, 5, 1, -100], [-100, 6, 7, 8, 1]]
+    world.seen.clear()
+    monkeypatch.setattr(toy, "GOODS", toy.GOODS[:6])
+    assert len({frozenset(world.make_problem()) for _ in range(15)}) == 15 == math.comb(6, 4)
 
 
 def test_kinds_of_tokens():

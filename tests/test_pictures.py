@@ -15,7 +15,7 @@ from tiny import make_tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from common import key_of
+from common import PHRASES, key_of
 from rollout import Rollout
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
@@ -121,11 +121,14 @@ def probabilities(model, ids, vocab_size):
 @torch.no_grad()
 def test_kl_of_a_token_against_float64(made):
     """Whole models, every position by itself. Catches a wrong shift, a mask, a temperature that is
-    forgotten, the KL in the other direction, an EOS in the teacher's first copy."""
+    forgotten, the KL in the other direction, an EOS in the teacher's first copy, the phrase of the
+    other verdict."""
     student, teacher = (
         AutoModelForCausalLM.from_pretrained(made["folder"] / name, dtype=torch.float64).eval()
         for name in ("student", "teacher")
     )
+    phrases = [made["lm"].phrase_ids(phrase) for phrase in PHRASES]
+    assert [e.phrase_ids for e in made["examples"]] == [phrases[e.reward] for e in made["examples"]]
     reference, vocab_size = [], made["lm"].vocab_size
     for e, table in zip(made["examples"], made["tables"]):
         y, rows = e.response.ids, []
