@@ -39,8 +39,11 @@ import sdzero
 import srt
 from rollout import Rollout
 
-transformers.utils.logging.disable_progress_bar()
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "examples"))
+import baselines
+
+transformers.utils.logging.disable_progress_bar()
 SMALL = shlex.split(
     "--verifier tiny:odd --eval-problems 2 --eval-samples 1 --eval-every 2 --save-every 1 "
     "--max-new-tokens 4 --lr 1e-2 --dtype float32 --device cpu --phrase-wrong No. --phrase-right "
@@ -339,7 +342,7 @@ MAY_CHANGE = set(
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_what_changes_the_result_is_refused_and_named(name, stopped, ended, capfd):
-    """Some flags by the command line, then each of them that was another one by settings.json."""
+    """Some flags by the command line, then each flag, those of baselines.py too, by settings.json."""
     folder, flags = stopped(name)
     before = ending(folder)
     for change in FIXED[name].split(";"):
@@ -348,6 +351,9 @@ def test_what_changes_the_result_is_refused_and_named(name, stopped, ended, capf
         assert code == 2 and f"{change[0]} was" in err, err
     assert_same_ending(folder, before)
     settings, run, refused = read(folder / "settings.json"), SimpleNamespace(folder=folder), set()
+    for flag, *_ in baselines.FLAGS:
+        settings["flags"].setdefault(flag.replace("-", "_"))
+    (folder / "settings.json").write_text(json.dumps(settings))
     for flag in settings["flags"]:
         try:
             changed = {**settings["flags"], flag: "another"}
