@@ -39,11 +39,11 @@ import sdzero
 import srt
 from rollout import Rollout
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "examples"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 import baselines
 
 transformers.utils.logging.disable_progress_bar()
+ROOT = Path(__file__).resolve().parents[1]
 SMALL = shlex.split(
     "--verifier tiny:odd --eval-problems 2 --eval-samples 1 --eval-every 2 --save-every 1 "
     "--max-new-tokens 4 --lr 1e-2 --dtype float32 --device cpu --phrase-wrong No. --phrase-right "
@@ -342,7 +342,7 @@ MAY_CHANGE = set(
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_what_changes_the_result_is_refused_and_named(name, stopped, ended, capfd):
-    """Some flags by the command line, then each flag, those of baselines.py too, by settings.json."""
+    """Some by the command line, then each flag, also of baselines.py, by settings.json."""
     folder, flags = stopped(name)
     before = ending(folder)
     for change in FIXED[name].split(";"):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from test_scripts import FLAGS, STAGE_1, STAGE_2, call, lines_of, save_model, save_rows
 from tiny import tiny
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import common
 import losses
@@ -110,6 +110,7 @@ def test_the_best_evaluated_model_is_kept_beside_the_last(
         assert all(torch.equal(p, seen[best][n]) for n, p in kept.items())
         assert any(not torch.equal(p, last[n]) for n, p in kept.items())
         assert json.loads((out / "best" / "srt.json").read_text())["prompt"]
+        assert AutoTokenizer.from_pretrained(out / "best").get_vocab()
 
 
 def test_a_warning_is_given_once_and_the_run_goes_on(base, data, tmp_path, monkeypatch, capsys):
