@@ -110,7 +110,8 @@ def test_the_best_evaluated_model_is_kept_beside_the_last(
         assert all(torch.equal(p, seen[best][n]) for n, p in kept.items())
         assert any(not torch.equal(p, last[n]) for n, p in kept.items())
         assert json.loads((out / "best" / "srt.json").read_text())["prompt"]
-        assert AutoTokenizer.from_pretrained(out / "best").get_vocab()
+        tokenizers = [AutoTokenizer.from_pretrained(path) for path in (base, out / "best")]
+        assert tokenizers[0].get_vocab() == tokenizers[1].get_vocab()
 
 
 def test_a_warning_is_given_once_and_the_run_goes_on(base, data, tmp_path, monkeypatch, capsys):
