@@ -80,7 +80,7 @@ def revision(i, shown, fits, n):
         right = REVISED[i][[attempt(i, k)[0] for k in range(3)].index(shown)] == "R"
     else:
         right = (i + n) % 4 != 3
-    return f"{'c' * (n % 2)}<{i if right and fits else 'no'}>", (i + n % 2) % 6 != 0
+    return f"{'c' * (n % 2)}<{i if right and fits else 'no'}>", (i + n % 2) % 3 != 0
 
 
 def response(text, finished, i, n):
@@ -741,6 +741,20 @@ def test_sampling_flags(name, watch, files):
     assert bool(watch.asked()) == (name != "sft")
     assert watch.asked(True, True) and watch.asked(True, False)
     assert bool(watch.asked(revisions=True)) == (name == "srt")
+
+
+@pytest.mark.parametrize("device, flag", [("cuda", "on"), ("cuda", "off"), ("cpu", "on")])
+def test_cuda_graphs(device, flag, monkeypatch):
+    """With a model that only says where it is."""
+    config, found = SimpleNamespace(_attn_implementation="sdpa"), []
+    model = SimpleNamespace(device=torch.device(device), config=config, _supports_sdpa=False)
+    model.set_attn_implementation = lambda name: None
+    args = SimpleNamespace(slots=1, seed=0, max_new_tokens=1, cuda_graphs=flag)
+    monkeypatch.setattr(
+        common, "generate", lambda *a, cuda_graph, **k: found.append(cuda_graph) or [1]
+    )
+    common.sample_all(common.LM(model, None, {EOS}, VOCAB, 9), args, [[1]], ("attempts",))
+    assert found == [(device, flag) == ("cuda", "on")]
 
 
 @ALL
