@@ -394,6 +394,8 @@ def test_commands_of_the_toy(commands, tmp_path):
         assert args.method == name.split("_")[0]
     assert commands["sdft"].solution_column == "solution"
     assert commands["synced"].teacher_interval * 32 == toy.SIZES["stage2"]
+    assert commands["again"].epochs == commands["synced"].epochs == 2 * commands["sdzero"].epochs
+    assert commands["grpo_3e-4"].lr == 3e-4 < commands["grpo"].lr
     assert all(args.seed == 7 for args in commands.values())
     assert len(rows) == 13 == len(commands) + 2
     first, at_a_budget = rows.pop("base"), rows.pop("GRPO, at stage 2's number of responses")
