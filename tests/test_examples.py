@@ -13,7 +13,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_scripts import FLAGS, base, call, data, lines_of  # noqa: F401 (base, data: fixtures)
+from test_scripts import (  # noqa: F401 (base, data: fixtures)
+    FLAGS,
+    base,
+    call,
+    data,
+    lines_of,
+    save_model,
+)
 from tiny import make_tokenizer, tiny
 from transformers import AutoModelForCausalLM
 
@@ -128,6 +135,18 @@ def test_sft_trains_on_a_revision_without_its_attempt(base, tmp_path):  # noqa: 
         assert trace.ids == trace.prompt_ids + before + ids(last) + eos
         assert trace.weights((0, 1)) == [0] * len(before) + [1] * len(ids(last) + eos)
         assert trace.reward == reward and problem[0] in task.lm.text(trace.prompt_ids)
+
+
+def test_sft_ends_with_a_stop_token_where_the_tokenizer_has_no_eos(tmp_path):
+    save_model(tmp_path / "base", family="llama", eos=False, eos_token_id=None)
+    (tmp_path / "data.jsonl").write_text(json.dumps({"problem": "1?", "answer": "ab"}))
+    flags = ["--model", tmp_path / "base", "--dataset", tmp_path / "data.jsonl", *FLAGS]
+    flags += ["--method", "sft", "--output", tmp_path / "out", "--eval-problems", 0]
+    flags += ["--stop-tokens", "z"]
+    task = baselines.setup(baselines.parse_arguments([str(flag) for flag in flags]))
+    solutions = baselines.load_solutions(task, task.args)
+    (trace,) = baselines.worked_solutions(task, solutions)
+    assert task.lm.tokenizer.decode(trace.revision_ids) == "abz"
 
 
 def test_what_the_teachers_are_shown():
