@@ -151,6 +151,8 @@ def test_kl_of_a_token_against_float64(made):
         assert kl == pytest.approx(reference[i][:, 0].tolist(), rel=2e-3, abs=1e-5)
         levels = [f"k{sum(value >= edge for edge in localize.LEVELS)}" for value in kl]
         assert [token.get("class")[:2] for token in tokens] == levels
+        other = made["tables"][i][:, 2] < made["tables"][i][:, 4]  # the teacher's own choice
+        assert [token.get("class")[2:] == " u" for token in tokens] == other.tolist()
 
 
 @pytest.mark.parametrize("tokens", [1, 7, 19, 20, 21, 137])
