@@ -318,6 +318,7 @@ def test_commands_of_the_real_model(monkeypatch, tmp_path, capsys):
 
     def record(script, flags, **how):
         args = scripts[script].parse_arguments([str(flag) for flag in flags])
+        assert args.seed == 5
         if args.eval_only:
             name = Path(args.model).name
             assert Path(args.dataset) == tmp_path / "heldout.jsonl"
@@ -335,7 +336,7 @@ def test_commands_of_the_real_model(monkeypatch, tmp_path, capsys):
     (tmp_path / "srt").mkdir()
     (tmp_path / "srt" / "settings.json").touch()
     for _ in range(2):
-        real.main(["--model", "smollm2", "--out", str(tmp_path)])
+        real.main(["--model", "smollm2", "--out", str(tmp_path), "--seed", "5"])
     budget = 4 * real.SIZES["stage1"] + real.SIZES["stage2"]
     for name, model, problems, responses in (
         ("base", "smollm2", "warmup", None),
