@@ -638,6 +638,18 @@ def test_traces_and_what_stage_1_logs(watch, files):
     assert first["tokens"] == sum(len(x) + len(shown) + len(new) for x, shown, new in steps[0])
 
 
+def test_stage_1_in_parts(watch, files, monkeypatch):
+    """Each part has its own problems and its own random numbers; nothing else changes."""
+    monkeypatch.setattr(srt, "PROBLEMS_AT_ONCE", 5)
+    run(watch, files, "srt")
+    parts = [set(map(problem_of, s.texts)) for s in watch.asked()]
+    assert [len(part) for part in parts] == [5, 5, 2] and set.union(*parts) == set(range(12))
+    assert [problems_of([s]) for s in watch.asked(revisions=True)] == parts
+    seeds = {s.seed for s in watch.samples if not s.held_out}
+    assert len(seeds) == 6 and len(watch.log("collect")) == 3
+    assert_same_training(watch, files, slow_stage_1(watch, files, sizes=CUT)[0])
+
+
 def test_collecting_and_training_on_some_of_it(watch, files, tmp_path):
     """--collect-only trains nothing; --traces trains on what the file holds and samples nothing."""
     run(watch, files, "srt", "--collect-only")
@@ -826,7 +838,18 @@ def test_prompt_flags(name, prompt, watch, files):
     assert kept[flag[2:].replace("-", "_")] == (json.loads(value) if "kwargs" in flag else value)
 
 
-def test_stage_2_inherits_the_prompt_and_the_phrases(watch, files):
+@pytest.mark.parametrize(
+    "flags, said", [("", True), ("--top-p 1", False), ("--top-p 1 --temperature 0", True)]
+)
+def test_what_stage_2_does_not_mean(flags, said, watch, files, capsys):
+    """A model without stage 1, and samples that are not the model's own distribution."""
+    run(watch, files, "sdzero", *flags.split())
+    err = capsys.readouterr().err
+    assert ("expectation over the model's own distribution" in err) == said
+    assert "does not come from stage 1" in err
+
+
+def test_stage_2_inherits_the_prompt_and_the_phrases(watch, files, capsys):
     """And leaves out the problems that stage 1 has used."""
     own = ["--phrase-wrong", "Nope.", "--phrase-right", "Yep."]
     watch.phrases = "Nope.", "Yep."
@@ -836,6 +859,7 @@ def test_stage_2_inherits_the_prompt_and_the_phrases(watch, files):
     watch.phrases = "Nope.", "Yep."
     flags = ["--dataset", files / "data.jsonl", "--eval-dataset", files / "heldout.jsonl"]
     call(sdzero, "--model", first, *flags, *BASE[:-6], "--output", watch.out)
+    assert "does not come from stage 1" not in capsys.readouterr().err
     asked = [problem_of(t) for s in watch.asked() for t in s.texts]
     assert len(used) == 5 and sorted(asked) == sorted(set(range(12)) - used)
     for text in [t for s in watch.samples for t in s.texts]:
