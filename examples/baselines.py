@@ -143,13 +143,15 @@ def worked_solutions(task: Task, solutions: dict[str, str]) -> list[Trace]:
     """solutions: by the problem's key. One that holds an attempt, P_r and its revision is cut
     there, so that only the revision is trained on."""
     lm, args, traces = task.lm, task.args, []
+    eos = lm.tokenizer.eos_token_id
+    eos = min(lm.eos_ids) if eos is None else eos  # it may have --stop-tokens only
     for problem in task.problems:
         attempt, reward, text = "", 1, solutions[problem.key]
         for r, phrase in enumerate((args.phrase_wrong, args.phrase_right)):
             before, found, last = solutions[problem.key].rpartition(f"\n\n{phrase}\n\n")
             if found and len(last) < len(text):
                 attempt, reward, text = before, r, last
-        ids = ids_of(lm, text) + [lm.tokenizer.eos_token_id]
+        ids = ids_of(lm, text) + [eos]
         trace = make_trace(task, problem, ids, True, attempt, reward)
         if len(trace.ids) > lm.context:
             fail(f"the context holds {lm.context} tokens, the solution of {problem.text!r} not")

@@ -471,7 +471,8 @@ def test_the_prompt_is_inherited_and_contradictions_are_refused(base, data, tmp_
     for folder in (out, two):
         saved = read(folder / "srt.json")["prompt"]
         assert expected.items() <= saved.items()
-    for name, value in {**prompt, "prompt_template": "{problem}"}.items():
+    given = [*prompt.items(), ("prompt_template", "{problem}"), ("prompt_suffix", "")]
+    for name, value in given:
         other = value.replace("#", "!").replace(".", "!")
         flags = {name: other, "model": two, "dataset": data}
         code, _, err = ended(sdzero, *FLAGS, **flags, output=tmp_path / "no")

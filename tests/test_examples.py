@@ -8,11 +8,19 @@ import re
 import sys
 from dataclasses import replace
 from pathlib import Path
+from random import Random
 from types import SimpleNamespace
 
 import pytest
 import torch
-from test_scripts import FLAGS, base, call, data, lines_of  # noqa: F401 (base, data: fixtures)
+from test_scripts import (  # noqa: F401 (base, data: fixtures)
+    FLAGS,
+    base,
+    call,
+    data,
+    lines_of,
+    save_model,
+)
 from tiny import make_tokenizer, tiny
 from transformers import AutoModelForCausalLM
 
@@ -104,7 +112,7 @@ def test_sft_trains_on_a_revision_without_its_attempt(base, tmp_path):  # noqa: 
     """Catches a loss on the attempt, the phrase of the other verdict, an attempt cut at the first
     of two phrases, EOS before the phrase or missing at the end."""
     no, yes = "\n\nNo.\n\n", "\n\nYes.\n\n"
-    texts = ["ab", f"ab{no}cd", f"cd{yes}e", f"a{no}b{yes}c"]
+    texts = ["ab", f"ab{no}cd", f"cd{yes}e", f"a{no}b{yes}c", f"a{yes}b{no}c"]
     rows = [{"problem": f"{i}?", "answer": text} for i, text in enumerate(texts)]
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     flags = ["--method", "sft", "--model", base, "--dataset", tmp_path / "data.jsonl"]
@@ -120,12 +128,25 @@ def test_sft_trains_on_a_revision_without_its_attempt(base, tmp_path):  # noqa: 
         ("1?", "ab", no, "cd", 0),
         ("2?", "cd", yes, "e", 1),
         ("3?", f"a{no}b", yes, "c", 1),
+        ("4?", f"a{yes}b", no, "c", 0),
     ):
         trace = found[problem]
         before = ids(attempt) + ids(phrase)
         assert trace.ids == trace.prompt_ids + before + ids(last) + eos
         assert trace.weights((0, 1)) == [0] * len(before) + [1] * len(ids(last) + eos)
         assert trace.reward == reward and problem[0] in task.lm.text(trace.prompt_ids)
+
+
+def test_sft_ends_with_a_stop_token_where_the_tokenizer_has_no_eos(tmp_path):
+    save_model(tmp_path / "base", family="llama", eos=False, eos_token_id=None)
+    (tmp_path / "data.jsonl").write_text(json.dumps({"problem": "1?", "answer": "ab"}))
+    flags = ["--model", tmp_path / "base", "--dataset", tmp_path / "data.jsonl", *FLAGS]
+    flags += ["--method", "sft", "--output", tmp_path / "out", "--eval-problems", 0]
+    flags += ["--stop-tokens", "z"]
+    task = baselines.setup(baselines.parse_arguments([str(flag) for flag in flags]))
+    solutions = baselines.load_solutions(task, task.args)
+    (trace,) = baselines.worked_solutions(task, solutions)
+    assert task.lm.tokenizer.decode(trace.revision_ids) == "abz"
 
 
 def test_what_the_teachers_are_shown():
@@ -284,16 +305,20 @@ def test_problems_of_the_real_model(tmp_path):
     assert files["both.jsonl"] == files["stage1.jsonl"] + files["stage2.jsonl"]
     real.write_problems(tmp_path, 5)
     assert files == {path.name: path.read_text() for path in tmp_path.iterdir()}
+    seen = set()  # of problems: the same random numbers do not make the same problem again
+    assert real.make_problem(Random(0), seen) != real.make_problem(Random(0), seen)
 
 
 def test_commands_of_the_real_model(monkeypatch, tmp_path, capsys):
     """Every method starts from the right model with the right problems and number of responses;
-    what is finished is not run again; the table has the figures of the row's own model."""
+    what is finished is not run again, what has begun goes on; the table has the figures of the
+    row's own model."""
     scripts = {"srt.py": srt, "sdzero.py": sdzero, "examples/baselines.py": baselines}
     seen = {}
 
     def record(script, flags, **how):
         args = scripts[script].parse_arguments([str(flag) for flag in flags])
+        assert args.seed == 5
         if args.eval_only:
             name = Path(args.model).name
             assert Path(args.dataset) == tmp_path / "heldout.jsonl"
@@ -302,14 +327,16 @@ def test_commands_of_the_real_model(monkeypatch, tmp_path, capsys):
             return SimpleNamespace(stdout="problems\n" + json.dumps(found))
         assert not args.eval_problems and args.output.name not in seen
         seen[args.output.name] = args
-        args.output.mkdir()
+        args.output.mkdir(exist_ok=True)
         (args.output / "config.json").touch()
         line = json.dumps({"kind": "train", "step": 1, "seconds": 90.0, "sample": "text"})
         (args.output / "metrics.jsonl").write_text(f"{line}\n")
 
     monkeypatch.setattr(real, "call", record)
+    (tmp_path / "srt").mkdir()
+    (tmp_path / "srt" / "settings.json").touch()
     for _ in range(2):
-        real.main(["--model", "smollm2", "--out", str(tmp_path)])
+        real.main(["--model", "smollm2", "--out", str(tmp_path), "--seed", "5"])
     budget = 4 * real.SIZES["stage1"] + real.SIZES["stage2"]
     for name, model, problems, responses in (
         ("base", "smollm2", "warmup", None),
@@ -324,6 +351,7 @@ def test_commands_of_the_real_model(monkeypatch, tmp_path, capsys):
         assert (Path(args.model).name, Path(args.dataset).stem) == (model, problems)
         assert getattr(args, "generations", None) == responses
         assert args.temperature == 1 and args.max_new_tokens == 128
+        assert args.resume == (name == "srt")
         if name in ("srt", "rft"):
             assert args.problems in (None, real.SIZES["stage1"])
             assert getattr(args, "group", 4) == 4 == getattr(args, "revisions", 3) + 1
@@ -386,6 +414,8 @@ def test_commands_of_the_toy(commands, tmp_path):
         assert args.method == name.split("_")[0]
     assert commands["sdft"].solution_column == "solution"
     assert commands["synced"].teacher_interval * 32 == toy.SIZES["stage2"]
+    assert commands["again"].epochs == commands["synced"].epochs == 2 * commands["sdzero"].epochs
+    assert commands["grpo_3e-4"].lr == 3e-4 < commands["grpo"].lr
     assert all(args.seed == 7 for args in commands.values())
     assert len(rows) == 13 == len(commands) + 2
     first, at_a_budget = rows.pop("base"), rows.pop("GRPO, at stage 2's number of responses")
@@ -425,6 +455,31 @@ def test_commands_of_the_ablations(commands, tmp_path, capsys):
         found = [args.lr for name, args in commands.items() if name.startswith(f"grid/{method}-")]
         assert found == list(rates)
     assert capsys.readouterr().out.count(": 75.0") == sum(map(len, ablations.GRID.values()))
+
+
+def test_the_toys_web(monkeypatch):
+    """A phrase fits the attempt before it in four cases of five, and who looks again at one of the
+    seven goods is right three times in ten, at first never. What is given has no loss. No four
+    goods come twice."""
+    world, fits = toy.World(0), 0
+    for _ in range(1000):
+        given, text = world.document("revision")
+        goods = re.search(r"Total of (.*)\?", given)[1].split(" + ")
+        attempt, phrase, _ = given.split("\n\n")
+        right = int(attempt.split("#### ")[1]) == world.answer(goods)
+        fits += phrase == toy.PHRASES[right]
+        assert text.endswith("<|eos|>") and "\n\n" not in text
+    assert 0.75 < fits / 1000 < 0.85
+    seven = [good for good in toy.GOODS if world.known[good] == (0.0, 0.3)]
+    for again, low, high in ((False, 0, 0), (True, 0.25, 0.35)):
+        found = [world.look_up(good, again) == world.price[good] for good in seven * 200]
+        assert len(seven) == 7 and low <= sum(found) / len(found) <= high
+    ids, labels = toy.padded([([3, 4], [5, 1]), ([3], [6, 7, 8, 1])], 0)
+    assert ids.tolist() == [[3, 4, 5, 1, 0], [3, 6, 7, 8, 1]]
+    assert labels.tolist() == [[-100, -100, 5, 1, -100], [-100, 6, 7, 8, 1]]
+    world.seen.clear()
+    monkeypatch.setattr(toy, "GOODS", toy.GOODS[:6])
+    assert len({frozenset(world.make_problem()) for _ in range(15)}) == 15 == math.comb(6, 4)
 
 
 def test_kinds_of_tokens():
@@ -481,6 +536,91 @@ def test_where_the_kl_is():
 
 def reviser_of(model):
     return SimpleNamespace(model=model)
+
+
+def test_srt_revises_a_models_attempts(tmp_path, monkeypatch):
+    """Everything by rule, so the figures are known. Catches SRT's revisions taken for the model's
+    own, the phrase of the other verdict, EOS before it, shares of wrong attempts for right ones."""
+    tokenizer, world, rows = toy.make_tokenizer(), toy.World(5), []
+    for folder in ("base", "srt"):
+        tiny("llama", vocab_size=len(tokenizer)).save_pretrained(tmp_path / folder)
+        tokenizer.save_pretrained(tmp_path / folder)
+    for _ in range(5):
+        goods = world.make_problem()
+        rows.append({"problem": toy.question(goods), "answer": str(world.answer(goods))})
+    (tmp_path / "heldout.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    right, revised = [0, 1, 0, 1, 1], [1, 0, 0, 0, 1]
+
+    def ids_of(text):
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def written(row, verdict):
+        return f"#### {int(row['answer']) + (not verdict)}"
+
+    def sample(lm, args, prompts, purpose, temperature):
+        assert args.seed == 7 and temperature == 1 and len(prompts) == 5
+        first, found = purpose == ("attempts",), []
+        assert Path(lm.model.name_or_path).name == ("base" if first else "srt")
+        for prompt, row, r, new in zip(prompts, rows, right, revised):
+            text = toy.chat(row["problem"])
+            text += "" if first else f"{written(row, r)}\n\n{toy.PHRASES[r]}\n\n"
+            assert prompt == ids_of(text)
+            ids = ids_of(written(row, r if first else new) + "<|eos|>")
+            found.append(Rollout(ids, [0.0] * len(ids), True))
+        return found
+
+    monkeypatch.setattr(toy, "sample_all", sample)
+    row, examples, student, reviser = toy.revised_by_srt(tmp_path, 7, "base")
+    assert row == {
+        "accuracy": 3 / 5,
+        "revised_accuracy": 2 / 5,
+        "correction_rate": pytest.approx(-1 / 2),
+        "wrong_to_right": 1 / 2,
+        "right_to_wrong": 2 / 3,
+        "length": 2,
+    }
+    assert [e.reward for e in examples] == right
+    assert [Path(lm.model.name_or_path).name for lm in (student, reviser)] == ["base", "srt"]
+
+
+def test_the_trace_in_the_readme(tmp_path, capsys):
+    """The first trace that puts a wrong attempt right, by the prices that are true, and the KL of
+    this attempt's tokens. Catches a right attempt, or a total that is right by accident."""
+    tokenizer, world = toy.make_tokenizer(), toy.World(5)
+    models = [tiny("llama", vocab_size=len(tokenizer), seed=s, dtype=torch.float32) for s in (0, 1)]
+    goods = world.make_problem()
+    prices = [world.price[good] for good in goods]
+    wrong = [(price + 1) % 10 for price in prices]
+    by_accident = prices[::-1]
+    assert by_accident != prices
+
+    def ids_of(text):
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    lines = []
+    for r, first, last in ((1, prices, prices), (0, wrong, by_accident), (0, wrong, prices)):
+        ids = [ids_of(text) for text in (toy.chat(toy.question(goods)), toy.solution(goods, first))]
+        ids += ids_of(toy.PHRASES[r]), ids_of(toy.solution(goods, last))
+        texts = [toy.solution(goods, numbers) for numbers in (first, last)]
+        answer = str(world.answer(goods))
+        lines.append(srt.Trace(toy.question(goods), answer, r, toy.PHRASES[r], *texts, True, *ids))
+    (tmp_path / "srt").mkdir()
+    traces = "".join(json.dumps(vars(line)) + "\n" for line in lines)
+    (tmp_path / "srt" / "traces.jsonl").write_text(traces)
+    student, reviser = (SimpleNamespace(model=m, tokenizer=tokenizer) for m in models)
+    toy.show_trace(tmp_path, world, student, reviser)
+    out = capsys.readouterr().out
+    for name, text in (("y  ", lines[2].init_text), ("y_rev", lines[2].revision_text)):
+        assert re.search(rf"(?m)^{name} +(.*)$", out)[1] == text.replace("\n", " / ")
+    assert f"P_0        {toy.PHRASES[0]}" in out
+    y = lines[2].init_ids + [tokenizer.eos_token_id]
+    told = lines[2].prompt_ids + lines[2].init_ids + lines[2].phrase_ids
+    p, q = (
+        model(torch.tensor([read + y])).logits[0, -len(y) - 1 : -1].log_softmax(-1)
+        for model, read in zip(models, (lines[2].prompt_ids, told))
+    )
+    shown = [float(n) for n in re.search(r"KL, nats +(.*)", out)[1].split()]
+    assert shown == pytest.approx((p.exp() * (p - q)).sum(-1).tolist(), abs=1e-3)
 
 
 def test_worlds(tmp_path, capsys):

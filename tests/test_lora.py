@@ -564,6 +564,16 @@ def test_both_stages_save_merged_models_and_adapters(runs, files):
     assert abs(one @ two) < 0.5  # stage 2 does not begin with the A that stage 1 began with
 
 
+def test_the_factors_depend_on_the_seed(files, tmp_path):
+    first = []
+    for seed in ("0", "1", "1"):
+        flags = ["--model", files / "llama", "--dataset", files / "data.jsonl", *FLAGS]
+        flags += ["--output", tmp_path / "out", "--seed", seed]
+        task = common.setup(srt.parse_arguments([str(flag) for flag in flags]))
+        first.append(next(iter(lora_layers(task.lm.model).values())).lora_A)
+    assert not torch.equal(first[0], first[1]) and torch.equal(first[1], first[2])
+
+
 def recorded(monkeypatch, script):
     """(kind, rate, interval) of every LoraTeacher that the script makes."""
     made = []

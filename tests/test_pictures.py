@@ -15,7 +15,7 @@ from tiny import make_tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from common import key_of
+from common import PHRASES, key_of
 from rollout import Rollout
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
@@ -121,11 +121,14 @@ def probabilities(model, ids, vocab_size):
 @torch.no_grad()
 def test_kl_of_a_token_against_float64(made):
     """Whole models, every position by itself. Catches a wrong shift, a mask, a temperature that is
-    forgotten, the KL in the other direction, an EOS in the teacher's first copy."""
+    forgotten, the KL in the other direction, an EOS in the teacher's first copy, the phrase of the
+    other verdict."""
     student, teacher = (
         AutoModelForCausalLM.from_pretrained(made["folder"] / name, dtype=torch.float64).eval()
         for name in ("student", "teacher")
     )
+    phrases = [made["lm"].phrase_ids(phrase) for phrase in PHRASES]
+    assert [e.phrase_ids for e in made["examples"]] == [phrases[e.reward] for e in made["examples"]]
     reference, vocab_size = [], made["lm"].vocab_size
     for e, table in zip(made["examples"], made["tables"]):
         y, rows = e.response.ids, []
@@ -148,6 +151,8 @@ def test_kl_of_a_token_against_float64(made):
         assert kl == pytest.approx(reference[i][:, 0].tolist(), rel=2e-3, abs=1e-5)
         levels = [f"k{sum(value >= edge for edge in localize.LEVELS)}" for value in kl]
         assert [token.get("class")[:2] for token in tokens] == levels
+        other = made["tables"][i][:, 2] < made["tables"][i][:, 4]  # the teacher's own choice
+        assert [token.get("class")[2:] == " u" for token in tokens] == other.tolist()
 
 
 @pytest.mark.parametrize("tokens", [1, 7, 19, 20, 21, 137])

@@ -442,7 +442,7 @@ BAD = {
     "no traces file": ("srt", GOOD + " --traces {made}/none", "cannot read"),
     "traces of another prompt": (
         "srt",
-        GOOD + " --traces {made}/good_traces.jsonl --prompt-suffix ' Think.'",
+        GOOD + " --traces {made}/good_traces.jsonl --prompt-template '#{{problem}}##'",  # as long
         "was collected with another prompt",
     ),
     "traces of another phrase": (

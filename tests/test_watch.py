@@ -7,7 +7,7 @@ import pytest
 import torch
 from test_scripts import FLAGS, STAGE_1, STAGE_2, call, lines_of, save_model, save_rows
 from tiny import tiny
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import common
 import losses
@@ -35,8 +35,10 @@ def evaluation(n, accuracy, error=0.02):
     ],
 )
 def test_a_step_that_goes_wrong_is_said(name, before, after):
-    """Catches a sign that looks at the wrong figure, in the wrong direction, or at one step."""
-    lines = [step(n, **{name: before}) for n in range(1, 31)]
+    """However slowly. Catches a sign that looks at the wrong figure, in the wrong direction, or at
+    one step."""
+    lines = [step(n, **{name: before}) for n in range(1, 11)]
+    lines += [step(n, **{name: math.sqrt(before * after)}) for n in range(11, 31)]
     assert common.signs_of_collapse(lines) == {}
     lines += [step(n, **{name: after}) for n in range(31, 41)]
     signs = common.signs_of_collapse(lines)
@@ -82,6 +84,7 @@ def data(tmp_path_factory):
         ((0.5, 0.3, 0.6, 0.4), 10),
         ((0.9, 0.3, 0.2, 0.5), None),
         ((0.9, 0.3, 0.3, 0.1), 5),  # the earlier of two equal ones
+        ((0.5, 0.6, 0.3, 0.4), 5),  # the last one is better than the one before it only
     ],
 )
 def test_the_best_evaluated_model_is_kept_beside_the_last(
@@ -107,6 +110,8 @@ def test_the_best_evaluated_model_is_kept_beside_the_last(
         assert all(torch.equal(p, seen[best][n]) for n, p in kept.items())
         assert any(not torch.equal(p, last[n]) for n, p in kept.items())
         assert json.loads((out / "best" / "srt.json").read_text())["prompt"]
+        tokenizers = [AutoTokenizer.from_pretrained(path) for path in (base, out / "best")]
+        assert tokenizers[0].get_vocab() == tokenizers[1].get_vocab()
 
 
 def test_a_warning_is_given_once_and_the_run_goes_on(base, data, tmp_path, monkeypatch, capsys):

@@ -57,7 +57,7 @@ EOS, VOCAB = 0, len(TOKENIZER)  # the model's output layer is three rows wider
 
 # held-out problem: which of its three attempts are right (R) or wrong (W), and which revisions
 HELD_OUT = {101: "RRW", 102: "WWW", 103: "RWW", 104: "RRR", 105: "WWR"}
-REVISED = {101: "RWR", 102: "WRW", 103: "RRW", 104: "RRW", 105: "WWR"}
+REVISED = {101: "RRR", 102: "RWW", 103: "WWW", 104: "WRR", 105: "RWR"}
 
 
 def ids_of(text):
@@ -80,7 +80,7 @@ def revision(i, shown, fits, n):
         right = REVISED[i][[attempt(i, k)[0] for k in range(3)].index(shown)] == "R"
     else:
         right = (i + n) % 4 != 3
-    return f"{'c' * (n % 2)}<{i if right and fits else 'no'}>", (i + n % 2) % 6 != 0
+    return f"{'c' * (n % 2)}<{i if right and fits else 'no'}>", (i + n % 2) % 3 != 0
 
 
 def response(text, finished, i, n):
@@ -638,6 +638,18 @@ def test_traces_and_what_stage_1_logs(watch, files):
     assert first["tokens"] == sum(len(x) + len(shown) + len(new) for x, shown, new in steps[0])
 
 
+def test_stage_1_in_parts(watch, files, monkeypatch):
+    """Each part has its own problems and its own random numbers; nothing else changes."""
+    monkeypatch.setattr(srt, "PROBLEMS_AT_ONCE", 5)
+    run(watch, files, "srt")
+    parts = [set(map(problem_of, s.texts)) for s in watch.asked()]
+    assert [len(part) for part in parts] == [5, 5, 2] and set.union(*parts) == set(range(12))
+    assert [problems_of([s]) for s in watch.asked(revisions=True)] == parts
+    seeds = {s.seed for s in watch.samples if not s.held_out}
+    assert len(seeds) == 6 and len(watch.log("collect")) == 3
+    assert_same_training(watch, files, slow_stage_1(watch, files, sizes=CUT)[0])
+
+
 def test_collecting_and_training_on_some_of_it(watch, files, tmp_path):
     """--collect-only trains nothing; --traces trains on what the file holds and samples nothing."""
     run(watch, files, "srt", "--collect-only")
@@ -743,6 +755,20 @@ def test_sampling_flags(name, watch, files):
     assert bool(watch.asked(revisions=True)) == (name == "srt")
 
 
+@pytest.mark.parametrize("device, flag", [("cuda", "on"), ("cuda", "off"), ("cpu", "on")])
+def test_cuda_graphs(device, flag, monkeypatch):
+    """With a model that only says where it is."""
+    config, found = SimpleNamespace(_attn_implementation="sdpa"), []
+    model = SimpleNamespace(device=torch.device(device), config=config, _supports_sdpa=False)
+    model.set_attn_implementation = lambda name: None
+    args = SimpleNamespace(slots=1, seed=0, max_new_tokens=1, cuda_graphs=flag)
+    monkeypatch.setattr(
+        common, "generate", lambda *a, cuda_graph, **k: found.append(cuda_graph) or [1]
+    )
+    common.sample_all(common.LM(model, None, {EOS}, VOCAB, 9), args, [[1]], ("attempts",))
+    assert found == [(device, flag) == ("cuda", "on")]
+
+
 @ALL
 def test_how_often_it_evaluates_and_saves(name, watch, files):
     flags = "--eval-samples 2 --eval-problems 3 --eval-every 2 --save-every 1"
@@ -812,7 +838,18 @@ def test_prompt_flags(name, prompt, watch, files):
     assert kept[flag[2:].replace("-", "_")] == (json.loads(value) if "kwargs" in flag else value)
 
 
-def test_stage_2_inherits_the_prompt_and_the_phrases(watch, files):
+@pytest.mark.parametrize(
+    "flags, said", [("", True), ("--top-p 1", False), ("--top-p 1 --temperature 0", True)]
+)
+def test_what_stage_2_does_not_mean(flags, said, watch, files, capsys):
+    """A model without stage 1, and samples that are not the model's own distribution."""
+    run(watch, files, "sdzero", *flags.split())
+    err = capsys.readouterr().err
+    assert ("expectation over the model's own distribution" in err) == said
+    assert "does not come from stage 1" in err
+
+
+def test_stage_2_inherits_the_prompt_and_the_phrases(watch, files, capsys):
     """And leaves out the problems that stage 1 has used."""
     own = ["--phrase-wrong", "Nope.", "--phrase-right", "Yep."]
     watch.phrases = "Nope.", "Yep."
@@ -822,6 +859,7 @@ def test_stage_2_inherits_the_prompt_and_the_phrases(watch, files):
     watch.phrases = "Nope.", "Yep."
     flags = ["--dataset", files / "data.jsonl", "--eval-dataset", files / "heldout.jsonl"]
     call(sdzero, "--model", first, *flags, *BASE[:-6], "--output", watch.out)
+    assert "does not come from stage 1" not in capsys.readouterr().err
     asked = [problem_of(t) for s in watch.asked() for t in s.texts]
     assert len(used) == 5 and sorted(asked) == sorted(set(range(12)) - used)
     for text in [t for s in watch.samples for t in s.texts]:
