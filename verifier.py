@@ -123,6 +123,7 @@ def extract_answer(response: str) -> str | None:
     None when it states none. Raises TypeError when the response is not a string.
     """
     _require_strings(response=response)
+    response = re.sub(r"\\(boxed|fbox)\s*(\d+)", r"\\\1{\2}", response)  # \boxed5
     fallback = None  # what a phrase stated; used only if nothing better comes before it
     markers = [*_MARKER.finditer(response)][-10:]  # no honest text needs more
     while markers:
@@ -132,8 +133,7 @@ def extract_answer(response: str) -> str | None:
             content = _boxed(response, match)
             if content is None:
                 return fallback
-            # the match of \boxed5 ends after the 5
-            after, is_final = end + (0 if match["digits"] else len(content)), True
+            after, is_final = end + len(content), True
         else:
             content = _stated(response[end : end + 500].lstrip(" \t#*:_>"))
             last_word = content.split()[-1] if content.strip() else ""
@@ -161,7 +161,7 @@ def _require_strings(**arguments) -> None:
 _MAX_ANSWER = 4000  # characters; a longer box counts as one that never closes
 _MAX_STATED = 120  # characters of a phrase's answer that outranks a box before it
 _MARKER = re.compile(r"""(?ix)
-    (?P<box>\\(?:boxed|fbox)\s*(?:\{|\Z|(?P<digits>\d+)))
+    (?P<box>\\(?:boxed|fbox)\s*(?:\{|\Z))
     |(?P<hash>\#{4,}(?!\s*\d\d?\.\s+[A-Z][\w ]{2,40}\n))  # #### 1. A heading
     |(?P<phrase>\b(?<!</)answers?\b(?:
         (?:[^\n.:=\\a]|\\(?!f?box)|a(?!nswer)){0,60}?
@@ -228,8 +228,6 @@ _BOLD = re.compile(r"""(?x)  # It takes **5 hours**. Not: It is not **5**; more 
 
 def _boxed(text: str, box: re.Match) -> str | None:
     """The content of a box; None when it does not close."""
-    if box["digits"]:
-        return box["digits"]
     start, depth = box.end(), 1  # of braces; escaped ones are those of a set
     for match in re.compile(r"\\[\\{}]|[{}]").finditer(text, start, start + _MAX_ANSWER):
         depth += (match[0] == "{") - (match[0] == "}")
@@ -343,16 +341,14 @@ _UNIT_LETTER = "[ghlmsJLNVW]"
 _VARIABLE = f"(?!{_UNIT_LETTER})[A-Za-z]"
 _TEXT = r"\\(?:text[a-z]*|operatorname|math(?:rm|bf|sf|tt)|mbox)(?![a-z])"
 _SEPARATOR = r"(?:\\[a-z]+)?\{\s*,?\s*(?:\\[!,])?\s*\}(?:\\[!,])?|,\\!"
+_REPEATING = r"(\d{0,50})\.(\d{0,50})\\(?:overline|bar|dot)\{(\d{1,50})\}"
 _SIGNS = {"<=": "≤", ">=": "≥", "!=": "≠", "==": "=", "begin": "⟦", "end": "⟧"}
 _REWRITES = [  # tests check every example, and every "in any order"
     # TeX as it was written, in any order
     (r"\.\.\.|\\[lc]dots|…", r"\\dots "),  # 1, ... -> 1, \dots
     (rf"(?:{_SEPARATOR})\s*(?=\d{{3}}(?!\d))", ""),  # 1{,}234 -> 1234
     # 0.1\overline{6} -> (0.10+6/90)
-    (
-        r"(\d{0,50})\.(\d{0,50})\\(?:overline|bar|dot)\{(\d{1,50})\}",
-        lambda m: f"({m[1]}.{m[2]}0+{m[3]}/{'9' * len(m[3])}{'0' * len(m[2])})",
-    ),
+    (_REPEATING, lambda m: f"({m[1]}.{m[2]}0+{m[3]}/{'9' * len(m[3])}{'0' * len(m[2])})"),
     (r"x ?(?=10\^)", "*"),  # 3 x 10^5 -> 3 *10^5
     (r"\\q?quad(?=\s*[A-Za-z]\s*=)", ","),  # x = 6 \quad y = 8 -> x = 6 , y = 8
     (r"(?<![\\A-Za-z])(sqrt|pi|infinity)(?![A-Za-z])", r"\\\1"),  # sqrt(2) -> \sqrt(2)
@@ -383,11 +379,8 @@ _REWRITES = [  # tests check every example, and every "in any order"
     (r"(?<![A-Za-z])C_(\{\w+\}|\w)\^(\{\w+\}|\w)", r"\\binom \1 \2"),  # C_9^{2} -> \binom 9 {2}
     (r"(?<=[\w)])\*\*(?=[\w(])", "^"),  # x**2 -> x^2
     (r"[<>!=]=", lambda m: _SIGNS[m[0]]),  # x <= 2 -> x ≤ 2
-    # 30^{°} -> 30°; 21^{ ‹st› } -> 21‹st›; 5^{th} -> 5‹th›
-    (
-        r"\^\s*(?:\{\s*(?:[°o]|‹?(st|nd|rd|th)›?)\s*\}|°|o\b)",
-        lambda m: f"‹{m[1]}›" if m[1] else "°",
-    ),
+    (r"\^\s*(?:\{\s*[°o]\s*\}|°|o\b)", "°"),  # 30^{°} -> 30°
+    (r"\^\s*\{[\s‹]*(st|nd|rd|th)[\s›]*\}", r"‹\1›"),  # 21^{ ‹st› } -> 21‹st›; 5^{th} -> 5‹th›
     # 3 1/2 -> (3+1/2)
     (r"(?<![\w.^])(\d+) *(\\frac *(?:\{ *\d+ *\} *){2}|(?<= )\d+ ?/ ?\d+)", r"(\1+\2)"),
     # in this order
@@ -400,10 +393,8 @@ _REWRITES = [  # tests check every example, and every "in any order"
     # in any order
     # a number after a power is a factor: 2^6 3^5 -> 2^6*3^5; 8!2! -> 8!*2!
     (r"((?<!_)[\w)]\^(?:\{[^{}]*\}|[a-z]|\w(?=\s))|!)\s*(?=\d)", r"\1*"),
-    (
-        r"‹((?:thous|hundr|[mbtr]+illi)\w+) ",
-        r"‹\1› ‹",
-    ),  # 5 ‹million people› -> 5 ‹million› ‹people›
+    # 5 ‹million people› -> 5 ‹million› ‹people›
+    (r"‹((?:thous|hundr|[mbtr]+illi)\w+) ", r"‹\1› ‹"),
     (r"(?i)\A[\s‹]*no (?:real )?solutions?[\s›]*\Z", "⦃⦄"),  # ‹No solution› -> ⦃⦄
     # 2x = 10 \Rightarrow x = 5 -> x = 5
     (r"\A[^,;]{0,199}(?:\\Rightarrow|\\implies|⇒)\s*(?=[^=]*=)", ""),
