@@ -519,7 +519,7 @@ def _letters(run: str, kind: str, before: str, spaced: bool) -> list[tuple[str, 
     Rule: it is a word after a word; after a number if it is a known unit; after a number and a
     space, or where a statement begins, if it looks like a word (see _is_wordlike).
     """
-    if run == "a" and kind == "word" and spaced:  # 18 dollars a day
+    if kind == "word":  # 18 dollars a day
         return [("word", run)]
     if len(run) == 1 or re.fullmatch("d[r-z]", run):  # dx, dt: one variable, not d times x
         return [("name", run)]
@@ -528,7 +528,7 @@ def _letters(run: str, kind: str, before: str, spaced: bool) -> list[tuple[str, 
     may_be_unit = kind == "number" or before == "/" or spaced and (follows or kind == "name")
     is_unit = low in _UNITS and may_be_unit
     is_word = (begins or follows and spaced) and _is_wordlike(low)
-    if kind == "word" or is_unit or is_word or begins and low in ("no", "on", "is"):
+    if is_unit or is_word or begins and low in ("no", "on", "is"):
         return [("word", run)]
     return [("name", letter) for letter in run]
 
@@ -1118,7 +1118,7 @@ def _without_points(node: _Node, points: _Node) -> _Node:
 _CHOICE = re.compile(r"""(?x)  # and its text, with no other choice in it: A. 12, not (A) or (B)
     (?:(?i:option|choice)\ )?\(?\s*([A-J])(?:\s*[).:]+(?!\s*(?:=|not|[A-J]\Z))
     (?!.*(?:\b[A-J]\s*[).:]|(?:\bor|\band|[,/])\s*\(?[A-J]\b))\s*(.*))?""")
-_CHOICES = re.compile(r"[A-J]\)?(?:(?:[\s,;]|and)+\(?[A-J]\)?)+")  # A, (C) and D
+_CHOICES = re.compile(r"\A[( ]*[A-J]\)?(?:(?:[\s,;]|and)+\(?[A-J]\)?)+[) ]*\Z")  # A, (C) and D
 # Words that deny the number beside them, or say that it is a multiple; and others that change it
 _DENIED = r"""(?i:n't\b|\b(?:no(?!\.)|not|none|never|cannot|false|wrong|incorrect|invalid|rejected
     |extraneous|impossible|half|twice|double|triple|square\ of\ the)\b)"""
@@ -1153,11 +1153,8 @@ def _same_choice(a: str, b: str) -> bool | None:
         if letter:
             return letter[1].upper() == choice[1] or None
         return _same_text(choice[2] or "", other) or None
-    words = []
-    for text in (a, b):
-        is_list = _CHOICES.fullmatch(text.strip("( )"))
-        words.append("".join(sorted(re.findall("[A-J]", text))) if is_list else text)
-    return words[0] == words[1] if all(re.fullmatch("[A-Z]{2,}", x) for x in words) else None
+    a, b = (_CHOICES.sub(lambda m: "".join(sorted(re.findall("[A-J]", m[0]))), x) for x in (a, b))
+    return a == b if all(re.fullmatch("[A-Z]{2,}", x) for x in (a, b)) else None
 
 
 # --------------------------------------------------------------------------------------------- code
@@ -1238,11 +1235,11 @@ def check_tests(tests: list) -> None:
         values = [test.get("input"), test.get("output")] if isinstance(test, dict) else [test]
         if not isinstance(test, kind) or not all(isinstance(value, str) for value in values):
             raise TypeError(f"{form}; this is neither: {test!r:.80}")
-        try:
-            ast.parse(test if kind is str else "")
-        except (SyntaxError, ValueError, MemoryError, RecursionError) as error:  # by version
-            raise ValueError(f"a test that is not Python ({error}): {test!r:.80}") from error
-    if kind is str and not ast.parse("\n".join(tests)).body:
+    try:
+        statements = tests if kind is dict else ast.parse("\n".join(tests)).body
+    except (SyntaxError, ValueError, MemoryError, RecursionError) as error:  # by version
+        raise ValueError(f"tests that are not Python ({error}): {tests!r:.80}") from error
+    if not statements:
         raise ValueError(f"{form}; these are comments: {tests!r:.80}")
 
 
