@@ -140,13 +140,12 @@ def extract_answer(response: str) -> str | None:
             after = response.find(last_word, end) + len(last_word)
             is_final = _is_final(before, match[0] if match["phrase"] else "", content)
             before += match[0]
-        if _EMPTY.fullmatch(content) or (fallback and not is_final):  # the last fallback stays
-            continue
-        if _REMARK_BEFORE.search(before) or _REMARK_AFTER.match(response, after):
+        is_remark = _REMARK_BEFORE.search(before) or _REMARK_AFTER.match(response, after)
+        if is_remark or _EMPTY.fullmatch(content):
             continue
         if is_final:
             return _with_boxes_before(response, markers, match, content)
-        fallback = content
+        fallback = fallback or content
     return fallback
 
 
@@ -831,10 +830,8 @@ def _apply(function, *arguments: _Node) -> _Node:
     unit, n = (*units, "")[0], len(units)
     if function is _add:  # 3 + 5 m is 8 m
         fits = {*units} <= {unit} and (unit != "%" or n == 2)
-    elif function in (mul, truediv):  # 2 x $5; 180°/5
-        fits = n == 0 or n == 1 and unit in "$£€¥₹°"
-    else:
-        fits = n == 0 or function is neg
+    else:  # 2 x $5; 180°/5
+        fits = function is neg or n == 0 or n == 1 and unit in "$£€¥₹°"
     if not fits or any(argument.kind != "value" for argument in arguments):
         raise ValueError("arithmetic on something other than numbers of one unit")
     points, numbers = [*zip(*(argument.items for argument in arguments))], []
