@@ -277,10 +277,9 @@ _ASIDE = re.compile(r"""(?ix)  # an answer other than the final one
 def _is_final(before: str, phrase: str, content: str) -> bool:
     """Whether a phrase or a heading states the final answer, whatever is boxed before it.
 
-    Rule: what it states, in 120 characters, is mathematics that this file reads, or a word (at most
-    three) that begins with a capital letter or is yes, no, ... (not: positive, even; after #### only
-    mathematics); and neither its clause (a wrong answer is) nor a condition in its sentence makes
-    another one of it.
+    Rule: what it states, in 120 characters, is mathematics that this file reads, or (but not after
+    ####) at most three words that begin with a capital letter or yes, no, ... (not: positive); and
+    neither its clause (a wrong answer is) nor a condition in its sentence makes another one of it.
     """
     sentence = re.split(r"[.!?]\s|\n", before)[-1]
     clause = re.split(r"[.,;:—>}]", sentence)[-1]
@@ -576,7 +575,7 @@ class _Reader:
 
     def next(self) -> str:
         token = self.token
-        self.read += token
+        self.read += " " * (self.kind == "word") + token
         self.kind, self.token = next(self.tokens, ("end", ""))
         return token
 
@@ -624,14 +623,13 @@ class _Reader:
     def quantity(self) -> _Node:
         """A sum with its unit, words, or brackets joined by ∪ or ∖."""
         if self.kind == "word":
-            words = []
+            start = len(self.read)
             while self.kind in ("word", "name"):
-                words.append(self.next())
+                self.read += " "
+                self.next()
             if self.sees("("):  # Area(ABC), gcd(4, 6)
-                start = len(self.read)
                 self.atom()
-                words.append(self.read[start:])
-            return _Node("text", [" ".join(words)])
+            return _Node("text", [self.read[start:].strip()])
         node = self.sum()
         while node.kind not in ("value", "±") and (sign := self.accept("∪∖")):
             parts, other = node.items if node.kind == "∪" else [node], self.sum()
@@ -656,16 +654,15 @@ class _Reader:
             return node
         while self.token.lower() in _SCALES:
             node = _apply(mul, node, _number(10 ** _SCALES[self.next().lower()]))
-        unit = ""  # words, signs like %, and powers and quotients of them: cm^2, m/s, °C
-        while self.kind == "word" or self.sees("%°¤£€¢¥₹^/*" if unit else "%°¤£€¢¥₹"):
-            unit += " " * (self.kind == "word") + self.next()
-            start = len(self.read)
-            if unit[-1] == "^":
+        # words, signs like %, and powers and quotients of them: cm^2, m/s, °C
+        start, last = len(self.read), ""
+        while self.kind == "word" or self.sees("%°¤£€¢¥₹^/*" if last else "%°¤£€¢¥₹"):
+            last = self.next()
+            if last == "^":
                 self.atom()
-            elif self.kind == "name" and unit[-1] in "/*°":
+            elif self.kind == "name" and last in "/*°":
                 self.next()
-            unit += self.read[start:]
-        unit = _unit(re.sub(r"[{}]", "", unit), node.is_constant)
+        unit = _unit(re.sub(r"[{}]", "", self.read[start:]), node.is_constant)
         return _for_each_sign(lambda part: part._replace(unit=part.unit or unit), [node])
 
     def product(self, signs: str = "*/(√{⟦[", kinds: tuple = _FACTORS) -> _Node:
@@ -1077,12 +1074,10 @@ class _Comparison:
             if all(self.same(node.items[0], item) for item in node.items[1:]):
                 return node.items[:1]
         relations = node.items if node.kind in ("", "or") else [node]
-        if any(item.kind != "relation" for item in relations):
-            return []
-        pieces = _intervals(relations)
-        if not pieces:
-            return self.said(node) if node.kind == "relation" else []
-        return pieces if len(pieces) == 1 else [_Node("∪", pieces)]
+        pieces = _intervals(relations) if all(x.kind == "relation" for x in relations) else []
+        if pieces:
+            return pieces if len(pieces) == 1 else [_Node("∪", pieces)]
+        return self.said(node) if node.kind == "relation" else []
 
 
 def _intervals(relations: list[_Node]) -> list[_Node]:
