@@ -195,6 +195,9 @@ _EMPTY = re.compile(r"""(?isx)  # no answer in a box, or after a phrase; #### St
     (?:\\text\{)?(?:[\s._?…]|\\[lc]?dots|your|the|final|answer|number|letter|here)*\}?
     |(?:step|verif\w+|check\w*|solution|conclusion|explanation|note|analysis|case|part|summary)\b
     .*""")
+_JOINED = re.compile(r"""(?ix)  # between boxes that are one answer; not only a line's end
+    (?![\s$)}\]\\]*\n[\s$(\[\\]*\Z)(?:[\s$*.,;:/()\[\]{}\\]|\\q?quad\b|\\text\b
+    |\b(?:and|or|also|else|either|alternatively|maybe|perhaps|possibly|though|even)\b)*""")
 
 
 def _boxed(text: str, box: re.Match) -> str | None:
@@ -205,11 +208,6 @@ def _boxed(text: str, box: re.Match) -> str | None:
         if depth == 0:
             return text[start : match.start()]
     return None
-
-
-_JOINED = re.compile(r"""(?ix)  # between boxes that are one answer; not only a line's end
-    (?![\s$)}\]\\]*\n[\s$(\[\\]*\Z)(?:[\s$*.,;:/()\[\]{}\\]|\\q?quad\b|\\text\b
-    |\b(?:and|or|also|else|either|alternatively|maybe|perhaps|possibly|though|even)\b)*""")
 
 
 def _with_boxes_before(text: str, markers: list, last: re.Match, content: str) -> str:
@@ -402,6 +400,23 @@ _CHOICE = re.compile(r"""(?x)  # and its text, with no other choice in it: A. 12
     (?:(?i:option|choice)\ )?\(?\s*([A-J])(?:\s*[).:]+(?!\s*(?:=|not|[A-J]\Z))
     (?!.*(?:\b[A-J]\s*[).:]|(?:\bor|\band|[,/])\s*\(?[A-J]\b))\s*(.*))?""")
 _CHOICES = re.compile(r"\A[( ]*[A-J]\)?(?:(?:[\s,;]|and)+\(?[A-J]\)?)+[) ]*\Z")  # A, (C) and D
+# Words that deny the number beside them, or say that it is a multiple; and others that change it
+_DENIED = r"""(?i:n't\b|\b(?:no(?!\.)|not|none|never|cannot|false|wrong|incorrect|invalid|rejected
+    |extraneous|impossible|half|twice|double|triple|square\ of\ the)\b)"""
+_CHANGED = rf"""(?:{_DENIED}|\b(?i:except|at\ (?:most|least)|less|fewer|more|than|almost|nearly|too
+    |negative|minus|thirds|(?:doubl|tripl|halv|squar|cub)ed|root|dozen|(?:hundr|thous|\w*illi)\w+)\b)"""
+_FILLER = re.compile(rf"""(?ix)  # words around an answer; the lookbehind saves time on commas
+    ‹?\b(?:(?:the\ )?(?:final\ )?answer\ is|approximately|about|exactly|only|just
+    |a\ total\ of|equal\ to|either|both)\b\ ?›?\s*
+    |(?<=[^\s,])(?:[ ,]*‹?(?:altogether|in\ total|in\ all|overall|combined|total)
+    |,\ ?‹?(?:respectively|exactly|precisely|each|now|of\ course))›?\s*\Z
+    |(?<=[^\s,(])[ ,(‹]*(?:for\ (?:all|any|every)\b[^\d<>≤≥≠]{{0,40}}|(?:since|because)\b.*
+    |[kn]\ ∈\ \{{?Z\}}?\s*\)?)\Z|(?<=[\d}}])[\ ‹]+\(
+    (?![^)]{{0,60}}(?:{_CHANGED}|\b(?:maybe|base|mod|factorial|percent|or|and)\b))
+    (?=by|[a-z]*[aeiou])[a-z]{{2}}[a-z\ -]{{2,60}}\)\ ?›?\Z""")
+_LABELLED = re.compile(rf"""(?sx)  # total cost: 5, ‹The cost is› 5, A(1, 2); the label may be empty
+    ((?![^:]{{0,60}}{_CHANGED}[^:]{{0,60}}(?::|\bis\b))(?=[^:\d]*[A-Za-z]{{3}})
+    [A-Za-z‹][^=:<>≤≥≠≈∈\d]{{0,60}}(?::|\bis\b\ ?›?)|[A-Z]\ ?(?=\([^()]*,)|)(.*)""")
 
 
 def _same_choice(a: str, b: str) -> bool | None:
@@ -421,25 +436,6 @@ def _same_choice(a: str, b: str) -> bool | None:
         return _same_text(choice[2] or "", other) or None
     a, b = (_CHOICES.sub(lambda m: "".join(sorted(re.findall("[A-J]", m[0]))), x) for x in (a, b))
     return a == b if all(re.fullmatch("[A-Z]{2,}", x) for x in (a, b)) else None
-
-
-# Words that deny the number beside them, or say that it is a multiple; and others that change it
-_DENIED = r"""(?i:n't\b|\b(?:no(?!\.)|not|none|never|cannot|false|wrong|incorrect|invalid|rejected
-    |extraneous|impossible|half|twice|double|triple|square\ of\ the)\b)"""
-_CHANGED = rf"""(?:{_DENIED}|\b(?i:except|at\ (?:most|least)|less|fewer|more|than|almost|nearly|too
-    |negative|minus|thirds|(?:doubl|tripl|halv|squar|cub)ed|root|dozen|(?:hundr|thous|\w*illi)\w+)\b)"""
-_FILLER = re.compile(rf"""(?ix)  # words around an answer; the lookbehind saves time on commas
-    ‹?\b(?:(?:the\ )?(?:final\ )?answer\ is|approximately|about|exactly|only|just
-    |a\ total\ of|equal\ to|either|both)\b\ ?›?\s*
-    |(?<=[^\s,])(?:[ ,]*‹?(?:altogether|in\ total|in\ all|overall|combined|total)
-    |,\ ?‹?(?:respectively|exactly|precisely|each|now|of\ course))›?\s*\Z
-    |(?<=[^\s,(])[ ,(‹]*(?:for\ (?:all|any|every)\b[^\d<>≤≥≠]{{0,40}}|(?:since|because)\b.*
-    |[kn]\ ∈\ \{{?Z\}}?\s*\)?)\Z|(?<=[\d}}])[\ ‹]+\(
-    (?![^)]{{0,60}}(?:{_CHANGED}|\b(?:maybe|base|mod|factorial|percent|or|and)\b))
-    (?=by|[a-z]*[aeiou])[a-z]{{2}}[a-z\ -]{{2,60}}\)\ ?›?\Z""")
-_LABELLED = re.compile(rf"""(?sx)  # total cost: 5, ‹The cost is› 5, A(1, 2); the label may be empty
-    ((?![^:]{{0,60}}{_CHANGED}[^:]{{0,60}}(?::|\bis\b))(?=[^:\d]*[A-Za-z]{{3}})
-    [A-Za-z‹][^=:<>≤≥≠≈∈\d]{{0,60}}(?::|\bis\b\ ?›?)|[A-Z]\ ?(?=\([^()]*,)|)(.*)""")
 
 
 def _same_text(a: str, b: str) -> bool:
@@ -696,8 +692,8 @@ class _Reader:
             node = _number(token)
         elif kind == "name":
             node = _symbol(re.sub("[{} ]", "", token))
-        elif kind == "call":  # a variable named after the function and its argument
-            node = _apply(functools.partial(_unknown, token), self.atom())
+        elif kind == "call":  # an unknown function: a variable named after it and its argument
+            node = _apply(lambda x: _symbol(f"{token}({complex(x):.9g})").items[0], self.atom())
         elif kind == "function":
             node = self.function(token)
         elif token in (r"\frac", r"\binom"):
@@ -728,8 +724,7 @@ class _Reader:
         kinds = "name", "call", "command"
         argument = self.atom() if self.sees("(") else self.product("√{", kinds)
         if argument.unit == "°" or self.accept("°"):
-            argument = _apply(mul, argument._replace(unit=""), _symbol("π"))
-            argument = _apply(truediv, argument, _number(180))
+            argument = _apply(lambda x: x * _CONSTANTS["π"] / 180, argument._replace(unit=""))
         power = scripts.get("^", _number(1))
         if f"arc{name}" in _FUNCTIONS and power.items[:1] == (-1,):  # \tan^{-1}
             name, power = f"arc{name}", _number(1)
@@ -823,10 +818,9 @@ def _is_wordlike(word: str) -> bool:
 _UNIT_NAMES = """$ dollar usd ¤ buck|£ gbp|€ euro eur|¢ cent|¥ yen yuan|₹ rupee|% percent
 |° degree deg|°c|°f|mm millimeter millimetre|cm centimeter centimetre|dm|m meter metre
 |km kilometer kilometre|in inch inche|ft foot feet|yd yard|mi mile|mg milligram|g gram
-|kg kilogram|lb pound|oz ounce
-|ml milliliter millilitre|l liter litre|s second sec|min minute|h hour hr|mph|kph|week|year yr
-|rad radian|pt|am a.m|pm p.m|kb|mb|gb|kw|kwh|hp|hz|n|j|w|v|sq square|cubic|us|th st nd rd
-|of|per|unit"""
+|kg kilogram|lb pound|oz ounce|ml milliliter millilitre|l liter litre|s second sec|min minute
+|h hour hr|mph|kph|week|year yr|rad radian|pt|am a.m|pm p.m|kb|mb|gb|kw|kwh|hp|hz|n|j|w|v
+|sq square|cubic|us|th st nd rd|of|per|unit"""
 _UNITS = [names.split() for names in _UNIT_NAMES.split("|")]
 _UNITS = {alias + s: names[0] for names in _UNITS for alias in names for s in ("", "s")}
 _SI_UNIT = re.compile("[kmgtnp]?(?:[jkcatfhwvnmsgl]|ev|hz|pa|mol)")  # in \\text{}: 5 eV, 3 kJ
@@ -835,9 +829,8 @@ _NUMBER_WORD = re.compile(r"""(?x)  # not a unit: it changes the number before i
     \w+tieths?|(?:\w+illion|(?:thir|four|fif|six|seven|eigh|nine)teen|hundred|thousand|dozen
     |(?:twen|thir|for|fif|six|seven|eigh|nine)ty|one|two|three|four|five|six|seven|eight|nine|ten
     |eleven|twelve|third|quarter|mil)(?:ths?|s)?|(?:fif|eigh|nin|twelf)ths?|half|halfs|halves
-    |twice|thrice|score|least|most|double|triple|factorial|plus|minus|negative|point|remainder
-    |root|power
-    |(?:squar|cub|doubl|tripl|halv|divid|multipli|increas|decreas|reduc|rais|add|subtract)ed""")
+    |twice|thrice|score|least|most|double|triple|factorial|plus|minus|negative|point|root|power
+    |remainder|(?:squar|cub|doubl|tripl|halv|divid|multipli|increas|decreas|reduc|rais|add|subtract)ed""")
 
 
 def _unit(text: str, constant: bool) -> str:
@@ -884,11 +877,6 @@ def _symbol(name: str) -> _Node:
     draws = [2 * draw(1, 500_000) + k % 2 for k in range(_POINTS)]  # even and odd, for (-1)^n
     points = [Fraction(-n if signs >> k & 1 else n, 400_009) for k, n in enumerate(draws)]
     return _Node("value", tuple(points))
-
-
-def _unknown(name: str, x: Fraction | complex) -> Fraction:
-    """The value of an unknown function; it may be negative if x is, so that |f(x)| is not f(x)."""
-    return _symbol(f"{name}({complex(x):.9g})").items[x.real < 0]
 
 
 def _apply(function, *arguments: _Node) -> _Node:
