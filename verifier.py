@@ -553,7 +553,6 @@ def _for_each_sign(function, nodes: list[_Node]) -> _Node:
 
 
 _CLOSING = {"(": ")]", "[": ")]", "{": "}", "⦃": "⦄"}
-_FACTORS = "name", "call", "function", "command"  # what may be a factor without a sign before it
 _SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
 
 
@@ -661,7 +660,8 @@ class _Reader:
         unit = _unit(re.sub(r"[{}]", "", self.read[start:]), node.is_constant)
         return _for_each_sign(lambda part: part._replace(unit=part.unit or unit), [node])
 
-    def product(self, signs: str = "*/(√{⟦[", kinds: tuple = _FACTORS) -> _Node:
+    def product(self, signs="*/(√{⟦[", kinds=("name", "call", "command", "function")) -> _Node:
+        """Factors that begin with one of these signs or kinds of tokens: 2x, 2 * 3."""
         node = self.power()
         while self.sees(signs) or self.kind in kinds:
             operation = truediv if self.accept("*/") == "/" else mul
@@ -721,8 +721,8 @@ class _Reader:
         while self.sees("^_"):
             sign = self.next()
             scripts[sign] = self.atom()
-        kinds = "name", "call", "command"
-        argument = self.atom() if self.sees("(") else self.product("√{", kinds)
+        factors = "√{", ("name", "call", "command")
+        argument = self.atom() if self.sees("(") else self.product(*factors)
         if argument.unit == "°" or self.accept("°"):
             argument = _apply(lambda x: x * _CONSTANTS["π"] / 180, argument._replace(unit=""))
         power = scripts.get("^", _number(1))
@@ -1042,7 +1042,8 @@ class _Comparison:
         names = [name for side in chain.items[1:] for name in side.names]
         if set(chain.signs) - {*"=≈"} or sides[0].text in names:  # x = 2x
             return []
-        if len(sides) > 2 and (sides[-1].kind == "text" or sides[-1].is_name):  # x = B = D
+        last = chain.items[-1]
+        if len(chain.items) > 2 and (last.kind == "text" or last.is_name):  # x = B = D
             return []
         if rounded and all(side.is_name for side in sides):
             return rounded if len(rounded) == 1 else []
@@ -1202,7 +1203,7 @@ def verify_code(response: str, tests: list, *, timeout: float = 5.0, memory: int
             steps.append(ast.unparse(statement))
             literals += [None, None]
     out = _run(job | {"steps": steps, "token": token})
-    replies = [] if out is None else out.split("\n")[:-1]
+    replies = (out or "").split("\n")[:-1]
     if len(replies) != len(literals):
         return False
     sides = [literal or reply for literal, reply in zip(literals, replies)]
