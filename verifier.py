@@ -138,7 +138,7 @@ def extract_answer(response: str) -> str | None:
             content = _stated(response[end : end + 500].lstrip(" \t#*:_>"))
             last_word = content.split()[-1] if content.strip() else ""
             after = response.find(last_word, end) + len(last_word)
-            is_final = _is_final(before, match[0] if match["phrase"] else "", content)
+            is_final = _is_final(before, match["phrase"] or "", content)
             before += match[0]
         is_remark = _REMARK_BEFORE.search(before) or _REMARK_AFTER.match(response, after)
         if is_remark or _EMPTY.fullmatch(content):
@@ -787,8 +787,7 @@ def _tokens(text: str) -> list[tuple[str, str]]:
 
 
 def _letters(run: str, kind: str, before: str, spaced: bool) -> list[tuple[str, str]]:
-    """Read a run of letters, after a token of this kind, as a word or as a product of variables (dx
-    is one).
+    """A run of letters after a token of this kind: a word, or a product of variables (dx is one).
 
     Rule: it is a word after a word; after a number if it is a known unit; after a number and a
     space, or where a statement begins, if it looks like a word (see _is_wordlike).
@@ -1219,9 +1218,7 @@ def check_tests(tests: list) -> None:
     form = 'tests must be a list of {"input": str, "output": str}, or of statements as strings'
     if not isinstance(tests, (list, tuple)):
         raise TypeError(f"{form}, not {type(tests).__name__}: {tests!r:.80}")
-    if not tests:
-        raise ValueError(f"{form}; the list is empty")
-    kind = dict if isinstance(tests[0], dict) else str
+    kind = dict if tests and isinstance(tests[0], dict) else str
     for test in tests:
         values = [test.get("input"), test.get("output")] if isinstance(test, dict) else [test]
         if not isinstance(test, kind) or not all(isinstance(value, str) for value in values):
@@ -1231,7 +1228,7 @@ def check_tests(tests: list) -> None:
     except (SyntaxError, ValueError, MemoryError, RecursionError) as error:  # by version
         raise ValueError(f"tests that are not Python ({error}): {tests!r:.80}") from error
     if not statements:
-        raise ValueError(f"{form}; these are comments: {tests!r:.80}")
+        raise ValueError(f"{form}; the list is empty or has comments only: {tests!r:.80}")
 
 
 _CONSTRUCTORS = set, frozenset, tuple, list, dict, sorted, round, str, float
