@@ -553,7 +553,7 @@ def _for_each_sign(function, nodes: list[_Node]) -> _Node:
 
 
 _CLOSING = {"(": ")]", "[": ")]", "{": "}", "⦃": "⦄"}
-_SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
+_SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}  # 10^n
 
 
 class _Reader:
