@@ -123,6 +123,7 @@ def extract_answer(response: str) -> str | None:
     None when it states none. Raises TypeError when the response is not a string.
     """
     _require_strings(response=response)
+    response = re.sub(r"\\(boxed|fbox)\s*(\d+)", r"\\\1{\2}", response)  # \boxed5
     fallback = None  # what a phrase stated; used only if nothing better comes before it
     markers = [*_MARKER.finditer(response)][-10:]  # no honest text needs more
     while markers:
@@ -132,21 +133,19 @@ def extract_answer(response: str) -> str | None:
             content = _boxed(response, match)
             if content is None:
                 return fallback
-            # the match of \boxed5 ends after the 5
-            after, is_final = end + (0 if match["digits"] else len(content)), True
+            after, is_final = end + len(content), True
         else:
             content = _stated(response[end : end + 500].lstrip(" \t#*:_>"))
             last_word = content.split()[-1] if content.strip() else ""
             after = response.find(last_word, end) + len(last_word)
-            is_final = _is_final(before, match[0] if match["phrase"] else "", content)
+            is_final = _is_final(before, match["phrase"] or "", content)
             before += match[0]
-        if _EMPTY.fullmatch(content) or (fallback and not is_final):  # the last fallback stays
-            continue
-        if _REMARK_BEFORE.search(before) or _REMARK_AFTER.match(response, after):
+        is_remark = _REMARK_BEFORE.search(before) or _REMARK_AFTER.match(response, after)
+        if is_remark or _EMPTY.fullmatch(content):
             continue
         if is_final:
             return _with_boxes_before(response, markers, match, content)
-        fallback = content
+        fallback = fallback or content
     return fallback
 
 
@@ -156,12 +155,11 @@ def _require_strings(**arguments) -> None:
             raise TypeError(f"{name} must be a string, not {type(value).__name__}: {value!r:.80}")
 
 
-# ------------------------------------------------------------------------------ finding the answer
+# ------------------------------------------------------------------------------- finding the answer
 
 _MAX_ANSWER = 4000  # characters; a longer box counts as one that never closes
-_MAX_STATED = 120  # characters of a phrase's answer that outranks a box before it
 _MARKER = re.compile(r"""(?ix)
-    (?P<box>\\(?:boxed|fbox)\s*(?:\{|\Z|(?P<digits>\d+)))
+    (?P<box>\\(?:boxed|fbox)\s*(?:\{|\Z))
     |(?P<hash>\#{4,}(?!\s*\d\d?\.\s+[A-Z][\w ]{2,40}\n))  # #### 1. A heading
     |(?P<phrase>\b(?<!</)answers?\b(?:
         (?:[^\n.:=\\a]|\\(?!f?box)|a(?!nswer)){0,60}?
@@ -193,43 +191,17 @@ _REMARK_AFTER = re.compile(r"""(?ix)  # \boxed{13} is a common mistake; 13, but 
     [\s$)}\\*,]*(?:(?:and|but|though|which|that|this|it)\ )*(?:is|was|would)\ (?:\w+\ ){0,2}
     (?:wrong|incorrect|mistake|error|not\ (?:be\ )?(?:correct|right|possible|the\ answer))\b
     |[\s$)}\\*]*(?:\.\s*no,|\?\s*no\b)""")
-_JOINED = re.compile(r"""(?ix)  # between boxes that are one answer; not only a line's end
-    (?![\s$)}\]\\]*\n[\s$(\[\\]*\Z)(?:[\s$*.,;:/()\[\]{}\\]|\\q?quad\b|\\text\b
-    |\b(?:and|or|also|else|either|alternatively|maybe|perhaps|possibly|though|even)\b)*""")
-_ASIDE = re.compile(r"""(?ix)  # an answer other than the final one
-    \b(?:wrong|incorrect|mistaken|common|tempting|naive|trap|(?:an)?other|similar|previous|earlier
-    |old|first|initial|original|intermediate|partial|approximate|rough|next|possible|potential|guess
-    |sometimes|often|usually|makes|rounding|students?|not|no|without|any|each|every|an|a)\b
-    |\b(?:check|verify|confirm)\w*\ (?:the|my|our)\ |\bof\ (?:the|my|our)\ answer\b
-    |\b(?:twice|half|double)\ |\bfor\ \w\ =""")
 _EMPTY = re.compile(r"""(?isx)  # no answer in a box, or after a phrase; #### Step 2
     (?:\\text\{)?(?:[\s._?…]|\\[lc]?dots|your|the|final|answer|number|letter|here)*\}?
     |(?:step|verif\w+|check\w*|solution|conclusion|explanation|note|analysis|case|part|summary)\b
     .*""")
-_REASON = re.compile(r"""(?ix)  # what may follow the answer in its sentence
-    \b(?:because|since|which|where|so|as|but|hence|thus|therefore|after|from|given|not|by|using
-    |altogether|I\ (?:think|believe)|and\ (?:we|this|that|it|so|not)
-    |(?:when|if)\b(?!.*\b(?:when|if|otherwise)\b))\b""")  # not: 5 if n is even, 6 otherwise
-_FORMULA = re.compile(r"""(?x)  # in its delimiters, alone or before a unit, and no item of a list
-    (?:\$\$?|\\[(\[])((?:[^$\\]|\\[^)\]])+)(?:\$\$?|\\[)\]])
-    (?!(?:[ ,;]|and\b|or\b)*(?:\$|\\\(|-?\d))(?!\s*[a-z]+\ (?:and\ |or\ )?(?:\$|\\\(|-?\d))
-    (?:\s*([a-zA-Z]+)(?=\s*\*{0,2}(?:[.,;!]|\n|$)))?
-    (?![\s*]*(?:or|and|to|less|more|is|equals|plus|minus|times)\b)
-    (?=[\s*]*(?:[.,;:!\n]|$|[A-Za-z]))""")
-_SENTENCE = re.compile(r"""(?x)  # She sold 72 clips in May. Not: She sold 6 dozen; more than 5
-    (?!.*(?:[\\^*/=+]|n't|\b(?:not?|never|or|than|about|nearly|almost|approximately|around|roughly
-    |over|under|times)\b))(?:that\ |[A-Z])[a-z]+\ [a-z]+\ """)
-_SENTENCE_END = re.compile(r"""(?x)  # not: **5** or **6**; 5 — no, 6
-    (?:[.?]|!(?!\s*[=+/-]))(?=[\s*]|$)|(?<=\w)\*\*(?!\w|\s?(?:or|and)\b)|\n|<[|/]
-    |\s—\s(?!(?:no|wait|or)\b)|\s[-–]\s(?=(?:the|this|that|which|it)\b)|;\s(?=[a-z]{3})""")
-_BOLD = re.compile(r"""(?x)  # It takes **5 hours**. Not: It is not **5**; more than **5**; **5** or
-    (?!.*(?:n't|\b(?:not?|never|than|or)\b))[A-Z][a-z]*\ [^\n*.]{3,100}\*\*([^*\n]{1,60})\*\*""")
+_JOINED = re.compile(r"""(?ix)  # between boxes that are one answer; not only a line's end
+    (?![\s$)}\]\\]*\n[\s$(\[\\]*\Z)(?:[\s$*.,;:/()\[\]{}\\]|\\q?quad\b|\\text\b
+    |\b(?:and|or|also|else|either|alternatively|maybe|perhaps|possibly|though|even)\b)*""")
 
 
 def _boxed(text: str, box: re.Match) -> str | None:
     """The content of a box; None when it does not close."""
-    if box["digits"]:
-        return box["digits"]
     start, depth = box.end(), 1  # of braces; escaped ones are those of a set
     for match in re.compile(r"\\[\\{}]|[{}]").finditer(text, start, start + _MAX_ANSWER):
         depth += (match[0] == "{") - (match[0] == "}")
@@ -255,6 +227,26 @@ def _with_boxes_before(text: str, markers: list, last: re.Match, content: str) -
     return content.strip()
 
 
+_REASON = re.compile(r"""(?ix)  # what may follow the answer in its sentence
+    \b(?:because|since|which|where|so|as|but|hence|thus|therefore|after|from|given|not|by|using
+    |altogether|I\ (?:think|believe)|and\ (?:we|this|that|it|so|not)
+    |(?:when|if)\b(?!.*\b(?:when|if|otherwise)\b))\b""")  # not: 5 if n is even, 6 otherwise
+_FORMULA = re.compile(r"""(?x)  # in its delimiters, alone or before a unit, and no item of a list
+    (?:\$\$?|\\[(\[])((?:[^$\\]|\\[^)\]])+)(?:\$\$?|\\[)\]])
+    (?!(?:[ ,;]|and\b|or\b)*(?:\$|\\\(|-?\d))(?!\s*[a-z]+\ (?:and\ |or\ )?(?:\$|\\\(|-?\d))
+    (?:\s*([a-zA-Z]+)(?=\s*\*{0,2}(?:[.,;!]|\n|$)))?
+    (?![\s*]*(?:or|and|to|less|more|is|equals|plus|minus|times)\b)
+    (?=[\s*]*(?:[.,;:!\n]|$|[A-Za-z]))""")
+_SENTENCE = re.compile(r"""(?x)  # She sold 72 clips in May. Not: She sold 6 dozen; more than 5
+    (?!.*(?:[\\^*/=+]|n't|\b(?:not?|never|or|than|about|nearly|almost|approximately|around|roughly
+    |over|under|times)\b))(?:that\ |[A-Z])[a-z]+\ [a-z]+\ """)
+_SENTENCE_END = re.compile(r"""(?x)  # not: **5** or **6**; 5 — no, 6
+    (?:[.?]|!(?!\s*[=+/-]))(?=[\s*]|$)|(?<=\w)\*\*(?!\w|\s?(?:or|and)\b)|\n|<[|/]
+    |\s—\s(?!(?:no|wait|or)\b)|\s[-–]\s(?=(?:the|this|that|which|it)\b)|;\s(?=[a-z]{3})""")
+_BOLD = re.compile(r"""(?x)  # It takes **5 hours**. Not: It is not **5**; more than **5**; **5** or
+    (?!.*(?:n't|\b(?:not?|never|than|or)\b))[A-Z][a-z]*\ [^\n*.]{3,100}\*\*([^*\n]{1,60})\*\*""")
+
+
 def _stated(text: str) -> str:
     """The answer at the beginning of a text: what is bold in a sentence; or a formula and its unit;
     or the only number of a sentence (She sold 72 clips in May); or the words up to the end of the
@@ -272,17 +264,25 @@ def _stated(text: str) -> str:
     return re.sub(r"\s\([A-Za-z][A-Za-z -]{3,}\)$", "", stated)  # 42 (forty-two)
 
 
+_ASIDE = re.compile(r"""(?ix)  # an answer other than the final one
+    \b(?:wrong|incorrect|mistaken|common|tempting|naive|trap|(?:an)?other|similar|previous|earlier
+    |old|first|initial|original|intermediate|partial|approximate|rough|next|possible|potential|guess
+    |sometimes|often|usually|makes|rounding|students?|not|no|without|any|each|every|an|a)\b
+    |\b(?:check|verify|confirm)\w*\ (?:the|my|our)\ |\bof\ (?:the|my|our)\ answer\b
+    |\b(?:twice|half|double)\ |\bfor\ \w\ =""")
+
+
 def _is_final(before: str, phrase: str, content: str) -> bool:
     """Whether a phrase or a heading states the final answer, whatever is boxed before it.
 
-    Rule: what it states is mathematics that this file reads, or a word (at most three) that begins
-    with a capital letter or is yes, no, ... (not: positive, even; after #### only mathematics); and
+    Rule: what it states, in 120 characters, is mathematics that this file reads, or (but not after
+    ####) at most three words that begin with a capital letter or yes, no, ... (not: positive); and
     neither its clause (a wrong answer is) nor a condition in its sentence makes another one of it.
     """
     sentence = re.split(r"[.!?]\s|\n", before)[-1]
     clause = re.split(r"[.,;:—>}]", sentence)[-1]
     conditional = re.search(r"(?i)\b(?:if|would(?! (?:say|like)))\b", sentence + phrase)
-    if conditional or _ASIDE.search(clause + phrase) or len(content) > _MAX_STATED:
+    if conditional or _ASIDE.search(clause + phrase) or len(content) > 120:
         return False
     content = _FILLER.sub("", re.sub("[‹›]", "", _clean(content)))
     if re.match(r"[-+$¤£€¥₹\\({\[.\d⟦⦃|√]", content):
@@ -295,26 +295,11 @@ def _is_final(before: str, phrase: str, content: str) -> bool:
 
 # ------------------------------------------------------------------------- one spelling for answers
 
-# Signs, synonyms, and names that do not look like words or that follow a variable. Any other word
-# after a number is its unit without being listed (see _unit). A plural with s is added to each.
-_UNIT_NAMES = """$ dollar usd ¤ buck|£ gbp|€ euro eur|¢ cent|¥ yen yuan|₹ rupee|% percent
-|° degree deg|°c|°f|mm millimeter millimetre|cm centimeter centimetre|dm|m meter metre
-|km kilometer kilometre|in inch inche|ft foot feet|yd yard|mi mile|mg milligram|g gram
-|kg kilogram|lb pound|oz ounce
-|ml milliliter millilitre|l liter litre|s second sec|min minute|h hour hr|mph|kph|week|year yr
-|rad radian|pt|am a.m|pm p.m|kb|mb|gb|kw|kwh|hp|hz|n|j|w|v|sq square|cubic|us|th st nd rd
-|of|per|unit"""
-_UNITS = {}
-for _aliases in _UNIT_NAMES.split("|"):
-    for _alias in _aliases.split():
-        _UNITS[_alias] = _UNITS[_alias + "s"] = _aliases.split()[0]
-
 _FUNCTIONS = {name: getattr(cmath, name) for name in ("sin", "cos", "tan", "exp")}
 _FUNCTIONS |= {"arcsin": cmath.asin, "arccos": cmath.acos, "arctan": cmath.atan}
 _FUNCTIONS |= {"cot": lambda x: 1 / cmath.tan(x), "sec": lambda x: 1 / cmath.cos(x)}
 _FUNCTIONS |= {"csc": lambda x: 1 / cmath.sin(x), "ln": cmath.log}
 _FUNCTIONS |= {"log": lambda x, base=10: cmath.log(x, base)}
-
 _SPELLINGS = r"""\frac frac dfrac tfrac cfrac nicefrac, \binom binom dbinom tbinom, * cdot times ast
 / div, √ sqrt, π pi, ∞ infty infinity, ° circ degree, % %, ¤ $, £ pounds, ± pm, ⏎ \, or lor vee
 and land wedge, < lt, > gt, ≤ le leq leqslant, ≥ ge geq geqslant, ≠ ne neq, ≈ approx simeq, ∈ in
@@ -330,29 +315,25 @@ _COMMANDS = dict.fromkeys([" ", "", *_IGNORED.split()], " ")
 _COMMANDS.update((name, f" {name} ") for name in _FUNCTIONS)
 for _line in re.split(", |\n", _SPELLINGS):  # a sign, and its commands: ⏎ is \\ and ≤ \le or \leq
     _COMMANDS.update(dict.fromkeys(_line.split()[1:], f" {_line.split()[0]} "))
-
 _UNICODE = {chr(i + 0xFEE0): chr(i) for i in range(0x21, 0x7F)}  # full-width forms
 _UNICODE |= dict(zip("。、~−–×·⋅÷’⟨⟩º\u00a0\u202f\u2009‹›", ".,\x20--***/'()°\x20\x20\x20\x20\x20"))
 _UNICODE |= {c: f" {x}" for c, x in zip("½¼¾⅓⅔", ("1/2", "1/4", "3/4", "1/3", "2/3"))}
 _UNICODE |= {c: f"^{n}" for n, c in zip("23456789", "²³⁴⁵⁶⁷⁸⁹")}
 _UNICODE |= {"ℝ": r"\mathbb{R}", "∅": r"\emptyset ", "\u200b": "", **dict.fromkeys('“”"`', "")}
 _UNICODE = str.maketrans(_UNICODE)
-
 # These are units in \text{}, and last after a number and a space: 5 m. But 5m is a product.
 _UNIT_LETTER = "[ghlmsJLNVW]"
 _VARIABLE = f"(?!{_UNIT_LETTER})[A-Za-z]"
 _TEXT = r"\\(?:text[a-z]*|operatorname|math(?:rm|bf|sf|tt)|mbox)(?![a-z])"
 _SEPARATOR = r"(?:\\[a-z]+)?\{\s*,?\s*(?:\\[!,])?\s*\}(?:\\[!,])?|,\\!"
+_REPEATING = r"(\d{0,50})\.(\d{0,50})\\(?:overline|bar|dot)\{(\d{1,50})\}"
 _SIGNS = {"<=": "≤", ">=": "≥", "!=": "≠", "==": "=", "begin": "⟦", "end": "⟧"}
 _REWRITES = [  # tests check every example, and every "in any order"
     # TeX as it was written, in any order
     (r"\.\.\.|\\[lc]dots|…", r"\\dots "),  # 1, ... -> 1, \dots
     (rf"(?:{_SEPARATOR})\s*(?=\d{{3}}(?!\d))", ""),  # 1{,}234 -> 1234
     # 0.1\overline{6} -> (0.10+6/90)
-    (
-        r"(\d{0,50})\.(\d{0,50})\\(?:overline|bar|dot)\{(\d{1,50})\}",
-        lambda m: f"({m[1]}.{m[2]}0+{m[3]}/{'9' * len(m[3])}{'0' * len(m[2])})",
-    ),
+    (_REPEATING, lambda m: f"({m[1]}.{m[2]}0+{m[3]}/{'9' * len(m[3])}{'0' * len(m[2])})"),
     (r"x ?(?=10\^)", "*"),  # 3 x 10^5 -> 3 *10^5
     (r"\\q?quad(?=\s*[A-Za-z]\s*=)", ","),  # x = 6 \quad y = 8 -> x = 6 , y = 8
     (r"(?<![\\A-Za-z])(sqrt|pi|infinity)(?![A-Za-z])", r"\\\1"),  # sqrt(2) -> \sqrt(2)
@@ -383,11 +364,8 @@ _REWRITES = [  # tests check every example, and every "in any order"
     (r"(?<![A-Za-z])C_(\{\w+\}|\w)\^(\{\w+\}|\w)", r"\\binom \1 \2"),  # C_9^{2} -> \binom 9 {2}
     (r"(?<=[\w)])\*\*(?=[\w(])", "^"),  # x**2 -> x^2
     (r"[<>!=]=", lambda m: _SIGNS[m[0]]),  # x <= 2 -> x ≤ 2
-    # 30^{°} -> 30°; 21^{ ‹st› } -> 21‹st›; 5^{th} -> 5‹th›
-    (
-        r"\^\s*(?:\{\s*(?:[°o]|‹?(st|nd|rd|th)›?)\s*\}|°|o\b)",
-        lambda m: f"‹{m[1]}›" if m[1] else "°",
-    ),
+    (r"\^\s*(?:\{\s*[°o]\s*\}|°|o\b)", "°"),  # 30^{°} -> 30°
+    (r"\^\s*\{[\s‹]*(st|nd|rd|th)[\s›]*\}", r"‹\1›"),  # 21^{ ‹st› } -> 21‹st›; 5^{th} -> 5‹th›
     # 3 1/2 -> (3+1/2)
     (r"(?<![\w.^])(\d+) *(\\frac *(?:\{ *\d+ *\} *){2}|(?<= )\d+ ?/ ?\d+)", r"(\1+\2)"),
     # in this order
@@ -400,10 +378,8 @@ _REWRITES = [  # tests check every example, and every "in any order"
     # in any order
     # a number after a power is a factor: 2^6 3^5 -> 2^6*3^5; 8!2! -> 8!*2!
     (r"((?<!_)[\w)]\^(?:\{[^{}]*\}|[a-z]|\w(?=\s))|!)\s*(?=\d)", r"\1*"),
-    (
-        r"‹((?:thous|hundr|[mbtr]+illi)\w+) ",
-        r"‹\1› ‹",
-    ),  # 5 ‹million people› -> 5 ‹million› ‹people›
+    # 5 ‹million people› -> 5 ‹million› ‹people›
+    (r"‹((?:thous|hundr|[mbtr]+illi)\w+) ", r"‹\1› ‹"),
     (r"(?i)\A[\s‹]*no (?:real )?solutions?[\s›]*\Z", "⦃⦄"),  # ‹No solution› -> ⦃⦄
     # 2x = 10 \Rightarrow x = 5 -> x = 5
     (r"\A[^,;]{0,199}(?:\\Rightarrow|\\implies|⇒)\s*(?=[^=]*=)", ""),
@@ -418,44 +394,77 @@ def _clean(text: str) -> str:
     return " ".join(text.split()).lstrip(" ,;:=≈").rstrip(" .,;:")
 
 
-# ------------------------------------------------------------------------------- reading an answer
+# ------------------------------------------------------- choices, labels and words around an answer
 
-_LETTER = "[A-Za-zΑ-Ωα-ορ-ω]"  # without pi
-_INDEX = r"(?:_(?:\w|\{\w{1,9}\})'*|'+)"
-_NAME = rf"(?:{_LETTER}{_INDEX}|P\([^()]*(?:[=<>≤≥|∪‹]|\\cap)[^()]*\))"  # x_1, x', P(X = 2)
-_CALL = rf"""(?:(?:[fgFG]{_INDEX}?(?:\^(?:\{{-?\w+\}}|\w))?|[⌊⌈])(?=\s*\()  # f(x + 1), f^{{-1}}(2)
-    # P(x), but e(x) and i(3) are products
-    |(?![ei]\s*\(){_LETTER}{_INDEX}?(?=\s*\(\s*(?:[\d.]+|{_LETTER}{_INDEX}?)\s*\)))"""
-_TOKEN = re.compile(rf"""(?x)  # a number may have groups of three digits: 1,234 or 1 234
-    \s*(?:(?P<and>[,;&]|(?i:‹?\s*(?:and|or)(?![A-Za-z])\s*›?))
-    |‹(?P<word>[^›]*)›
-    |(?P<number>(?:(?<![,^_])\d{{1,3}}(?:(?:,\d{{3}})+|(?:[ ]\d{{3}})+)(?![, ]?\d)
-        |\d+)(?:\.\d+)?(?:[eE][+-]?\d{{1,3}})?|\.\d+)
-    |(?P<function>(?:{"|".join(_FUNCTIONS)})(?![A-Za-z]))
-    |(?P<name>{_NAME}|[π∞])|(?P<call>{_CALL})|(?P<letters>(?:(?!{_CALL}|{_NAME}){_LETTER})+)
-    |(?P<command>\\[A-Za-z]+)|(?P<close>[}}⦄)\]⟧⏎])|(?P<sign>\S))""")
-_SIDE_NAME = re.compile(rf"""(?x)  # x, m + n, a/b, f^{{-1}}(2), [ABC]; not 2x, x + 1, x^2, -x
-    (?!.*(?<!\^)[({{|]-|-)(?:(?!log|ln|exp)(?:{_NAME}|{_LETTER})(?:\^\{{-1\}}(?=\())?(?:\(-?\d+\))?
-    |\\frac|[-+*/(),|{{}}⟦⟧⏎[\]])+""")
-_UNREAD_NAME = re.compile(r"""(?x)  # \sum_{k=1}^{9} k, |A ∪ B|, a \bmod 7; not x \oplus 2, \neg x
-    # and with its right side. Without signs and numbers, except in brackets and scripts
-    ((?![A-Za-z]\s*\^|(?:sin|cos|tan|ln|log|exp)\b|\\frac|\\binom)(?!.*\\(?:l?not|neg|nexists|sim
-    |equiv|cong|[gl]l|gg)\b)(?!.*(?:\b(?:since|because)\b|›\ *\^))
-    (?:[A-Za-z|‹›°∪\s]|\\bmod\s*\w+|\\[A-Za-z]+|[_^]\s*\w|\([^()]*\)|[_^]?\s*\{[^{}]*\}){1,60}+)
-    =([^=]+)""")
-_NUMBER_WORD = re.compile(r"""(?x)  # not a unit: it changes the number before it, as in 3 halves
-    \w+tieths?|(?:\w+illion|(?:thir|four|fif|six|seven|eigh|nine)teen|hundred|thousand|dozen
-    |(?:twen|thir|for|fif|six|seven|eigh|nine)ty|one|two|three|four|five|six|seven|eight|nine|ten
-    |eleven|twelve|third|quarter|mil)(?:ths?|s)?|(?:fif|eigh|nin|twelf)ths?|half|halfs|halves
-    |twice|thrice|score|least|most|double|triple|factorial|plus|minus|negative|point|remainder
-    |root|power
-    |(?:squar|cub|doubl|tripl|halv|divid|multipli|increas|decreas|reduc|rais|add|subtract)ed""")
-_SCALES = {"hundred": 100, "thousand": 10**3}
-_SCALES |= {"million": 10**6, "billion": 10**9, "trillion": 10**12}
-_CLOSING = {"(": ")]", "[": ")]", "{": "}", "⦃": "⦄"}
-_FACTORS = "name", "call", "function", "command"  # what may be a factor without a sign before it
-_SI_UNIT = re.compile("[kmgtnp]?(?:[jkcatfhwvnmsgl]|ev|hz|pa|mol)")  # in \\text{}: 5 eV, 3 kJ
-_LINKS = "/ * - a an to by as at on for with than from".split()  # in a unit of several words
+_CHOICE = re.compile(r"""(?x)  # and its text, with no other choice in it: A. 12, not (A) or (B)
+    (?:(?i:option|choice)\ )?\(?\s*([A-J])(?:\s*[).:]+(?!\s*(?:=|not|[A-J]\Z))
+    (?!.*(?:\b[A-J]\s*[).:]|(?:\bor|\band|[,/])\s*\(?[A-J]\b))\s*(.*))?""")
+_CHOICES = re.compile(r"\A[( ]*[A-J]\)?(?:(?:[\s,;]|and)+\(?[A-J]\)?)+[) ]*\Z")  # A, (C) and D
+# Words that deny the number beside them, or say that it is a multiple; and others that change it
+_DENIED = r"""(?i:n't\b|\b(?:no(?!\.)|not|none|never|cannot|false|wrong|incorrect|invalid|rejected
+    |extraneous|impossible|half|twice|double|triple|square\ of\ the)\b)"""
+_CHANGED = rf"""(?:{_DENIED}|\b(?i:except|at\ (?:most|least)|less|fewer|more|than|almost|nearly|too
+    |negative|minus|thirds|(?:doubl|tripl|halv|squar|cub)ed|root|dozen|(?:hundr|thous|\w*illi)\w+)\b)"""
+_FILLER = re.compile(rf"""(?ix)  # words around an answer; the lookbehind saves time on commas
+    ‹?\b(?:(?:the\ )?(?:final\ )?answer\ is|approximately|about|exactly|only|just
+    |a\ total\ of|equal\ to|either|both)\b\ ?›?\s*
+    |(?<=[^\s,])(?:[ ,]*‹?(?:altogether|in\ total|in\ all|overall|combined|total)
+    |,\ ?‹?(?:respectively|exactly|precisely|each|now|of\ course))›?\s*\Z
+    |(?<=[^\s,(])[ ,(‹]*(?:for\ (?:all|any|every)\b[^\d<>≤≥≠]{{0,40}}|(?:since|because)\b.*
+    |[kn]\ ∈\ \{{?Z\}}?\s*\)?)\Z|(?<=[\d}}])[\ ‹]+\(
+    (?![^)]{{0,60}}(?:{_CHANGED}|\b(?:maybe|base|mod|factorial|percent|or|and)\b))
+    (?=by|[a-z]*[aeiou])[a-z]{{2}}[a-z\ -]{{2,60}}\)\ ?›?\Z""")
+_LABELLED = re.compile(rf"""(?sx)  # total cost: 5, ‹The cost is› 5, A(1, 2); the label may be empty
+    ((?![^:]{{0,60}}{_CHANGED}[^:]{{0,60}}(?::|\bis\b))(?=[^:\d]*[A-Za-z]{{3}})
+    [A-Za-z‹][^=:<>≤≥≠≈∈\d]{{0,60}}(?::|\bis\b\ ?›?)|[A-Z]\ ?(?=\([^()]*,)|)(.*)""")
+
+
+def _same_choice(a: str, b: str) -> bool | None:
+    """Whether two choices are the same, (B) = B. 12; None when neither of them is one.
+
+    Rule: a list of letters, D, A and C, is the word of them in alphabetical order, ACD.
+    """
+    a, b = (re.sub("[‹›{}]", "", text).strip() for text in (a, b))
+    x, y = _CHOICE.fullmatch(a), _CHOICE.fullmatch(b)
+    if x and y:
+        return x[1] == y[1] and (not x[2] or not y[2] or _same_text(x[2], y[2]))
+    if x or y:
+        choice, other = (x, b) if x else (y, a)
+        letter = re.fullmatch(r"\(?([A-Ja-j])\)?", other)  # (b); A. b is not the choice b
+        if letter:
+            return letter[1].upper() == choice[1] or None
+        return _same_text(choice[2] or "", other) or None
+    a, b = (_CHOICES.sub(lambda m: "".join(sorted(re.findall("[A-J]", m[0]))), x) for x in (a, b))
+    return a == b if all(re.fullmatch("[A-Z]{2,}", x) for x in (a, b)) else None
+
+
+def _same_text(a: str, b: str) -> bool:
+    """Whether two cleaned answers are the same text, or equal mathematics."""
+    if _plain(a) == _plain(b):
+        return a != ""
+    try:
+        return _Comparison().same(_read(a), _read(b))
+    except (ValueError, ArithmeticError):  # not mathematics that this file reads, or without value
+        return False
+
+
+def _plain(text: str) -> str:
+    """Text without an article and blanks, except between two numbers; words also without case."""
+    text = re.sub("[‹› ]+", " ", text).strip()
+    article, _, rest = text.partition(" ")
+    words = all(map(_is_wordlike, rest.lower().split()))  # (a sin x is a product)
+    if article.lower() == "the" or article.lower() in ("a", "an") and words:
+        text = rest
+    text = re.sub(r"\s(?!\d)|(?<!\w)\s", "", re.sub(r"\{([\w:])\}", r"\1", text))
+    low = text.lower()
+    is_word = text.isalpha() and (low == "no" or _is_wordlike(low) or text[2:].islower())
+    return low if is_word else text
+
+
+# -------------------------------------------------------------------------------- reading an answer
+
+# With these limits no text takes 100 ms (measured); a number of 2^13 bits is near 10^2400.
+_MAX_LENGTH, _MAX_DEPTH, _MAX_BITS, _POINTS = 600, 24, 2**13, 6
 
 
 class _Node(NamedTuple):
@@ -498,73 +507,53 @@ class _Node(NamedTuple):
         return [name for name in found if name]
 
 
-def _tokens(text: str) -> list[tuple[str, str]]:
-    """Pairs of a kind (a group of _TOKEN) and a text.
+_UNREAD_NAME = re.compile(r"""(?x)  # \sum_{k=1}^{9} k, |A ∪ B|, a \bmod 7; not x \oplus 2, \neg x
+    # and with its right side. Without signs and numbers, except in brackets and scripts
+    ((?![A-Za-z]\s*\^|(?:sin|cos|tan|ln|log|exp)\b|\\frac|\\binom)(?!.*\\(?:l?not|neg|nexists|sim
+    |equiv|cong|[gl]l|gg)\b)(?!.*(?:\b(?:since|because)\b|›\ *\^))
+    (?:[A-Za-z|‹›°∪\s]|\\bmod\s*\w+|\\[A-Za-z]+|[_^]\s*\w|\([^()]*\)|[_^]?\s*\{[^{}]*\}){1,60}+)
+    =([^=]+)""")
 
-    Rule: a comma before three digits joins them; between brackets only before a 0, as in {1,000}.
-    f, g, F, G before a bracket are functions, another letter before one with a single number or
-    letter.
+
+def _read(text: str) -> _Node:
+    """The parsed answer. ±1, 2 is the list of three numbers.
+
+    Rule: a left side that is not read, as in \\lim f(n) = 3, is a name (see _UNREAD_NAME).
+    Inequalities joined by `and` are not those joined by `or`; a comma may be either.
     """
-    tokens, opened = [("and", "")], 0  # what begins a statement
-    for match in _TOKEN.finditer(text):
-        kind, token = match.lastgroup, match[match.lastgroup]
-        opened += (token in "([⦃") - (token in ")]⦄")
-        if kind == "letters":
-            tokens += _letters(token, *tokens[-1], match[0][0].isspace())
-        elif kind == "number":
-            apart = opened > 0 and ",0" not in token
-            for part in token.replace(" ", "").replace(",", "," if apart else "").split(","):
-                tokens += [("number", part), ("and", ",")]
-            tokens.pop()
-        else:
-            tokens.append((kind, token))
-    return tokens[1:]
+    if len(text) > _MAX_LENGTH:
+        raise ValueError("too long")
+    try:
+        nodes = _Reader(text).items()
+    except ValueError:
+        named = _UNREAD_NAME.fullmatch(text)
+        if not named:
+            raise
+        nodes = _Reader(f"‹{re.sub('[‹›]', '', named[1]).strip()}›={named[2]}").items()
+    if len(nodes) == 1:
+        return nodes[0]
+    joined = {*re.findall(r"\b(?:and|or)\b", text)}
+    if joined and any(set(node.signs) & {*"<≤≠"} for node in nodes):
+        if len(joined) == 2:
+            raise ValueError("and beside or")
+        return _Node(*joined, nodes)
+    items = sum((node.alternatives for node in nodes), [])
+    if all(item.kind == "relation" and item.items[0].text in [*"xyz"] for item in items):
+        items.sort(key=lambda item: item.items[0].text)  # y = 3, x = 2 is (2, 3), not (3, 2)
+    return _Node("", items, signs="or" * (joined == {"or"}))
 
 
-def _letters(run: str, kind: str, before: str, spaced: bool) -> list[tuple[str, str]]:
-    """Read a run of letters, after a token of this kind, as a word or as a product of variables (dx
-    is one).
-
-    Rule: it is a word after a word; after a number if it is a known unit; after a number and a
-    space, or where a statement begins, if it looks like a word (see _is_wordlike).
-    """
-    if run == "a" and kind == "word" and spaced:  # 18 dollars a day
-        return [("word", run)]
-    if len(run) == 1 or re.fullmatch("d[r-z]", run):  # dx, dt: one variable, not d times x
-        return [("name", run)]
-    low, follows = run.lower(), kind in ("number", "close")
-    begins = kind == "and" or before in "=<>≤≥≠≈∈([⦃"
-    may_be_unit = kind == "number" or before == "/" or spaced and (follows or kind == "name")
-    is_unit = low in _UNITS and may_be_unit
-    is_word = (begins or follows and spaced) and _is_wordlike(low)
-    if kind == "word" or is_unit or is_word or begins and low in ("no", "on", "is"):
-        return [("word", run)]
-    return [("name", letter) for letter in run]
+def _for_each_sign(function, nodes: list[_Node]) -> _Node:
+    """The function of some nodes. Each ± among them stands for both signs of its own."""
+    choices = [node.alternatives for node in nodes]
+    if math.prod(map(len, choices)) > 16:
+        raise ValueError("too many ±")
+    results = [function(*choice) for choice in itertools.product(*choices)]
+    return results[0] if len(results) == 1 else _Node("±", results)
 
 
-def _is_wordlike(word: str) -> bool:
-    """Three letters or more, with a vowel, not in alphabetical order as factors are (abc)."""
-    in_order = list(word) == sorted(set(word)) and not word.endswith("s")  # (but chips, films)
-    return len(word) > 2 and re.search("[aeiou]", word) is not None and not in_order
-
-
-def _unit(text: str, constant: bool) -> str:
-    """One spelling for a unit: centimeters -> cm, m^2 -> sq m, dollars -> $.
-
-    Rule: after a number, what looks like a word is a unit, except number words; after an expression
-    with variables only a known unit is.
-    """
-    words = []
-    for word in re.sub(r"\bper\b|/", " / ", text.lower().replace("*", " ")).split():
-        name, _, power = word.strip(".").partition("^")
-        is_word = all(map(_is_wordlike, name.split("-"))) or _SI_UNIT.fullmatch(name)
-        if _NUMBER_WORD.fullmatch(name) or not (
-            name in _UNITS or name in _LINKS or constant and is_word
-        ):
-            raise ValueError("no unit")
-        prefix = {"2": "sq ", "3": "cubic "}.get(power, power)
-        words.append(prefix + _UNITS.get(name, name.removesuffix("s")))
-    return " ".join(words).replace("mi / h", "mph")
+_CLOSING = {"(": ")]", "[": ")]", "{": "}", "⦃": "⦄"}
+_SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}  # 10^n
 
 
 class _Reader:
@@ -581,7 +570,7 @@ class _Reader:
 
     def next(self) -> str:
         token = self.token
-        self.read += token
+        self.read += " " * (self.kind == "word") + token
         self.kind, self.token = next(self.tokens, ("end", ""))
         return token
 
@@ -629,14 +618,13 @@ class _Reader:
     def quantity(self) -> _Node:
         """A sum with its unit, words, or brackets joined by ∪ or ∖."""
         if self.kind == "word":
-            words = []
+            start = len(self.read)
             while self.kind in ("word", "name"):
-                words.append(self.next())
+                self.read += " "
+                self.next()
             if self.sees("("):  # Area(ABC), gcd(4, 6)
-                start = len(self.read)
                 self.atom()
-                words.append(self.read[start:])
-            return _Node("text", [" ".join(words)])
+            return _Node("text", [self.read[start:].strip()])
         node = self.sum()
         while node.kind not in ("value", "±") and (sign := self.accept("∪∖")):
             parts, other = node.items if node.kind == "∪" else [node], self.sum()
@@ -660,20 +648,20 @@ class _Reader:
         if node.kind not in ("value", "±"):
             return node
         while self.token.lower() in _SCALES:
-            node = _apply(mul, node, _number(_SCALES[self.next().lower()]))
-        unit = ""  # words, signs like %, and powers and quotients of them: cm^2, m/s, °C
-        while self.kind == "word" or self.sees("%°¤£€¢¥₹^/*" if unit else "%°¤£€¢¥₹"):
-            unit += " " * (self.kind == "word") + self.next()
-            start = len(self.read)
-            if unit[-1] == "^":
+            node = _apply(mul, node, _number(10 ** _SCALES[self.next().lower()]))
+        # words, signs like %, and powers and quotients of them: cm^2, m/s, °C
+        start, last = len(self.read), ""
+        while self.kind == "word" or self.sees("%°¤£€¢¥₹^/*" if last else "%°¤£€¢¥₹"):
+            last = self.next()
+            if last == "^":
                 self.atom()
-            elif self.kind == "name" and unit[-1] in "/*°":
+            elif self.kind == "name" and last in "/*°":
                 self.next()
-            unit += self.read[start:]
-        unit = _unit(re.sub(r"[{}]", "", unit), node.is_constant)
+        unit = _unit(re.sub(r"[{}]", "", self.read[start:]), node.is_constant)
         return _for_each_sign(lambda part: part._replace(unit=part.unit or unit), [node])
 
-    def product(self, signs: str = "*/(√{⟦[", kinds: tuple = _FACTORS) -> _Node:
+    def product(self, signs="*/(√{⟦[", kinds=("name", "call", "command", "function")) -> _Node:
+        """Factors that begin with one of these signs or kinds of tokens: 2x, 2 * 3."""
         node = self.power()
         while self.sees(signs) or self.kind in kinds:
             operation = truediv if self.accept("*/") == "/" else mul
@@ -704,8 +692,8 @@ class _Reader:
             node = _number(token)
         elif kind == "name":
             node = _symbol(re.sub("[{} ]", "", token))
-        elif kind == "call":  # a variable named after the function and its argument
-            node = _apply(functools.partial(_unknown, token), self.atom())
+        elif kind == "call":  # an unknown function: a variable named after it and its argument
+            node = _apply(lambda x: _symbol(f"{token}({complex(x):.9g})").items[0], self.atom())
         elif kind == "function":
             node = self.function(token)
         elif token in (r"\frac", r"\binom"):
@@ -733,11 +721,10 @@ class _Reader:
         while self.sees("^_"):
             sign = self.next()
             scripts[sign] = self.atom()
-        kinds = "name", "call", "command"
-        argument = self.atom() if self.sees("(") else self.product("√{", kinds)
+        factors = "√{", ("name", "call", "command")
+        argument = self.atom() if self.sees("(") else self.product(*factors)
         if argument.unit == "°" or self.accept("°"):
-            argument = _apply(mul, argument._replace(unit=""), _symbol("π"))
-            argument = _apply(truediv, argument, _number(180))
+            argument = _apply(lambda x: x * _CONSTANTS["π"] / 180, argument._replace(unit=""))
         power = scripts.get("^", _number(1))
         if f"arc{name}" in _FUNCTIONS and power.items[:1] == (-1,):  # \tan^{-1}
             name, power = f"arc{name}", _number(1)
@@ -757,47 +744,114 @@ class _Reader:
         return _for_each_sign(lambda *items: _Node(kind, items), items)
 
 
-def _read(text: str) -> _Node:
-    """The parsed answer. ±1, 2 is the list of three numbers.
+_LETTER = "[A-Za-zΑ-Ωα-ορ-ω]"  # without pi
+_INDEX = r"(?:_(?:\w|\{\w{1,9}\})'*|'+)"
+_NAME = rf"(?:{_LETTER}{_INDEX}|P\([^()]*(?:[=<>≤≥|∪‹]|\\cap)[^()]*\))"  # x_1, x', P(X = 2)
+_CALL = rf"""(?:(?:[fgFG]{_INDEX}?(?:\^(?:\{{-?\w+\}}|\w))?|[⌊⌈])(?=\s*\()  # f(x + 1), f^{{-1}}(2)
+    # P(x), but e(x) and i(3) are products
+    |(?![ei]\s*\(){_LETTER}{_INDEX}?(?=\s*\(\s*(?:[\d.]+|{_LETTER}{_INDEX}?)\s*\)))"""
+_TOKEN = re.compile(rf"""(?x)  # a number may have groups of three digits: 1,234 or 1 234
+    \s*(?:(?P<and>[,;&]|(?i:‹?\s*(?:and|or)(?![A-Za-z])\s*›?))
+    |‹(?P<word>[^›]*)›
+    |(?P<number>(?:(?<![,^_])\d{{1,3}}(?:(?:,\d{{3}})+|(?:[ ]\d{{3}})+)(?![, ]?\d)
+        |\d+)(?:\.\d+)?(?:[eE][+-]?\d{{1,3}})?|\.\d+)
+    |(?P<function>(?:{"|".join(_FUNCTIONS)})(?![A-Za-z]))
+    |(?P<name>{_NAME}|[π∞])|(?P<call>{_CALL})|(?P<letters>(?:(?!{_CALL}|{_NAME}){_LETTER})+)
+    |(?P<command>\\[A-Za-z]+)|(?P<close>[}}⦄)\]⟧⏎])|(?P<sign>\S))""")
+_SIDE_NAME = re.compile(rf"""(?x)  # x, m + n, a/b, f^{{-1}}(2), [ABC]; not 2x, x + 1, x^2, -x
+    (?!.*(?<!\^)[({{|]-|-)(?:(?!log|ln|exp)(?:{_NAME}|{_LETTER})(?:\^\{{-1\}}(?=\())?(?:\(-?\d+\))?
+    |\\frac|[-+*/(),|{{}}⟦⟧⏎[\]])+""")
 
-    Rule: a left side that is not read, as in \\lim f(n) = 3, is a name (see _UNREAD_NAME).
-    Inequalities joined by `and` are not those joined by `or`; a comma may be either.
+
+def _tokens(text: str) -> list[tuple[str, str]]:
+    """Pairs of a kind (a group of _TOKEN) and a text.
+
+    Rule: a comma before three digits joins them; between brackets only before a 0, as in {1,000}.
+    f, g, F, G before a bracket are functions, another letter before one with a single number or
+    letter.
     """
-    if len(text) > _MAX_LENGTH:
-        raise ValueError("too long")
-    try:
-        nodes = _Reader(text).items()
-    except ValueError:
-        named = _UNREAD_NAME.fullmatch(text)
-        if not named:
-            raise
-        nodes = _Reader(f"‹{re.sub('[‹›]', '', named[1]).strip()}›={named[2]}").items()
-    if len(nodes) == 1:
-        return nodes[0]
-    joined = {*re.findall(r"\b(?:and|or)\b", text)}
-    if joined and any(set(node.signs) & {*"<≤≠"} for node in nodes):
-        if len(joined) == 2:
-            raise ValueError("and beside or")
-        return _Node(*joined, nodes)
-    items = sum((node.alternatives for node in nodes), [])
-    if all(item.kind == "relation" and item.items[0].text in [*"xyz"] for item in items):
-        items.sort(key=lambda item: item.items[0].text)  # y = 3, x = 2 is (2, 3), not (3, 2)
-    return _Node("", items, signs="or" * (joined == {"or"}))
+    tokens, opened = [("and", "")], 0  # what begins a statement
+    for match in _TOKEN.finditer(text):
+        kind, token = match.lastgroup, match[match.lastgroup]
+        opened += (token in "([⦃") - (token in ")]⦄")
+        if kind == "letters":
+            tokens += _letters(token, *tokens[-1], match[0][0].isspace())
+        elif kind == "number":
+            apart = opened > 0 and ",0" not in token
+            for part in token.replace(" ", "").replace(",", "," if apart else "").split(","):
+                tokens += [("number", part), ("and", ",")]
+            tokens.pop()
+        else:
+            tokens.append((kind, token))
+    return tokens[1:]
 
 
-def _for_each_sign(function, nodes: list[_Node]) -> _Node:
-    """The function of some nodes. Each ± among them stands for both signs of its own."""
-    choices = [node.alternatives for node in nodes]
-    if math.prod(map(len, choices)) > 16:
-        raise ValueError("too many ±")
-    results = [function(*choice) for choice in itertools.product(*choices)]
-    return results[0] if len(results) == 1 else _Node("±", results)
+def _letters(run: str, kind: str, before: str, spaced: bool) -> list[tuple[str, str]]:
+    """A run of letters after a token of this kind: a word, or a product of variables (dx is one).
+
+    Rule: it is a word after a word; after a number if it is a known unit; after a number and a
+    space, or where a statement begins, if it looks like a word (see _is_wordlike).
+    """
+    if kind == "word":  # 18 dollars a day
+        return [("word", run)]
+    if len(run) == 1 or re.fullmatch("d[r-z]", run):  # dx, dt: one variable, not d times x
+        return [("name", run)]
+    low, follows = run.lower(), kind in ("number", "close")
+    begins = kind == "and" or before in "=<>≤≥≠≈∈([⦃"
+    may_be_unit = kind == "number" or before == "/" or spaced and (follows or kind == "name")
+    is_unit = low in _UNITS and may_be_unit
+    is_word = (begins or follows and spaced) and _is_wordlike(low)
+    if is_unit or is_word or begins and low in ("no", "on", "is"):
+        return [("word", run)]
+    return [("name", letter) for letter in run]
+
+
+def _is_wordlike(word: str) -> bool:
+    """Three letters or more, with a vowel, not in alphabetical order as factors are (abc)."""
+    in_order = list(word) == sorted(set(word)) and not word.endswith("s")  # (but chips, films)
+    return len(word) > 2 and re.search("[aeiou]", word) is not None and not in_order
+
+
+# Signs, synonyms, and names that do not look like words or that follow a variable. Any other word
+# after a number is its unit without being listed (see _unit). A plural with s is added to each.
+_UNIT_NAMES = """$ dollar usd ¤ buck|£ gbp|€ euro eur|¢ cent|¥ yen yuan|₹ rupee|% percent
+|° degree deg|°c|°f|mm millimeter millimetre|cm centimeter centimetre|dm|m meter metre
+|km kilometer kilometre|in inch inche|ft foot feet|yd yard|mi mile|mg milligram|g gram
+|kg kilogram|lb pound|oz ounce|ml milliliter millilitre|l liter litre|s second sec|min minute
+|h hour hr|mph|kph|week|year yr|rad radian|pt|am a.m|pm p.m|kb|mb|gb|kw|kwh|hp|hz|n|j|w|v
+|sq square|cubic|us|th st nd rd|of|per|unit"""
+_UNITS = [names.split() for names in _UNIT_NAMES.split("|")]
+_UNITS = {alias + s: names[0] for names in _UNITS for alias in names for s in ("", "s")}
+_SI_UNIT = re.compile("[kmgtnp]?(?:[jkcatfhwvnmsgl]|ev|hz|pa|mol)")  # in \\text{}: 5 eV, 3 kJ
+_LINKS = "/ * - a an to by as at on for with than from".split()  # in a unit of several words
+_NUMBER_WORD = re.compile(r"""(?x)  # not a unit: it changes the number before it, as in 3 halves
+    \w+tieths?|(?:\w+illion|(?:thir|four|fif|six|seven|eigh|nine)teen|hundred|thousand|dozen
+    |(?:twen|thir|for|fif|six|seven|eigh|nine)ty|one|two|three|four|five|six|seven|eight|nine|ten
+    |eleven|twelve|third|quarter|mil)(?:ths?|s)?|(?:fif|eigh|nin|twelf)ths?|half|halfs|halves
+    |twice|thrice|score|least|most|double|triple|factorial|plus|minus|negative|point|root|power
+    |remainder|(?:squar|cub|doubl|tripl|halv|divid|multipli|increas|decreas|reduc|rais|add|subtract)ed""")
+
+
+def _unit(text: str, constant: bool) -> str:
+    """One spelling for a unit: centimeters -> cm, m^2 -> sq m, dollars -> $.
+
+    Rule: after a number, what looks like a word is a unit, except number words; after an expression
+    with variables only a known unit is.
+    """
+    words = []
+    for word in re.sub(r"\bper\b|/", " / ", text.lower().replace("*", " ")).split():
+        name, _, power = word.strip(".").partition("^")
+        is_word = all(map(_is_wordlike, name.split("-"))) or _SI_UNIT.fullmatch(name)
+        is_unit = name in _UNITS or name in _LINKS or constant and is_word
+        if not is_unit or _NUMBER_WORD.fullmatch(name):
+            raise ValueError("no unit")
+        prefix = {"2": "sq ", "3": "cubic "}.get(power, power)
+        words.append(prefix + _UNITS.get(name, name.removesuffix("s")))
+    return " ".join(words).replace("mi / h", "mph")
 
 
 # --------------------------------------------------------------------------------------- the values
 
-# With these limits no text takes 100 ms (measured); a number of 2^13 bits is near 10^2400.
-_MAX_LENGTH, _MAX_DEPTH, _MAX_BITS, _POINTS = 600, 24, 2**13, 6
 _WHOLE = frozenset(range(301))  # what may have a factorial; 3, 3.0 and Fraction(3) are in it
 # Floats have 16 digits. A sum of 1e-13 of its terms, or a sine of 1e-15 of its argument, is a
 # rounding error and 0. Which floats are equal: see _close.
@@ -824,11 +878,6 @@ def _symbol(name: str) -> _Node:
     return _Node("value", tuple(points))
 
 
-def _unknown(name: str, x: Fraction | complex) -> Fraction:
-    """The value of an unknown function; it may be negative if x is, so that |f(x)| is not f(x)."""
-    return _symbol(f"{name}({complex(x):.9g})").items[x.real < 0]
-
-
 def _apply(function, *arguments: _Node) -> _Node:
     """The function at the six points; an ArithmeticError or ValueError where it has no value."""
     if "±" in [argument.kind for argument in arguments]:
@@ -840,10 +889,8 @@ def _apply(function, *arguments: _Node) -> _Node:
     unit, n = (*units, "")[0], len(units)
     if function is _add:  # 3 + 5 m is 8 m
         fits = {*units} <= {unit} and (unit != "%" or n == 2)
-    elif function in (mul, truediv):  # 2 x $5; 180°/5
-        fits = n == 0 or n == 1 and unit in "$£€¥₹°"
-    else:
-        fits = n == 0 or function is neg
+    else:  # 2 x $5; 180°/5
+        fits = function is neg or n == 0 or n == 1 and unit in "$£€¥₹°"
     if not fits or any(argument.kind != "value" for argument in arguments):
         raise ValueError("arithmetic on something other than numbers of one unit")
     points, numbers = [*zip(*(argument.items for argument in arguments))], []
@@ -910,29 +957,6 @@ def _binomial(n: Fraction | complex, k: Fraction | complex) -> Fraction | comple
 
 
 # -------------------------------------------------------------------------------- comparing answers
-
-
-def _same_text(a: str, b: str) -> bool:
-    """Whether two cleaned answers are the same text, or equal mathematics."""
-    if _plain(a) == _plain(b):
-        return a != ""
-    try:
-        return _Comparison().same(_read(a), _read(b))
-    except (ValueError, ArithmeticError):  # not mathematics that this file reads, or without value
-        return False
-
-
-def _plain(text: str) -> str:
-    """Text without an article and blanks, except between two numbers; words also without case."""
-    text = re.sub("[‹› ]+", " ", text).strip()
-    article, _, rest = text.partition(" ")
-    words = all(map(_is_wordlike, rest.lower().split()))  # (a sin x is a product)
-    if article.lower() == "the" or article.lower() in ("a", "an") and words:
-        text = rest
-    text = re.sub(r"\s(?!\d)|(?<!\w)\s", "", re.sub(r"\{([\w:])\}", r"\1", text))
-    low = text.lower()
-    is_word = text.isalpha() and (low == "no" or _is_wordlike(low) or text[2:].islower())
-    return low if is_word else text
 
 
 class _Comparison:
@@ -1017,7 +1041,8 @@ class _Comparison:
         names = [name for side in chain.items[1:] for name in side.names]
         if set(chain.signs) - {*"=≈"} or sides[0].text in names:  # x = 2x
             return []
-        if len(sides) > 2 and (sides[-1].kind == "text" or sides[-1].is_name):  # x = B = D
+        last = chain.items[-1]
+        if len(chain.items) > 2 and (last.kind == "text" or last.is_name):  # x = B = D
             return []
         if rounded and all(side.is_name for side in sides):
             return rounded if len(rounded) == 1 else []
@@ -1037,12 +1062,10 @@ class _Comparison:
             if all(self.same(node.items[0], item) for item in node.items[1:]):
                 return node.items[:1]
         relations = node.items if node.kind in ("", "or") else [node]
-        if any(item.kind != "relation" for item in relations):
-            return []
-        pieces = _intervals(relations)
-        if not pieces:
-            return self.said(node) if node.kind == "relation" else []
-        return pieces if len(pieces) == 1 else [_Node("∪", pieces)]
+        pieces = _intervals(relations) if all(x.kind == "relation" for x in relations) else []
+        if pieces:
+            return pieces if len(pieces) == 1 else [_Node("∪", pieces)]
+        return self.said(node) if node.kind == "relation" else []
 
 
 def _intervals(relations: list[_Node]) -> list[_Node]:
@@ -1124,51 +1147,6 @@ def _without_points(node: _Node, points: _Node) -> _Node:
     return _Node("∪", [_Node(kind, pair) for kind, *pair in zip(kinds, ends, ends[1:])])
 
 
-_CHOICE = re.compile(r"""(?x)  # and its text, with no other choice in it: A. 12, not (A) or (B)
-    (?:(?i:option|choice)\ )?\(?\s*([A-J])(?:\s*[).:]+(?!\s*(?:=|not|[A-J]\Z))
-    (?!.*(?:\b[A-J]\s*[).:]|(?:\bor|\band|[,/])\s*\(?[A-J]\b))\s*(.*))?""")
-_CHOICES = re.compile(r"[A-J]\)?(?:(?:[\s,;]|and)+\(?[A-J]\)?)+")  # A, (C) and D
-# Words that deny the number beside them, or say that it is a multiple; and others that change it
-_DENIED = r"""(?i:n't\b|\b(?:no(?!\.)|not|none|never|cannot|false|wrong|incorrect|invalid|rejected
-    |extraneous|impossible|half|twice|double|triple|square\ of\ the)\b)"""
-_CHANGED = rf"""(?:{_DENIED}|\b(?i:except|at\ (?:most|least)|less|fewer|more|than|almost|nearly|too
-    |negative|minus|thirds|(?:doubl|tripl|halv|squar|cub)ed|root|dozen|(?:hundr|thous|\w*illi)\w+)\b)"""
-_FILLER = re.compile(rf"""(?ix)  # words around an answer; the lookbehind saves time on commas
-    ‹?\b(?:(?:the\ )?(?:final\ )?answer\ is|approximately|about|exactly|only|just
-    |a\ total\ of|equal\ to|either|both)\b\ ?›?\s*
-    |(?<=[^\s,])(?:[ ,]*‹?(?:altogether|in\ total|in\ all|overall|combined|total)
-    |,\ ?‹?(?:respectively|exactly|precisely|each|now|of\ course))›?\s*\Z
-    |(?<=[^\s,(])[ ,(‹]*(?:for\ (?:all|any|every)\b[^\d<>≤≥≠]{{0,40}}|(?:since|because)\b.*
-    |[kn]\ ∈\ \{{?Z\}}?\s*\)?)\Z|(?<=[\d}}])[\ ‹]+\(
-    (?![^)]{{0,60}}(?:{_CHANGED}|\b(?:maybe|base|mod|factorial|percent|or|and)\b))
-    (?=by|[a-z]*[aeiou])[a-z]{{2}}[a-z\ -]{{2,60}}\)\ ?›?\Z""")
-_LABELLED = re.compile(rf"""(?sx)  # total cost: 5, ‹The cost is› 5, A(1, 2); the label may be empty
-    ((?![^:]{{0,60}}{_CHANGED}[^:]{{0,60}}(?::|\bis\b))(?=[^:\d]*[A-Za-z]{{3}})
-    [A-Za-z‹][^=:<>≤≥≠≈∈\d]{{0,60}}(?::|\bis\b\ ?›?)|[A-Z]\ ?(?=\([^()]*,)|)(.*)""")
-
-
-def _same_choice(a: str, b: str) -> bool | None:
-    """Whether two choices are the same, (B) = B. 12; None when neither of them is one.
-
-    Rule: a list of letters, D, A and C, is the word of them in alphabetical order, ACD.
-    """
-    a, b = (re.sub("[‹›{}]", "", text).strip() for text in (a, b))
-    x, y = _CHOICE.fullmatch(a), _CHOICE.fullmatch(b)
-    if x and y:
-        return x[1] == y[1] and (not x[2] or not y[2] or _same_text(x[2], y[2]))
-    if x or y:
-        choice, other = (x, b) if x else (y, a)
-        letter = re.fullmatch(r"\(?([A-Ja-j])\)?", other)  # (b); A. b is not the choice b
-        if letter:
-            return letter[1].upper() == choice[1] or None
-        return _same_text(choice[2] or "", other) or None
-    words = []
-    for text in (a, b):
-        is_list = _CHOICES.fullmatch(text.strip("( )"))
-        words.append("".join(sorted(re.findall("[A-J]", text))) if is_list else text)
-    return words[0] == words[1] if all(re.fullmatch("[A-Z]{2,}", x) for x in words) else None
-
-
 # --------------------------------------------------------------------------------------------- code
 # verify_code starts a Python process for every input/output pair, or one for all statements. That
 # process is a launcher: it shuts itself off from the system, forks the one that runs the solution,
@@ -1224,7 +1202,7 @@ def verify_code(response: str, tests: list, *, timeout: float = 5.0, memory: int
             steps.append(ast.unparse(statement))
             literals += [None, None]
     out = _run(job | {"steps": steps, "token": token})
-    replies = [] if out is None else out.split("\n")[:-1]
+    replies = (out or "").split("\n")[:-1]
     if len(replies) != len(literals):
         return False
     sides = [literal or reply for literal, reply in zip(literals, replies)]
@@ -1240,19 +1218,17 @@ def check_tests(tests: list) -> None:
     form = 'tests must be a list of {"input": str, "output": str}, or of statements as strings'
     if not isinstance(tests, (list, tuple)):
         raise TypeError(f"{form}, not {type(tests).__name__}: {tests!r:.80}")
-    if not tests:
-        raise ValueError(f"{form}; the list is empty")
-    kind = dict if isinstance(tests[0], dict) else str
+    kind = dict if tests and isinstance(tests[0], dict) else str
     for test in tests:
         values = [test.get("input"), test.get("output")] if isinstance(test, dict) else [test]
         if not isinstance(test, kind) or not all(isinstance(value, str) for value in values):
             raise TypeError(f"{form}; this is neither: {test!r:.80}")
-        try:
-            ast.parse(test if kind is str else "")
-        except (SyntaxError, ValueError, MemoryError, RecursionError) as error:  # by version
-            raise ValueError(f"a test that is not Python ({error}): {test!r:.80}") from error
-    if kind is str and not ast.parse("\n".join(tests)).body:
-        raise ValueError(f"{form}; these are comments: {tests!r:.80}")
+    try:
+        statements = tests if kind is dict else ast.parse("\n".join(tests)).body
+    except (SyntaxError, ValueError, MemoryError, RecursionError) as error:  # by version
+        raise ValueError(f"tests that are not Python ({error}): {tests!r:.80}") from error
+    if not statements:
+        raise ValueError(f"{form}; the list is empty or has comments only: {tests!r:.80}")
 
 
 _CONSTRUCTORS = set, frozenset, tuple, list, dict, sorted, round, str, float
