@@ -541,8 +541,6 @@ class Run:
         self.lines: list[dict] = []  # of metrics.jsonl
         self.told: set[str] = set()  # warnings are given once
         self.parts: dict = {}  # what has a state_dict besides the model
-        wait_for_all()  # all processes have looked at the folder before one writes
-        self.lock = locked(self.folder)
         settings = {
             "flags": vars(task.args),
             "fingerprint": fingerprint(task, traces),
@@ -554,6 +552,8 @@ class Run:
             "started": time.strftime("%Y-%m-%d %H:%M:%S"),
         }
         notes = self.check_resume(settings) if task.args.resume else []
+        wait_for_all()  # all processes have looked at the folder before one writes
+        self.lock = locked(self.folder)
         if (self.folder / "config.json").exists():  # complete: its settings and its log stay
             self.clean_up()  # what a kill left beside the final model
             print(f"{self.folder} is complete")
