@@ -495,9 +495,11 @@ class _Node(NamedTuple):
         """
         if self.kind == "text":
             return re.search(_DENIED, self.items[0], re.X) is None
+        # x + x = 10 does not say 10: no name comes twice, and no small letter (but those of dy/dx
+        # and f(1) + f(2))
         letters = [name for name in self.names if name in "abcehijklmnopqrstuvwxyz"]
         runs = re.findall(rf"(?:{_NAME}|{_LETTER})+(?:\(-?\d+\))?", self.text)
-        unique = all(len(x) == len({*x}) for x in (letters, runs))  # x + x = 10 does not say 10
+        unique = all(len(x) == len({*x}) for x in (letters, runs))
         return unique and _SIDE_NAME.fullmatch(self.text) is not None
 
     @property
@@ -1094,7 +1096,8 @@ def _close(x: Fraction | complex, y: Fraction | complex) -> bool:
     """Whether exact numbers are equal, or floats to 11 digits, or one of each to 13.
 
     Rule: a float equals no decimal of four places or more, and no number above 10^9, which would be
-    an irrational number rounded (1.41421356237309 is not the root of 2).
+    an irrational number rounded (1.41421356237309 is not the root of 2). The denominator of a
+    decimal divides a power of ten.
     """
     exact = [abs(number) for number in (x, y) if isinstance(number, Fraction)]
     if len(exact) == 2:
