@@ -239,6 +239,37 @@ def test_eval_only_prints_and_writes_nothing(runs, data, tmp_path, capsys, monke
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    "flags, short, training",
+    [
+        ("--dtype bfloat16", 8, "eager"),
+        ("--dtype bfloat16", 7, "sdpa"),  # with longer responses eager attention is slower
+        ("", 8, "sdpa"),
+    ],
+)
+def test_attention_of_short_sequences_in_bf16_on_a_cpu(
+    flags, short, training, base, data, tmp_path, monkeypatch
+):
+    """Trained with eager attention, which is faster there, and sampled without, also after it."""
+    seen = []
+
+    def watched(kind, function):
+        def call_it(model, *args, **settings):
+            seen.append((kind, model.config._attn_implementation))
+            return function(model, *args, **settings)
+
+        return call_it
+
+    monkeypatch.setattr(common, "SHORT", short)
+    monkeypatch.setattr(common, "generate", watched("sample", common.generate))
+    monkeypatch.setattr(sdzero, "predicting_last", watched("train", sdzero.predicting_last))
+    more = ["--problems", "4", *STAGE_2, *shlex.split(flags)]
+    call(sdzero, "--model", base, "--dataset", data, *FLAGS, *more, "--output", tmp_path / "out")
+    assert {a for kind, a in seen if kind == "sample"} == {"sdpa"}
+    assert {a for kind, a in seen if kind == "train"} == {training}
+    assert [kind for kind, _ in seen].count("sample") > 2
+
+
 def test_a_forced_phrase_is_taken_and_saved(runs, data, tmp_path):
     flags = dict(phrase_wrong="No.", force=True, problems=2, output=tmp_path / "out")
     call(sdzero, *FLAGS, model=runs / "srt", dataset=data, **flags)
