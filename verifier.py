@@ -1174,11 +1174,11 @@ def verify_code(response: str, tests: list, *, timeout: float = 5.0, memory: int
     forge it.
 
     The child has an environment and an empty folder of its own, no inherited descriptors and limits
-    on time, memory, processes and output; started by root it runs as nobody. Where the kernel
-    allows namespaces it has no network and sees no other process, and where it allows mounts in
-    them it writes to that folder only. Elsewhere (many containers) network and the user's own files
-    and processes are NOT protected. Files that the user can read can be read everywhere. Run
-    hostile code in a virtual machine.
+    on time, memory, processes and output; started by root it runs as a user without rights. Where
+    the kernel allows namespaces it has no network and sees no other process, and where it allows
+    mounts in them it writes to that folder only. Elsewhere (many containers) network and the user's
+    own files and processes are NOT protected, and files in /tmp stay. Files that the user can read
+    can be read everywhere. Run hostile code in a virtual machine.
     """
     if sys.platform != "linux":
         raise NotImplementedError("verify_code needs Linux")
@@ -1227,10 +1227,11 @@ def check_tests(tests: list) -> None:
         if not isinstance(test, kind) or not all(isinstance(value, str) for value in values):
             raise TypeError(f"{form}; this is neither: {test!r:.80}")
     try:
-        statements = tests if kind is dict else ast.parse("\n".join(tests)).body
+        tree = ast.parse("" if kind is dict else "\n".join(tests))
+        compile(tree, "tests", "exec")  # it refuses a bare return
     except (SyntaxError, ValueError, MemoryError, RecursionError) as error:  # by version
         raise ValueError(f"tests that are not Python ({error}): {tests!r:.80}") from error
-    if not statements:
+    if not (tests if kind is dict else tree.body):
         raise ValueError(f"{form}; the list is empty or has comments only: {tests!r:.80}")
 
 
@@ -1285,17 +1286,31 @@ def _code_block(response: str) -> str | None:
     return blocks.get("python", blocks.get(""))
 
 
+@contextlib.contextmanager
+def _empty_folder():
+    """A temporary folder. tempfile cannot remove what is a thousand levels deep, and of what is a
+    hundred times deeper some may stay.
+    """
+    folder = tempfile.TemporaryDirectory(prefix="verifier_", ignore_cleanup_errors=True)
+    try:
+        yield folder.name
+    finally:
+        try:
+            folder.cleanup()
+        except RecursionError:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                subprocess.run(["rm", "-rf", folder.name], timeout=10)
+
+
 def _run(job: dict, given: str = "") -> str | None:
     """What a child, given this input, prints; None when it failed or was stopped."""
-    with (
-        tempfile.TemporaryDirectory(prefix="verifier_", ignore_cleanup_errors=True) as folder,
-        tempfile.TemporaryFile() as out,  # its limit is that on file size
-    ):
+    with _empty_folder() as folder, tempfile.TemporaryFile() as out:  # limited as files are
         os.chmod(folder, 0o777)
         header = json.dumps(job | {"folder": folder}).encode()
         command = [sys.executable, "-I", "-c", _child_source()]
         pipes = {"stdin": subprocess.PIPE, "stdout": out, "stderr": subprocess.DEVNULL}
-        env = {"OMP_NUM_THREADS": "1"}  # NumPy's thread per core needs more than the memory
+        # a thread's heap, and NumPy's thread per core, would take more than the memory
+        env = {"OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}
         child = subprocess.Popen(command, **pipes, cwd=folder, env=env, start_new_session=True)
         with child, contextlib.suppress(subprocess.TimeoutExpired):
             try:  # the launcher stops it after `timeout`
@@ -1317,7 +1332,7 @@ def _child_source() -> str:
     imports = """import builtins, contextlib, ctypes, glob, json, math, os, signal, sys
 from decimal import Decimal
 from fractions import Fraction"""
-    functions = _launch, _kill_descendants, _isolate, _restrict, _solve, _spelled
+    functions = _launch, _kill_descendants, _isolate, _hide_files, _restrict, _solve, _spelled
     try:
         return "\n".join([imports, *map(inspect.getsource, functions), "_launch()\n"])
     except (OSError, TypeError) as error:
@@ -1331,12 +1346,14 @@ def _launch() -> None:
     while len(text) < size:
         text += os.read(0, size - len(text))  # (the rest is the solution's input)
     job, libc = json.loads(text), ctypes.CDLL(None)
-    isolated = _isolate(libc, job["folder"].encode())
+    isolated = _isolate(libc)
     # PR_SET_CHILD_SUBREAPER: what the solution's children leave behind becomes a child of this one
     libc.prctl(36, 1, 0, 0, 0)
     pid = os.fork()
     if pid == 0:
-        _restrict(libc, job)
+        if isolated:
+            _hide_files(libc, job["folder"].encode())
+        _restrict(libc, job, isolated)
         return _solve(job)
     signal.signal(signal.SIGALRM, lambda *_: os.kill(pid, signal.SIGKILL))
     signal.setitimer(signal.ITIMER_REAL, job["timeout"])
@@ -1367,9 +1384,9 @@ def _kill_descendants() -> None:
             os.waitpid(-1, 0)
 
 
-def _isolate(libc, folder: bytes) -> bool:
-    """New namespaces: no network, no other processes, nothing writable but `folder`; False where
-    the kernel does not allow it.
+def _isolate(libc) -> bool:
+    """New namespaces for the next child: no network, no other processes, mounts of its own; False
+    where the kernel does not allow it.
     """
     uid, gid = os.getuid(), os.getgid()
     spaces = 0x40000000 | 0x20000000 | 0x20000 | 0x8000000  # CLONE_NEWNET, NEWPID, NEWNS, NEWIPC
@@ -1383,37 +1400,53 @@ def _isolate(libc, folder: bytes) -> bool:
             # (AppArmor may forbid it)
             with contextlib.suppress(OSError), open(f"/proc/self/{name}", "w") as file:
                 file.write(text)
-    private, readonly = 1 << 18, 1
-    if libc.mount(None, b"/", None, private | 1 << 14, None) == 0:  # seen in here only (MS_REC)
-        attributes = (ctypes.c_uint64 * 4)(readonly, 0, 0, 0)
-        libc.syscall(442, -100, b"/", 0x8000, attributes, 32)  # mount_setattr(AT_RECURSIVE)
-        libc.mount(b"tmpfs", folder, b"tmpfs", 6, b"size=16m,mode=777")  # MS_NOSUID | MS_NODEV
-        libc.mount(b"tmpfs", b"/proc", b"tmpfs", 6 | readonly, None)  # others' /proc/<pid>/environ
     return True
 
 
-def _restrict(libc, job: dict) -> None:
+def _hide_files(libc, folder: bytes) -> None:
+    """Nothing is writable but `folder` and shared memory, both empty; /proc has only this
+    namespace's processes (of others it would show the environment) or nothing.
+    """
+    private, readonly = 1 << 18, 1
+    if libc.mount(None, b"/", None, private | 1 << 14, None) != 0:  # seen in here only (MS_REC)
+        return
+    attributes = (ctypes.c_uint64 * 4)(readonly, 0, 0, 0)
+    libc.syscall(442, -100, b"/", 0x8000, attributes, 32)  # mount_setattr(AT_RECURSIVE)
+    for place in (folder, b"/dev/shm"):
+        libc.mount(b"tmpfs", place, b"tmpfs", 6, b"size=16m,mode=777")  # MS_NOSUID | MS_NODEV
+    if libc.mount(b"proc", b"/proc", b"proc", 6, b"subset=pid") != 0:  # for /dev/stdin
+        libc.mount(b"tmpfs", b"/proc", b"tmpfs", 6 | readonly, None)
+
+
+def _restrict(libc, job: dict, isolated: bool) -> None:
     """Fewer rights and resource limits for this process."""
     import resource
 
     libc.prctl(38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS
-    capabilities = 0
+    capabilities, processes = 0, 64  # a limit for all processes of a user
     if os.getuid() == 0:
-        os.setegid(65534)
-        os.seteuid(65534)
+        user = 1 << 30 | int.from_bytes(os.urandom(3), "big")  # that nobody else is
+        try:
+            os.setegid(user)
+        except OSError:  # this container has few users
+            user = 65534
+            os.setegid(user)
+        os.seteuid(user)
         if not os.access(os.__file__, os.R_OK, effective_ids=True):
             capabilities = 1 << 2  # CAP_DAC_READ_SEARCH: the interpreter is below /root, say
         os.seteuid(0)
         libc.prctl(8, 1, 0, 0, 0)  # PR_SET_KEEPCAPS
         os.setgroups([])
-        os.setgid(65534)
-        os.setuid(65534)  # root would not be bound by the limit on processes
+        os.setgid(user)
+        os.setuid(user)  # root would not be bound by the limit on processes
+    elif not isolated:  # the user's other processes count as well
+        processes = 512 + len(glob.glob("/proc/[0-9]*/task/*"))
     header, sets = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)
     libc.capset(header, sets(capabilities, capabilities))
     libc.prctl(1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG: it dies with the launcher
     os.chdir(job["folder"])
     cpu = math.ceil(job["timeout"])
-    limits = {"CPU": cpu, "AS": job["memory"], "FSIZE": 16 << 20, "NPROC": 64, "CORE": 0}
+    limits = {"CPU": cpu, "AS": job["memory"], "FSIZE": 16 << 20, "NPROC": processes, "CORE": 0}
     for name, limit in limits.items():
         resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (limit, limit))
 
