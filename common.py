@@ -359,6 +359,8 @@ def join(weight: torch.Tensor, low: torch.Tensor) -> torch.Tensor:
 def learning_rate(args: Namespace, step: int, total: int) -> float:
     """For optimizer step `step` of 1 ... total: linear warm-up, then cosine to 0 or constant."""
     warmup = math.ceil(args.warmup if args.warmup >= 1 else args.warmup * total)
+    if step == 1 and warmup > total:
+        warn(f"--lr is not reached: there are {total} steps, --warmup has {warmup}")
     if step <= warmup:
         return args.lr * step / warmup
     if args.lr_schedule == "constant":
@@ -851,10 +853,13 @@ def number(kind: type, low: float, high: float = sys.float_info.max, above: bool
 
 
 def json_object(text: str) -> dict:
-    value = json.loads(text)
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = None
     if isinstance(value, dict):
         return value
-    raise argparse.ArgumentTypeError("must be a JSON object")
+    raise argparse.ArgumentTypeError(f"must be a JSON object, not {text}")
 
 
 count, natural = number(int, 1), number(int, 0)
@@ -994,9 +999,13 @@ def load_lm(args: Namespace) -> LM:
         # backward pass is slow: SmolLM2-135M takes 3.3 s with eager attention instead of 4.4 for
         # 16 x 105 tokens, forward and backward; for 4 x 420 it is 4.6 and 4.1. See `sample_all`.
         short = args.device == "cpu" and dtype == torch.bfloat16 and args.max_new_tokens <= SHORT
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            name, dtype=dtype, attn_implementation="eager" if mps or short else None
-        ).to(args.device)
+        attention = "eager" if mps or short else None
+        model, loaded = transformers.AutoModelForCausalLM.from_pretrained(
+            name, dtype=dtype, attn_implementation=attention, output_loading_info=True
+        )
+        if missing := sorted(loaded["missing_keys"]):  # transformers would draw them at random
+            raise ValueError(f"its files lack {len(missing)} of its weights, {missing[0]} first")
+        model.to(args.device)
         check_supported(model)
         OutputLayer(model)
     if gpu and not hasattr(sdpa_attention, "pack_gqa"):
@@ -1038,7 +1047,10 @@ def check_is_there(name: str, what: str) -> None:
     if path.is_file() or not name:
         fail(f"{name!r} is no {what} folder")
     if (path / "settings.json").exists() and not (path / "config.json").exists():
-        fail(f"{name} holds an unfinished run, or only traces: use its best/, or --traces")
+        fail(
+            f"{name} holds an unfinished run, which --resume goes on with (its best/ may be used), "
+            "or only traces, which srt.py --traces takes"
+        )
     like_a_folder = name.startswith((".", "/", "~")) or name.count("/") > 1
     # runs/typo looks like a name of the hub, but there is a folder runs
     if not path.is_dir() and (like_a_folder or "/" in name and path.parent.is_dir()):
@@ -1071,6 +1083,10 @@ def inherit_prompt(args: Namespace) -> dict:
     with explained(f"{path} is damaged"):
         saved = dict(json.loads(Path(path).read_text())) if path else {}
         prompt = dict(saved.get("prompt", {}))
+        for name, value in {"problems": [], "trained": [], **PROMPT_DEFAULTS}.items():
+            found = prompt.get(name, value) if name in PROMPT_DEFAULTS else saved.get(name, value)
+            if type(found) is not type(value):
+                raise TypeError(f"{name} is {found!r}")
     for name, default in PROMPT_DEFAULTS.items():
         given, before = getattr(args, name), prompt.get(name, default)
         if given is None:
@@ -1169,7 +1185,10 @@ def checked_answer(answer: object, verifier_name: str) -> object:
             raise ValueError(f"{answer!r} is no exact number: store such answers as text")
         return str(answer)
     if verifier_name == "code":
-        tests = json.loads(answer) if isinstance(answer, str) else answer
+        try:
+            tests = json.loads(answer) if isinstance(answer, str) else answer
+        except ValueError:
+            raise ValueError(f"tests are a list in JSON, not {answer!r:.60}") from None
         verifier.check_tests(tests)
         return tests
     json.dumps(answer)  # traces are saved as JSON
@@ -1183,7 +1202,8 @@ def load_problems(args: Namespace, name: str, split: str = "train") -> tuple[dic
     def column(given: str | None, usual: tuple[str, ...], flag: str):
         for candidate in [given] if given else usual:
             if candidate in rows.column_names:
-                return rows[candidate]
+                with explained(f"cannot load the data set {name}"):  # it is decoded only now
+                    return list(rows[candidate])
         wanted, there = given or " or ".join(usual), ", ".join(rows.column_names)
         fail(f"{name} has no column {wanted}; it has {there}: give {flag}")
 
@@ -1200,7 +1220,9 @@ def load_problems(args: Namespace, name: str, split: str = "train") -> tuple[dic
             with explained(row, TypeError, ValueError, SyntaxError):
                 problems[key] = text, checked_answer(answer, args.verifier)
     if not problems:
-        fail(f"all {len(rows)} rows of {name} are incomplete: no problem, or no answer")
+        kinds = sorted({type(text).__name__ for text in texts} - {"str", "NoneType"})
+        but = f" (problems are text, these are {', '.join(kinds)})" if kinds else ""
+        fail(f"all {len(rows)} rows of {name} are incomplete: no problem, or no answer{but}")
     return problems, counts
 
 
@@ -1443,4 +1465,8 @@ def entry(main: Callable) -> None:
         again = "; the same command with --resume goes on from the last checkpoint"
         fail("interrupted" + (again if Run.begun else ""), 130)
     if dist.is_initialized():
+        wait_for_all()  # rank 0 may still be writing, and torchrun ends it if another one breaks
         dist.destroy_process_group()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)  # gloo's threads abort Python's own way out once in some 20 runs

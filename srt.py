@@ -326,7 +326,8 @@ def check_lengths(task: Task) -> None:
     least += min(len(phrase_ids) for phrase_ids in task.lm.phrases(task.args))
     if least > task.lm.context:
         holds = f"the context holds {task.lm.context} tokens"
-        fail(f"no attempt can be revised: {holds}, a prompt with a revision has at least {least}")
+        least = f"a prompt with a revision has at least {least}: lower --max-new-tokens"
+        fail(f"no attempt can be revised: {holds}, {least}")
 
 
 def main(argv: list[str] | None = None) -> None:

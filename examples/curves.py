@@ -147,8 +147,11 @@ def draw(runs: dict[str, list[dict]], x: str, path: Path) -> None:
     if not titles:
         raise ValueError("these runs have neither evaluations nor stage-2 steps")
 
-    import matplotlib  # here, so that `read` needs the standard library only
-    import matplotlib.pyplot as plt
+    try:
+        import matplotlib  # here, so that `read` needs the standard library only
+        import matplotlib.pyplot as plt
+    except ImportError:
+        raise ImportError("it needs matplotlib: pip install -e '.[plot]'") from None
 
     matplotlib.use("Agg")  # draws without a screen
     plt.rcParams.update(STYLE)

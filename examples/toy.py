@@ -283,7 +283,7 @@ def pretrain(world, tokenizer):
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, LR, total_steps=len(batches), pct_start=0.05
     )
-    for batch in (bar := tqdm(batches, desc="pre-training")):
+    for batch in (bar := tqdm(batches, desc="pre-training", disable=None)):
         ids, labels = padded(batch, tokenizer.pad_token_id)
         loss = model(input_ids=ids, labels=labels).loss
         loss.backward()

@@ -150,7 +150,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         draw(lines, args.output)
     except ImportError as error:
-        print(f"worlds.py: no figure: {error}", file=sys.stderr)
+        print(f"worlds.py: no figure: {error}; pip install -e '.[plot]'", file=sys.stderr)
     else:
         print(f"\nsaved {args.output}")
 

@@ -85,7 +85,8 @@ seconds: these are mended. The fifth wrote 1,249 blind, 388 of them hedges: 99.5
 wrongly accepted, none of them for two golds (after the mending 100 and 99.8%, 2), then a grid of
 3,952: 99.0%, 34 wrongly accepted (after the mending 99.7% and 11).
 Of code 149 of 149; a later set, blind as well, 284 of 285 (a program that prints an int of more
-than 4,300 digits is right here), and none of 150 hostile programs passed. Their kinds are among the cases above, with other numbers.
+than 4,300 digits is right here), and none of 150 hostile programs passed. Their kinds are among
+the cases above, with other numbers.
 Of the file's near misses math-verify accepts 377.
 Speed: 28 times math-verify's, in CPU time on the same cases. On GSM8K all 8,792 gold answers equal
 themselves and only those neighbours that have the same number; before the file was made smaller

@@ -529,9 +529,9 @@ def test_a_generation_config_that_cannot_be_saved_is_replaced_at_once(
     load, out = AutoModelForCausalLM.from_pretrained, tmp_path / "out"
 
     def changed(*args, **rest):
-        model = load(*args, **rest)
+        model, loaded = load(*args, **rest)
         setattr(model.generation_config, name, MODIFIED[name])
-        return model
+        return model, loaded
 
     few = ["--problems", "8", "--eval-problems", "0", "--batch-size", "8"]
     with pytest.MonkeyPatch.context() as patch:

@@ -325,6 +325,7 @@ def world(tmp_path_factory, base, data, runs):
         "broken": '{"problem": \n',
         "incomplete": '{"problem": "1 + 1", "answer": null}\n{"problem": " ", "answer": "2"}\n',
         "nothing": '{"nothing": 1}\n',
+        "chats": '{"prompt": [{"role": "user", "content": "1 + 1"}], "answer": "2"}\n',
     }
     places = {"base": base, "data": data, "stage1": runs / "srt", "stage2": runs / "sdzero"}
     for name, text in texts.items():
@@ -336,6 +337,8 @@ def world(tmp_path_factory, base, data, runs):
     (made / "rows.tsv").write_text("problem\tanswer\n1\t2\n")
     (made / "rows.csv.gz").write_bytes(b"\x1f\x8b")
     (made / "utf16.jsonl").write_text(texts["long"], encoding="utf-16")
+    latin = '{"problem": "größe", "answer": "2"}\n' * 3
+    (made / "latin.jsonl").write_text(latin, encoding="latin-1")
     (made / "full").mkdir()
     (made / "full" / "file").write_text("mine")
     save_model(made / "no_template", template=False)
@@ -355,6 +358,9 @@ def world(tmp_path_factory, base, data, runs):
         ("cut", "model.safetensors", "\x08"),
         ("odd", "config.json", json.dumps(read(base / "config.json") | {"hidden_size": "32"})),
         ("no_json", "srt.json", "{"),
+        ("no_keys", "srt.json", '{"trained": null}'),
+        ("no_suffix", "srt.json", '{"prompt": {"prompt_suffix": 3}}'),
+        ("more_layers", "config.json", json.dumps(read(base / "config.json") | {"n_layer": 5})),
     ):
         shutil.copytree(base, made / name)
         (made / name / file).write_text(text)
@@ -375,6 +381,21 @@ BAD = {
     "weights that were cut off": ("srt", "--model {made}/cut --dataset {data}", "cannot use the"),
     "a size that is text": ("srt", "--model {made}/odd --dataset {data}", "cannot use the model"),
     "a damaged srt.json": ("srt", "--model {made}/no_json --dataset {data}", "srt.json is damaged"),
+    "problems that srt.json lacks": (
+        "sdzero",
+        "--model {made}/no_keys --dataset {data}",
+        "srt.json is damaged: trained is None",
+    ),
+    "a suffix that is no text": (
+        "srt",
+        "--model {made}/no_suffix --dataset {data}",
+        "srt.json is damaged: prompt_suffix is 3",
+    ),
+    "layers without weights": (
+        "srt",
+        "--model {made}/more_layers --dataset {data}",
+        "its files lack 24 of its weights, transformer.h.3",
+    ),
     "a family that cannot be sampled": ("srt", "--model {made}/bloom --dataset {data}", "bloom"),
     "no chat template": (
         "srt",
@@ -396,6 +417,21 @@ BAD = {
         "srt",
         "--model {base} --dataset {made}/utf16.jsonl",
         "cannot load the data set",
+    ),
+    "latin-1": (
+        "srt",
+        "--model {base} --dataset {made}/latin.jsonl",
+        "cannot load the data set",
+    ),
+    "problems that are chats": (
+        "srt",
+        "--model {base} --dataset {chats}",
+        "no problem, or no answer (problems are text, these are list)",
+    ),
+    "tests that are text": (
+        "srt",
+        GOOD + " --verifier code --answer-column problem",
+        "tests are a list in JSON, not '",
     ),
     "no column": (
         "srt",

@@ -521,6 +521,16 @@ def test_learning_rates():
         assert learning_rate(constant, 1, 40) == 2.0
 
 
+def test_a_warm_up_that_does_not_end(capsys):
+    """--lr is then never reached: 20 steps are the default, and a few problems make fewer."""
+    for warmup, total, told in ((20, 20, False), (20, 19, True), (0.05, 3, False)):
+        args = argparse.Namespace(lr=2.0, warmup=warmup, lr_schedule="constant")
+        for step in range(1, total + 1):
+            learning_rate(args, step, total)
+        lines = capsys.readouterr().err.splitlines()
+        assert lines == ["warning: --lr is not reached: there are 19 steps, --warmup has 20"] * told
+
+
 # ----------------------------------------------------------------------------------------- memory
 
 
