@@ -1227,11 +1227,10 @@ def check_tests(tests: list) -> None:
         if not isinstance(test, kind) or not all(isinstance(value, str) for value in values):
             raise TypeError(f"{form}; this is neither: {test!r:.80}")
     try:
-        tree = ast.parse("" if kind is dict else "\n".join(tests))
-        compile(tree, "tests", "exec")  # it refuses a bare return
+        statements = tests if kind is dict else ast.parse("\n".join(tests)).body
     except (SyntaxError, ValueError, MemoryError, RecursionError) as error:  # by version
         raise ValueError(f"tests that are not Python ({error}): {tests!r:.80}") from error
-    if not (tests if kind is dict else tree.body):
+    if not statements:
         raise ValueError(f"{form}; the list is empty or has comments only: {tests!r:.80}")
 
 
