@@ -689,6 +689,9 @@ def decode():
             row(name, figure + " of the copy bandwidth")
             if (slots, length) == sizes[0]:
                 kernels(name, decoder)
+            if attention == "packed":  # a plan for each shape: does it pay where shapes are few?
+                with cudnn(True):
+                    measure_step(f"{name}, attention by cuDNN", decoder, eager=False)
             del decoder
             free()
 
