@@ -157,9 +157,10 @@ def sample_all(
 ) -> list[Rollout]:
     """One response for each prompt. purpose: what they are for, and the step, for the seed."""
     slots, cache_bytes = args.slots, getattr(args, "cache_bytes", None)
-    if cache_bytes:  # else the sampler's own choice: on a GPU what is free, where nothing trains
+    if cache_bytes is not None:  # else nothing trains here, and the sampler takes what is free
         longest = max(map(len, prompts), default=0) + args.max_new_tokens
         slots = slots_that_fit(args, cache_bytes_per_token(lm.model) * longest, cache_bytes)
+        print(f"{' '.join(map(str, purpose))}  slots {slots}")
     seeds = stream_seeds(seed_of(args.seed, *purpose), len(prompts))
 
     def sample(part: list[tuple]) -> list[Rollout]:
@@ -497,7 +498,8 @@ def in_micro_batches(
 # the change is logged. Model and data may have been moved: they are compared by content.
 PLACES = {"model", "dataset", "eval_dataset", "traces", "output", "device", "resume"}
 FREE = {"micro_tokens", "gradient_checkpointing", "save_every", "eval_every"} | PLACES
-NOTED = {"slots", "lr", "cache_bytes", "training_bytes"}
+BUDGETS = {"cache_bytes", "training_bytes"}  # no flags: see `fit_memory`
+NOTED = {"slots", "lr"} | BUDGETS
 ADAPTER = "adapter/adapter_model.safetensors"  # in a model's folder, what PEFT and vLLM read
 
 
@@ -580,8 +582,11 @@ class Run:
             before = json.loads(path.read_text())
             flags, hashes = dict(before["flags"]), dict(before["fingerprint"])
             settings["started"] = before["started"]
+        for name in BUDGETS:  # on a card with more room the same slots
+            if flags.get(name) and settings["flags"][name]:
+                settings["flags"][name] = min(flags[name], settings["flags"][name])
         changed = {
-            name: f"--{name.replace('_', '-')} was {old!r}"
+            name: f"{name if name in BUDGETS else '--' + name.replace('_', '-')} was {old!r}"
             for name, old in flags.items()
             if settings["flags"].get(name, old) != old and name not in FREE
         }
@@ -1363,33 +1368,34 @@ def estimate_memory(lm: LM, args: Namespace, longest_prompt: int) -> dict[str, i
 def fit_memory(lm: LM, args: Namespace, problems: list[Problem]) -> None:
     """Say what the run needs and what to lower, and divide up a GPU's memory.
 
-    A cache gets `cache_bytes`: nine tenths of the card, less the weights, and from `Run.restore`
-    on, with optimizer and teacher, `training_bytes`. This is arithmetic, hence the same after
-    --resume on the same card. On a CPU both are None: no limit.
+    A cache gets `cache_bytes`: nine tenths of the card, less where others use it, without the
+    weights, and from `Run.restore` on, with optimizer and teacher, `training_bytes`. Both are saved
+    for --resume, which then samples with the same slots. On a CPU they are None: no limit.
     """
     longest = max(len(p.prompt_ids) for p in problems)
     parts = estimate_memory(lm, args, longest)
     standing = parts["weights"] + parts["optimizer"] + parts["teacher"]
     training = standing + parts["gradients"] + parts["activations"] + parts["logits"]
-    args.cache_bytes, args.training_bytes, card = None, None, math.inf
+    args.cache_bytes, args.training_bytes, available = None, None, math.inf
     if lm.model.device.type == "cuda":
-        card = torch.cuda.mem_get_info(lm.model.device)[1]
-        args.cache_bytes = int(0.9 * card) - parts["weights"]
-        args.training_bytes = int(0.9 * card) - standing
+        free, card = torch.cuda.mem_get_info(lm.model.device)
+        available = free + torch.cuda.memory_reserved(lm.model.device)
+        room = int(min(0.9 * card, 0.95 * available))
+        args.cache_bytes, args.training_bytes = room - parts["weights"], room - standing
     slots = slots_that_fit(args, parts["slot"], args.training_bytes)
     sampling = standing + slots * parts["slot"]
     needed = f"training {training / 1e9:.3g}, sampling {sampling / 1e9:.3g} at {slots} slots"
     figures = ", ".join(f"{name} {n / 1e9:.3g}" for name, n in parts.items())
     print(f"memory at most, GB: {needed} of full length; {figures}")
-    if training > card:
+    if training > available:
         warn("training may not fit: lower --micro-tokens, or add --gradient-checkpointing")
-    if sampling > card:
+    if sampling > available:
         warn("sampling may not fit: lower --slots or --max-new-tokens")
 
 
 def slots_that_fit(args: Namespace, slot: int, cache_bytes: int | None) -> int:
     """How many sequences are decoded at once: --slots, or as many as fit, `slot` bytes each. Not
-    the sampler's choice by free memory: this one is the same after --resume."""
+    the sampler's choice by what is free at that moment: this one is the same after --resume."""
     if args.slots or cache_bytes is None:
         return args.slots or SLOTS
     return max(1, min(MAX_SLOTS, cache_bytes // slot))

@@ -5,6 +5,7 @@ and the weights, byte for byte.
 """
 
 import copy
+import dataclasses
 import json
 import os
 import re
@@ -31,6 +32,7 @@ from test_scripts import (
     save_model,
     save_rows,
 )
+from test_training import OnGPU
 from tiny import CHAT_TEMPLATE, as_flags, call, make_tokenizer
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -324,6 +326,51 @@ def test_rate_and_slots_may_change_with_a_note(stopped):
     before = ending(folder)
     resume(sdzero, *flags, "--lr", "1e-5", "--slots", "3", output=folder)
     assert_same_ending(folder, before)
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_slots_on_a_gpu_are_those_that_the_run_began_with(name, small, stopped, monkeypatch, capfd):
+    """Also on a card with more room; with less they are fewer, and a note says so. More sequences
+    fit until there is an optimizer. Each number is shown."""
+    used, sampler, fit = [], common.generate, common.fit_memory
+
+    def generate(model, prompts, *, slots, **settings):
+        used.append((max(map(len, prompts)) + settings["max_new_tokens"], slots))
+        return sampler(model, prompts, **settings)
+
+    def fit_memory(lm, *rest):
+        fit(dataclasses.replace(lm, model=OnGPU(lm.model)), *rest)
+
+    def sampled_on(memory, run):
+        """[(tokens of the longest sequence, slots)] of each call of the sampler"""
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (memory, memory))
+        used.clear()
+        found = run()
+        return found, used.copy(), capfd.readouterr().out
+
+    monkeypatch.setattr(common, "generate", generate)
+    monkeypatch.setattr(common, "fit_memory", fit_memory)
+    monkeypatch.setattr(common, "cache_bytes_per_token", lambda model: 1000)
+    (folder, flags), first, out = sampled_on(10**6, lambda: stopped(name))
+    model = AutoModelForCausalLM.from_pretrained(small[name])
+    weights = 4 * sum(p.numel() for p in model.parameters())
+    standing = {"srt": 3, "sdzero": 4}[name] * weights  # with two moments, and a teacher
+    early = {"srt": 6, "sdzero": 0}[name]  # calls before: evaluation 0, two chunks of traces
+    assert len(first) > early
+    for i, (longest, slots) in enumerate(first):
+        there = weights if i < early else standing
+        assert slots == (900_000 - there) // (1000 * longest) and f"  slots {slots}\n" in out
+
+    copies = [shutil.copytree(folder, folder.with_name(str(n))) for n in range(3)]
+    rest = []
+    for memory, copy in zip((10**6, 2 * 10**6, 6 * 10**5), copies):
+        _, slots, _ = sampled_on(
+            memory, lambda copy=copy: call(SCRIPTS[name], *flags, output=copy, resume=True)
+        )
+        rest.append(slots)
+    assert rest[0] and rest[0] == rest[1] and not notes_of(copies[1])
+    assert all(few < many for (_, few), (_, many) in zip(rest[2], rest[0], strict=True))
+    assert any(note.startswith("training_bytes was") for note in notes_of(copies[2]))
 
 
 FIXED = {

@@ -709,7 +709,8 @@ class OnGPU:
 @pytest.mark.parametrize("slots", [0, 1, 5, 10**6])
 def test_slots_are_what_a_gpu_has_room_for(slots, capsys, monkeypatch):
     """Nine tenths of the card, less what is already there: the optimizer not yet while collecting.
-    Too little is said; one slot is tried nevertheless."""
+    Where another program has half of the card, 95% of the rest. Too little is said; one slot is
+    tried nevertheless."""
     model = tiny("qwen3", dtype=torch.float32)
     slot = common.cache_bytes_per_token(model)
     monkeypatch.setattr(common, "cache_bytes_per_token", lambda model: slot)
@@ -726,5 +727,9 @@ def test_slots_are_what_a_gpu_has_room_for(slots, capsys, monkeypatch):
     assert common.slots_that_fit(memory_flags(slots=7), parts["slot"], args.training_bytes) == 7
     errors = capsys.readouterr().err
     training = standing + parts["gradients"] + parts["activations"] + parts["logits"]
+    before = args.training_bytes
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (memory // 2, memory))
+    common.fit_memory(lm, args, problems)
+    assert args.training_bytes - before == pytest.approx((0.95 / 2 - 0.9) * memory, abs=3)
     assert ("--micro-tokens" in errors) == (training > memory)
     assert ("--slots" in errors) == (slots == 0)
