@@ -26,7 +26,7 @@ import traceback
 from argparse import Namespace
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -858,13 +858,10 @@ def number(kind: type, low: float, high: float = sys.float_info.max, above: bool
 
 
 def json_object(text: str) -> dict:
-    try:
-        value = json.loads(text)
-    except ValueError:
-        value = None
-    if isinstance(value, dict):
-        return value
-    raise argparse.ArgumentTypeError(f"must be a JSON object, not {text}")
+    with suppress(ValueError):
+        if isinstance(value := json.loads(text), dict):
+            return value
+    raise argparse.ArgumentTypeError(f"must be a JSON object, not {text!r:.100}") from None
 
 
 count, natural = number(int, 1), number(int, 0)
@@ -1019,12 +1016,16 @@ def load_lm(args: Namespace) -> LM:
     if not args.prompt_template and not tokenizer.chat_template:
         example = r"$'Question: {problem}\nAnswer: '"
         fail(f"{name} has no chat template: give --prompt-template, in bash for example {example}")
+    if unknown := [x for x in args.template_kwargs if x not in str(tokenizer.chat_template)]:
+        fail(f"the chat template of {name} has no {', '.join(unknown)} (--template-kwargs)")
     stops = [tokenizer.convert_tokens_to_ids(token) for token in args.stop_tokens]
     for token, i in zip(args.stop_tokens, stops):
         if i is None or i == tokenizer.unk_token_id:
             fail(f"{token!r} of --stop-tokens is no token of {name}")
     config = model.generation_config
     ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    if not all(isinstance(i, int | None) for i in ends):
+        fail(f"eos_token_id {config.eos_token_id!r} in {name}'s generation_config.json is no id")
     eos_ids = {tokenizer.eos_token_id, *ends, *stops} - {None}
     if min(eos_ids, default=math.inf) >= len(tokenizer):
         fail(f"{name} has no EOS token, so responses could not end: give --stop-tokens")
@@ -1090,8 +1091,8 @@ def inherit_prompt(args: Namespace) -> dict:
         prompt = dict(saved.get("prompt", {}))
         for name, value in {"problems": [], "trained": [], **PROMPT_DEFAULTS}.items():
             found = prompt.get(name, value) if name in PROMPT_DEFAULTS else saved.get(name, value)
-            if type(found) is not type(value):
-                raise TypeError(f"{name} is {found!r}")
+            if type(found) is not type(value) or {type(x) for x in found} - {str}:
+                raise TypeError(f"{name} is {found!r:.100}")
     for name, default in PROMPT_DEFAULTS.items():
         given, before = getattr(args, name), prompt.get(name, default)
         if given is None:
@@ -1125,10 +1126,10 @@ def render(lm: LM, problem: str, args: Namespace) -> list[int]:
         bos = lm.tokenizer.bos_token_id
         wanted = bos is not None and bos in lm.tokenizer("")["input_ids"]
         return [bos] + ids if wanted and ids[:1] != [bos] else ids
-    template = lm.tokenizer.get_chat_template()
     pattern = r"""strftime_now\(\s*(['"])(.*?)\1\s*\)"""
-    template = re.sub(pattern, lambda match: repr(time.strftime(match[2], TODAY)), template)
     with explained("the chat template does not take this prompt"):  # it may raise what it likes
+        template = lm.tokenizer.get_chat_template()
+        template = re.sub(pattern, lambda match: repr(time.strftime(match[2], TODAY)), template)
         return lm.tokenizer.apply_chat_template(
             [{"role": "user", "content": text}],
             chat_template=template,
@@ -1159,7 +1160,7 @@ def load_rows(name: str, default_split: str):
         rest, _, config = rest.partition(":") if not Path(rest).exists() else (rest, "", "")
         check_is_there(rest, "data set")
         source = {"path": rest, "name": config or None, "split": split or default_split}
-    with explained(f"cannot load the data set {name}"):  # each builder has its own exceptions
+    with loading(name):
         if path.suffix == ".csv":
             source["keep_default_na"] = False  # "NA" is text, a blank makes no integers inexact
             csv.field_size_limit(2**31 - 1)
@@ -1168,10 +1169,21 @@ def load_rows(name: str, default_split: str):
             if max(widths) > widths[0]:  # pandas would take the first field for the row's name
                 row = widths.index(max(widths)) + 1
                 fail(f"row {row} of {name} has {max(widths)} fields, the header {widths[0]}")
-        rows = datasets.load_dataset(**source)
-    if not len(rows):
-        fail(f"the data set {name} is empty")
-    return rows
+        return datasets.load_dataset(**source)
+
+
+@contextmanager
+def loading(name: str):
+    """Say why a data set cannot be loaded, and at which line: `datasets` does not say that."""
+    try:
+        yield
+    except Exception as error:  # each builder has its own
+        if "corresponds to no data" in str(error):  # it may have a header
+            fail(f"the data set {name} is empty")
+        for i, line in enumerate(open(name, "rb") if name.endswith(".jsonl") else (), 1):
+            with explained(f"cannot load the data set {name}: line {i}"):
+                json_object(line.strip() or "{}")
+        fail(f"cannot load the data set {name}: {last_cause(error)}")
 
 
 def is_empty(answer: object) -> bool:
@@ -1207,10 +1219,10 @@ def load_problems(args: Namespace, name: str, split: str = "train") -> tuple[dic
     def column(given: str | None, usual: tuple[str, ...], flag: str):
         for candidate in [given] if given else usual:
             if candidate in rows.column_names:
-                with explained(f"cannot load the data set {name}"):  # it is decoded only now
+                with loading(name):  # it is decoded only now
                     return list(rows[candidate])
-        wanted, there = given or " or ".join(usual), ", ".join(rows.column_names)
-        fail(f"{name} has no column {wanted}; it has {there}: give {flag}")
+        there = ", ".join(rows.column_names) + ("" if given else f": give {flag}")
+        fail(f"{name} has no column {given or ' or '.join(usual)}; it has {there}")
 
     texts = column(args.problem_column, ("problem", "question", "prompt"), "--problem-column")
     answers = column(args.answer_column, ("answer", "solution", "tests"), "--answer-column")
@@ -1265,6 +1277,9 @@ def split_problems(lm: LM, args: Namespace, saved: dict, half: bool) -> tuple[li
 
     held_out = fitting(candidates, unseen, "eval_too_long")
     problems = fitting(rows, [key for key in sorted(rows) if key not in used], "too_long")
+    prompts = [p.prompt_ids for p in problems + held_out]
+    if len(prompts) > 1 and min(prompts) == max(prompts):
+        fail(f"every problem has the same prompt: the template of {args.model} ignores it")
     random.Random(seed_of(args.seed, "problems")).shuffle(problems)
     if args.problems:
         problems = problems[: args.problems]
@@ -1469,7 +1484,7 @@ def entry(main: Callable) -> None:
         if rank():  # rank 0 says so, and torchrun waits for this one
             raise SystemExit(130) from None
         again = "; the same command with --resume goes on from the last checkpoint"
-        fail("interrupted" + (again if Run.begun else ""), 130)
+        fail("interrupted" + (again if Run.begun or "--resume" in sys.argv else ""), 130)
     if dist.is_initialized():
         wait_for_all()  # rank 0 may still be writing, and torchrun ends it if another one breaks
         dist.destroy_process_group()

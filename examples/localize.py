@@ -65,7 +65,7 @@ FLAGS = [
 UNUSED = (
     *("problems", "top_p", "batch_size", "lr", "lr_schedule", "warmup", "eval_samples"),
     *("gradient_checkpointing", "eval_temperature", "eval_every", "eval_only", "save_every"),
-    "resume",
+    *("resume", "lora"),
 )
 
 

@@ -63,7 +63,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common import PHRASES
+from common import PHRASES, explained
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -263,7 +263,8 @@ def main(argv: list[str] | None = None) -> None:
     add("--seed", type=int, default=0, help="of the problems and of all sampling (default: 0)")
     args = parser.parse_args(argv)
     if not (args.out / "both.jsonl").exists():
-        args.out.mkdir(parents=True, exist_ok=True)
+        with explained(f"cannot write to {args.out}", OSError):
+            args.out.mkdir(parents=True, exist_ok=True)
         write_problems(args.out, args.seed)
     rows, log = [], []
     for name, (row, _, model, _, _) in RUNS.items():

@@ -56,6 +56,7 @@ from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import common
 import srt
 from common import PHRASES, SLOTS, inherit_prompt, load_lm, load_problems, render, sample_all
 from losses import full_logits
@@ -575,7 +576,7 @@ def main(argv=None):
     add = parser.add_argument
     add("--out", type=Path, default=Path("runs/toy"), help="where it goes on (default: runs/toy)")
     add("--seed", type=int, default=0, help="of the world and of all sampling (default: 0)")
-    add("--seeds", type=int, default=1, help="how many, from --seed on, each in its own folder")
+    add("--seeds", type=common.count, default=1, help="how many, from --seed on, a folder each")
     add("--baselines", action="store_true", help="add the baselines and variations of stage 2")
     args = parser.parse_args(argv)
     started, tables, figures = time.time(), [], []
@@ -583,7 +584,8 @@ def main(argv=None):
         out = args.out / f"seed{seed}" if args.seeds > 1 else args.out
         world = World(seed)
         if not (out / "base" / "config.json").exists():
-            out.mkdir(parents=True, exist_ok=True)
+            with common.explained(f"cannot write to {out}", OSError):
+                out.mkdir(parents=True, exist_ok=True)
             show_pages(World(seed))  # a world of its own: the other one's draws stay as they are
             write(out, world)
         table, kl = both_stages(out, seed), {}

@@ -18,6 +18,8 @@ from pathlib import Path
 import curves
 import toy
 
+from common import explained
+
 HERE = Path(__file__).resolve().parent
 RESULTS, FIGURE = HERE / "results" / "toy.jsonl", HERE / "worlds.png"
 CURVES = {  # run: its name, its colour
@@ -144,11 +146,13 @@ def main(argv: list[str] | None = None) -> None:
         args.results.parent.mkdir(parents=True, exist_ok=True)
         text = "".join(json.dumps(rounded(line)) + "\n" for line in lines)
         args.results.write_text(text)
-    lines = [json.loads(line) for line in open(args.results)]
+    with explained(f"cannot read {args.results}", OSError, ValueError):
+        lines = [json.loads(line) for line in open(args.results)]
     print_table(lines)
     toy.print_kl([line["kl"] for line in lines if "kl" in line])
     try:
-        draw(lines, args.output)
+        with explained(f"cannot write {args.output}", OSError):
+            draw(lines, args.output)
     except ImportError as error:
         print(f"worlds.py: no figure: {error}; pip install -e '.[plot]'", file=sys.stderr)
     else:

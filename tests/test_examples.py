@@ -256,7 +256,11 @@ def test_nothing_learned(method, verdict, base, data, tmp_path, monkeypatch, cap
         ("sft", ["--generations", "8"], "belongs to --method grpo and sdft and sdpo"),
         ("grpo", ["--teacher", "live"], "belongs to --method sdft and sdpo"),
         ("sdpo", ["--solution-column", "answer"], "belongs to --method sft and sdft"),
-        ("sdft", ["--solution-column", "worked"], "has no column worked"),
+        (
+            "sdft",
+            ["--solution-column", "worked"],
+            "has no column worked; it has problem, answer, some\n",
+        ),
         ("sdft", ["--solution-column", "some"], "of 12 problems have no some"),
         ("ppo", [], "invalid choice: 'ppo'"),
     ],
@@ -658,16 +662,28 @@ def test_worlds(tmp_path, capsys):
     assert figure.stat().st_size > 10_000
 
 
-def test_worlds_without_runs(tmp_path, capsys):
+@pytest.mark.parametrize(
+    "example, flags, message",
+    [
+        (toy, "--seeds 0", "--seeds: must be at least 1, not 0"),
+        (toy, "--seeds -1", "--seeds: must be at least 1, not -1"),
+        (toy, "--out file", "cannot write to file"),
+        (real, "--model m --out file", "cannot write to file"),
+        (worlds, "--collect . --results none.jsonl", "no seed*/report.json"),
+        (worlds, "--results none.jsonl", "cannot read none.jsonl"),
+        (worlds, "--results file", "cannot read file"),
+        (worlds, "--output file/a.png", "cannot write file/a.png"),
+        (ablations, "--toy .", "no finished run"),
+    ],
+)
+def test_what_the_examples_refuse(example, flags, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("file").write_text("no JSON")
+    if "a.png" in flags:
+        pytest.importorskip("matplotlib")
     with pytest.raises(SystemExit) as stopped:
-        worlds.main(["--collect", str(tmp_path), "--results", str(tmp_path / "none.jsonl")])
-    assert stopped.value.code == 2 and "no seed*/report.json" in capsys.readouterr().err
-
-
-def test_ablations_need_a_toy(tmp_path, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        ablations.main(["--toy", str(tmp_path)])
-    assert stopped.value.code == 2 and "no finished run" in capsys.readouterr().err
+        example.main(flags.split())
+    assert stopped.value.code == 2 and message in capsys.readouterr().err
 
 
 # -------------------------------------------------------------------------- tests/bench_training.py

@@ -242,6 +242,7 @@ def test_nothing_that_a_model_was_trained_on(models_and_problems, tmp_path, monk
         (["--lr", "1"], "--lr means nothing here"),
         (["--eval-temperature", "0"], "--eval-temperature means nothing here"),
         (["--resume"], "--resume means nothing here"),
+        (["--lora", "4"], "--lora means nothing here"),
         (["--eval-problems", "0"], "--eval-problems 0 leaves no response"),
         (["--unknown"], "unrecognized arguments: --unknown"),
     ],

@@ -322,7 +322,7 @@ def world(tmp_path_factory, base, data, runs):
         "empty": "",
         "columns": '{"a": 1, "b": 2}\n',
         "long": json.dumps({"problem": "x" * 300, "answer": "1"}) + "\n",
-        "broken": '{"problem": \n',
+        "broken": '{"problem": "1", "answer": "1"}\n\n{"problem": \n',
         "incomplete": '{"problem": "1 + 1", "answer": null}\n{"problem": " ", "answer": "2"}\n',
         "nothing": '{"nothing": 1}\n',
         "chats": '{"prompt": [{"role": "user", "content": "1 + 1"}], "answer": "2"}\n',
@@ -337,7 +337,9 @@ def world(tmp_path_factory, base, data, runs):
     (made / "rows.tsv").write_text("problem\tanswer\n1\t2\n")
     (made / "rows.csv.gz").write_bytes(b"\x1f\x8b")
     (made / "utf16.jsonl").write_text(texts["long"], encoding="utf-16")
-    latin = '{"problem": "größe", "answer": "2"}\n' * 3
+    (made / "header.csv").write_text("problem,answer\n")
+    (made / "nothing.json").write_text("[]")
+    latin = '{"problem": "1", "answer": "1"}\n{"problem": "größe", "answer": "2"}\n'
     (made / "latin.jsonl").write_text(latin, encoding="latin-1")
     (made / "full").mkdir()
     (made / "full" / "file").write_text("mine")
@@ -348,6 +350,10 @@ def world(tmp_path_factory, base, data, runs):
     strict = make_tokenizer()
     strict.chat_template = "{{ raise_exception('no user here') }}"
     save_model(made / "strict", tokenizer=strict)
+    strict.chat_template = {"rag": "{{ messages[0].content }}"}
+    save_model(made / "no_default", tokenizer=strict)
+    strict.chat_template = "<|user|>{% for m in messages if m.role == 'system' %}{% endfor %}"
+    save_model(made / "deaf", tokenizer=strict)
     traces = (runs / "srt" / "traces.jsonl").read_text().splitlines()
     trace = json.loads(traces[0])
     (made / "good_traces.jsonl").write_text("\n".join(traces) + "\n")
@@ -360,6 +366,9 @@ def world(tmp_path_factory, base, data, runs):
         ("no_json", "srt.json", "{"),
         ("no_keys", "srt.json", '{"trained": null}'),
         ("no_suffix", "srt.json", '{"prompt": {"prompt_suffix": 3}}'),
+        ("stop_ids", "srt.json", '{"prompt": {"stop_tokens": [3]}}'),
+        ("eos_text", "generation_config.json", '{"eos_token_id": "x"}'),
+        ("eos_list", "generation_config.json", '{"eos_token_id": [0, ["x"]]}'),
         ("more_layers", "config.json", json.dumps(read(base / "config.json") | {"n_layer": 5})),
     ):
         shutil.copytree(base, made / name)
@@ -391,6 +400,21 @@ BAD = {
         "--model {made}/no_suffix --dataset {data}",
         "srt.json is damaged: prompt_suffix is 3",
     ),
+    "stop tokens that are ids": (
+        "srt",
+        "--model {made}/stop_ids --dataset {data}",
+        "srt.json is damaged: stop_tokens is [3]",
+    ),
+    "an EOS that is text": (
+        "srt",
+        "--model {made}/eos_text --dataset {data}",
+        "eos_token_id 'x' in {made}/eos_text's generation_config.json is no id",
+    ),
+    "one of two EOS that is none": (
+        "srt",
+        "--model {made}/eos_list --dataset {data}",
+        "eos_token_id [0, ['x']] in",
+    ),
     "layers without weights": (
         "srt",
         "--model {made}/more_layers --dataset {data}",
@@ -407,12 +431,31 @@ BAD = {
         "--model {made}/strict --dataset {data} --max-new-tokens 8",
         "the chat template does not take this prompt: no user here",
     ),
+    "no default among chat templates": (
+        "srt",
+        GOOD.replace("{base}", "{made}/no_default"),
+        "the chat template does not take this prompt: This model has multiple chat templates",
+    ),
+    "a template that ignores the problem": (
+        "sdzero",
+        GOOD.replace("{base}", "{made}/deaf"),
+        "every problem has the same prompt",
+    ),
+    "a switch that the template lacks": (
+        "srt",
+        GOOD + """ --template-kwargs '{{"mark": "", "enable_thinkin": false}}'""",
+        "the chat template of {base} has no enable_thinkin (--template-kwargs)",
+    ),
     "no EOS": ("srt", "--model {made}/no_eos --dataset {data}", "no EOS token"),
     "no such stop token": ("srt", GOOD + " --stop-tokens '<|end|>'", "'<|end|>' of --stop-tokens"),
     "no such device": ("srt", GOOD + " --device nonsense", "on nonsense"),
     "no file": ("srt", "--model {base} --dataset nowhere.jsonl", "no such data file: nowhere.json"),
     "no data folder": ("srt", "--model {base} --dataset ./rows", "no such data set folder: ./rows"),
-    "a broken file": ("srt", "--model {base} --dataset {broken}", "cannot load the data set"),
+    "a broken line": (
+        "srt",
+        "--model {base} --dataset {broken}",
+        "cannot load the data set {broken}: line 3: must be a JSON object, not b'{{\"problem\":'",
+    ),
     "another encoding": (
         "srt",
         "--model {base} --dataset {made}/utf16.jsonl",
@@ -421,7 +464,7 @@ BAD = {
     "latin-1": (
         "srt",
         "--model {base} --dataset {made}/latin.jsonl",
-        "cannot load the data set",
+        "cannot load the data set {made}/latin.jsonl: line 2: ",
     ),
     "problems that are chats": (
         "srt",
@@ -441,9 +484,11 @@ BAD = {
     "no such column": (
         "srt",
         GOOD + " --answer-column gold",
-        "no column gold; it has problem, answer: give --answer-column",
+        "no column gold; it has problem, answer\n",
     ),
     "an empty data set": ("srt", "--model {base} --dataset {empty}", "is empty"),
+    "a header without rows": ("srt", "--model {base} --dataset {made}/header.csv", "csv is empty"),
+    "an empty array": ("srt", "--model {base} --dataset {made}/nothing.json", "json is empty"),
     "nothing complete": (
         "srt",
         "--model {base} --dataset {incomplete}",

@@ -157,6 +157,15 @@ def test_damaged_files_are_named(file, killed, ended):
     assert code == 2 and "damaged" in err.splitlines()[-1]
 
 
+def test_ctrl_c_before_a_resumed_run_goes_on_says_how_to(killed, ended, monkeypatch):
+    def interrupted(args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(common, "load_lm", interrupted)
+    code, _, err = ended(sdzero, *FLAGS, *STAGE_2, resume=True, **killed)
+    assert code == 130 and "interrupted; the same command with --resume goes on" in err
+
+
 def test_a_folder_that_is_called_checkpoint_is_none(killed):
     (killed["output"] / "checkpoint-99").mkdir()
     call(sdzero, *FLAGS, *STAGE_2, resume=True, **killed)
