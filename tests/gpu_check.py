@@ -277,7 +277,9 @@ def ceilings():
     PEAK["product"] = 2 * m**3 / ms(lambda: x @ y, 10) * 1e3
     say("ceilings", copy_TB_per_s=PEAK["copy"] / 1e12, product_TFLOPs=PEAK["product"] / 1e12)
     if BIG:
-        say("memory", GB=torch.cuda.mem_get_info()[1] / GB, cudnn=torch.backends.cudnn.version())
+        grows = any(segment.get("is_expandable") for segment in torch.cuda.memory_snapshot())
+        cudnn = torch.backends.cudnn.version()
+        say("memory", GB=torch.cuda.mem_get_info()[1] / GB, expandable=grows, cudnn=cudnn)
 
 
 # ----------------------------------------------------------------------------------------- 1 right
@@ -467,7 +469,7 @@ def optimizer():
 
 
 def scripts():
-    """Both stages of a tiny bf16 model by their own main; stage 2 again, broken off and resumed."""
+    """Both stages of a tiny bf16 model by their own main; each again, broken off and resumed."""
 
     class Rows(list):  # what `load_rows` returns, without the library
         column_names = property(lambda self: list(self[0]))
@@ -478,7 +480,7 @@ def scripts():
 
     def broken(run, kind, step, values):
         log(run, kind, step, values)
-        if (kind, step) == ("train", 5):
+        if (kind, step) == ("train", 3):  # the last checkpoint is of step 2
             raise KeyboardInterrupt
 
     grown = []
@@ -502,37 +504,40 @@ def scripts():
         tokenizer.save_pretrained(folder / "base")
         lines = [{"problem": f"{i} + {i} = ?", "answer": str(2 * i)} for i in range(48)]
         (folder / "data.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-        always = f"--dataset {folder}/data.jsonl --verifier tiny:odd --eval-problems 4 --slots 4 "
+        always = f"--dataset {folder}/data.jsonl --verifier tiny:odd --eval-problems 4 "
         always += "--eval-samples 2 --eval-every 50 --save-every 2 --max-new-tokens 8 --lr 1e-3 "
         always += f"--device {DEVICE} --dtype bfloat16 --cuda-graphs {'on' if BIG else 'off'} "
+        first = f"--model {folder}/base --batch-size 4 --epochs 1 --problems 16 "
         second = f"--model {folder}/srt --batch-size 2 --teacher ema --teacher-rate 0.3 "
-        second += "--gradient-checkpointing --output "
+        second += "--gradient-checkpointing "
 
         def call(script, flags):
             with open(os.devnull, "w") as null, contextlib.redirect_stdout(null):
                 script.main((always + flags).split())
 
         try:
-            first = f"--model {folder}/base --batch-size 4 --epochs 1 --problems 16 "
-            call(srt, first + f"--output {folder}/srt")
-            call(sdzero, second + f"{folder}/whole")
-            common.Run.log = broken
-            with contextlib.suppress(KeyboardInterrupt):
-                call(sdzero, second + f"{folder}/parts")
-            common.Run.log, common.Run.restore = log, watched
-            call(sdzero, second + f"{folder}/parts --resume")
+            for script, flags in ((srt, first), (sdzero, second)):
+                name = script.__name__
+                call(script, f"{flags} --output {folder}/{name}")
+                common.Run.log = broken
+                with contextlib.suppress(KeyboardInterrupt):
+                    call(script, f"{flags} --output {folder}/{name}-parts")
+                common.Run.log, common.Run.restore = log, watched
+                call(script, f"{flags} --output {folder}/{name}-parts --resume")
+                common.Run.restore = restore
         finally:
             common.Run.log, common.Run.restore = log, restore
             common.load_rows = load_rows
-        whole, parts = (
-            AutoModelForCausalLM.from_pretrained(folder / name).state_dict()
-            for name in ("whole", "parts")
-        )
-    worst = max((whole[k].float() - parts[k].float()).abs().max().item() for k in whole)
-    # AdamW's moments are 8 bytes per weight, and all that a resumed run adds. On a GPU some sums
-    # depend on the order of its threads, so that the weights may differ.
-    right = grown[0] < 9 if BIG else not worst
-    say("right: scripts, killed and resumed", worst=worst, bytes_added=grown[0], right=right)
+        for name, added in zip(("srt", "sdzero"), grown, strict=True):
+            whole, parts = (
+                AutoModelForCausalLM.from_pretrained(path).state_dict()
+                for path in (folder / name, folder / f"{name}-parts")
+            )
+            worst = max((whole[k].float() - parts[k].float()).abs().max().item() for k in whole)
+            # AdamW's moments are 8 bytes per weight, and all that a resumed run adds. On a GPU some
+            # sums depend on the order of its threads, so that the weights may differ.
+            values = dict(worst=worst, bytes_added=added, right=added < 9 if BIG else not worst)
+            say(f"right: {name}.py, killed and resumed", **values)
 
 
 # -------------------------------------------------------------------------------------- 2 products
@@ -1071,7 +1076,7 @@ def main():
         start = time.time()
         try:
             check()
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # the scripts end by the latter
             say(f"{part} {check.__name__}", failed=first_line(error), right=False)
             traceback.print_exc()
             if "CUDA error" in str(error) or "device-side assert" in str(error):

@@ -1,4 +1,4 @@
-"""The GPU's path, as far as a CPU shows it: gpu_check.py, compiled losses, --resume."""
+"""The GPU's path, as far as a CPU shows it: gpu_check.py, compiled losses, memory, --resume."""
 
 import argparse
 import gc
@@ -10,17 +10,24 @@ import sys
 import weakref
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import memory_table
 import pytest
 import torch
+from test_scripts import save_model
+from test_training import Live
 from tiny import make_tokenizer, tiny
 from torch._dynamo.utils import counters
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import AttentionInterface
 
 import common
 import sdzero
 import srt
-from losses import OutputLayer, backward_by_chunks
+from losses import OutputLayer, backward_by_chunks, hidden_states, predicting_last
+from rollout import LEVELS, Decoder, Rollout, prefill, sample, uniforms
 from teacher import Teacher
 
 SCRIPT = Path(__file__).with_name("gpu_check.py")
@@ -159,3 +166,214 @@ def test_the_memory_table_by_hand():
     one_slot = 36 * 2 * 8 * 128 * 2 * (512 + 8192)
     assert slots[1] == str(int((0.9 * 85e9 - 14 * parameters) / one_slot))
     assert slots[0] == "–" and 75e9 < sum(parts.values()) < 84e9
+
+
+def test_the_tables_of_memory_are_what_the_estimate_says(capsys, monkeypatch):
+    """In memory_table.py's docstring and in the README."""
+    monkeypatch.setattr(sys, "argv", ["memory_table.py"])
+    memory_table.main()
+    cells = [line.replace(" ", "") for line in capsys.readouterr().out.splitlines()]
+    documented = memory_table.__doc__.replace(" ", "")
+    assert len(cells) == 3 and all(line in documented for line in cells)
+    most = [max(float(line.split("|")[i]) for i in (2, 4)) for line in cells]
+    readme = (SCRIPT.parents[1] / "README.md").read_text()
+    assert "takes {}, {} and {} GB at most".format(*most) in " ".join(readme.split())
+
+
+class Flash(torch.autograd.Function):
+    """What flash attention keeps: queries, keys, values, the result. Nothing is computed."""
+
+    @staticmethod
+    def forward(context, query, key, value):
+        result = torch.empty_like(query)
+        context.save_for_backward(query, key, value, result)
+        return result
+
+    @staticmethod
+    def backward(context, gradient):
+        return tuple(map(torch.empty_like, context.saved_tensors[:3]))
+
+
+@pytest.mark.parametrize("name", memory_table.SHAPES)
+def test_activations_of_the_readmes_models(name, monkeypatch):
+    """The estimate against every tensor of a forward and backward pass over one trace of stage 1,
+    with checkpointing, on the meta device, where nothing is allocated: at most 10% too much."""
+
+    def attention(module, query, key, value, *rest, **settings):
+        return Flash.apply(query, key, value).transpose(1, 2), None
+
+    monkeypatch.setitem(AttentionInterface._global_mapping, "stub", attention)
+    lm = memory_table.on_meta(name)
+    parts, _ = memory_table.estimate(lm, srt)
+    lm.model.set_attn_implementation("stub")
+    common.checkpoint_layers(lm.model.train())
+    for p in lm.model.parameters():
+        p.grad = torch.empty_like(p)
+    length = 512 + 2 * 16384 + len(memory_table.PHRASE)
+    with Live([x for p in lm.model.parameters() for x in (p, p.grad)]) as live:
+        hidden_states(lm.model, [[3] * length]).sum().backward()
+    assert 0.9 < live.peak / parts["activations"] < 1, live.peak / parts["activations"]
+
+
+def test_the_optimizer_takes_the_largest_weight_last():
+    """The temporary copies of the embedding take 20 bytes for each of its weights, and come when
+    the gradients of all others are gone, 4 bytes for each of theirs."""
+    model = tiny("qwen3", vocab_size=400, dtype=torch.bfloat16)
+    optimizer, embedding = common.Optimizer(model), 400 * 32
+
+    def step():
+        for weight in optimizer.weights:
+            weight.grad = torch.ones_like(weight, dtype=torch.float32)
+        gradients = live.now
+        optimizer.step(1e-3)
+        return gradients
+
+    with Live() as live:
+        step()  # from here on AdamW's moments are there
+    moments = [x for state in optimizer.adamw.state.values() for x in state.values()]
+    low = [low for _, low, _ in optimizer.narrow]
+    with Live([*model.parameters(), *moments, *low]) as live:
+        gradients = step()
+    others = sum(weight.numel() for weight in optimizer.weights) - embedding
+    assert live.peak - gradients < 20 * embedding - 4 * others
+
+
+# ------------------------------------ branches for a GPU, with tensors that claim to be on one
+
+
+class OnCUDA(torch.Tensor):
+    is_cuda = True
+
+
+def on_cuda(tensor):
+    return tensor.detach().as_subclass(OnCUDA).requires_grad_(tensor.requires_grad)
+
+
+@pytest.mark.parametrize("has_bfloat16", [True, False])
+def test_a_model_on_a_gpu(has_bfloat16, tmp_path, monkeypatch, capsys):
+    """float32 where the card has no bfloat16, with a warning, as of a transformers that copies
+    heads; and no cuDNN attention, in training either."""
+    save_model(tmp_path / "model")
+    empty, enabled = torch.empty, torch.backends.cuda.cudnn_sdp_enabled()
+    monkeypatch.setattr(torch, "empty", lambda *sizes, device=None, **more: empty(*sizes, **more))
+    monkeypatch.setattr(torch.nn.Module, "to", lambda module, *device: module)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda index: None)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has_bfloat16)
+    monkeypatch.delattr(common.sdpa_attention, "pack_gqa", raising=False)
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    try:
+        args = flags("--model", str(tmp_path / "model"), "--device", "cuda")
+        common.inherit_prompt(args)
+        lm = common.load_lm(args)
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(enabled)
+    assert lm.model.dtype == (torch.bfloat16 if has_bfloat16 else torch.float32)
+    errors = capsys.readouterr().err
+    assert ("no bfloat16" in errors) != has_bfloat16 and "for every query head" in errors
+
+
+def test_both_stages_compile_their_losses_on_a_gpu(monkeypatch):
+    """And only there: on a CPU it does not pay."""
+    model, seen = tiny("llama", dtype=torch.float32), []
+    for script in (srt, sdzero):
+        monkeypatch.setattr(script, "compiled", lambda loss: seen.append(loss) or loss)
+    layer, teacher = OutputLayer(model), Teacher(model)
+    trace = srt.Trace("", "", 0, "", "", "", True, [5], [6, 7], [8], [9, 1])
+    example = sdzero.Example([5, 6], Rollout([7, 1], [-1.0, -1.0], True), 1, [8])
+    for wrap, compilations in ((lambda x: x, 0), (on_cuda, 2)):
+        for script in (srt, sdzero):
+            rows = partial(lambda *rest, wrap: wrap(predicting_last(*rest)), wrap=wrap)
+            monkeypatch.setattr(script, "predicting_last", rows)
+        srt.srt_loss(model, layer, [trace], (1, 2), 1)
+        sdzero.distill(model, teacher, layer, layer, [example], flags(), 1)
+        assert len(seen) == compilations
+
+
+def test_all_rows_of_the_output_layer_on_a_gpu(monkeypatch):
+    """What test_losses.py sets by hand."""
+    model = tiny("llama", dtype=torch.float32)
+    assert OutputLayer(model, 37).rows == 37
+    model.lm_head.weight = torch.nn.Parameter(on_cuda(model.lm_head.weight))
+    assert OutputLayer(model, 37).rows == 40
+
+
+def test_random_numbers_of_an_apple_gpu(monkeypatch):
+    """24 bits in fp32, as there is no float64; the same for the same seed and position."""
+    arange, seeds = (
+        torch.arange,
+        torch.arange(50_000).as_subclass(
+            type("OnMPS", (torch.Tensor,), {"device": SimpleNamespace(type="mps")})
+        ),
+    )
+    monkeypatch.setattr(torch, "arange", lambda *bounds, device: arange(*bounds))
+    u = uniforms(seeds, arange(50_000) % 7).as_subclass(torch.Tensor)
+    assert u.dtype == torch.float32 and u.shape == (50_000, LEVELS)
+    assert 0 <= u.min() < 1e-4 and 1 - 1e-4 < u.max() < 1 and (u * 2**24 % 1 == 0).all()
+    assert torch.allclose(u.mean(0), torch.full((3,), 0.5), atol=0.01)
+    assert torch.allclose(u.var(0), torch.full((3,), 1 / 12), atol=0.003)
+
+
+def test_memory_may_grow_in_segments():
+    """Before torch's first allocation on a GPU, and not against what the user has set."""
+    code = "import os, torch; torch.version.cuda = '13.0'; import common; "
+    code += "print(os.environ['PYTORCH_ALLOC_CONF'])"
+    env = {name: value for name, value in os.environ.items() if name != "PYTORCH_ALLOC_CONF"}
+    for given, expected in (({}, "expandable_segments:True"), ({"PYTORCH_ALLOC_CONF": "x"}, "x")):
+        run = subprocess.run(
+            [sys.executable, "-c", code],
+            capture_output=True,
+            text=True,
+            env={**env, **given},
+            cwd=SCRIPT.parents[1],
+        )
+        assert run.stdout.strip() == expected, run.stderr
+
+
+# ---------------------------------------------------------------------- what a step costs, counted
+
+
+class Operations(TorchDispatchMode):
+    """Names of the operations that are kernels, with the number of elements that each makes."""
+
+    def __init__(self):
+        super().__init__()
+        self.made = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if not function.is_view and function is not torch.ops.aten._unsafe_view.default:
+            sizes = [x.numel() for x in tree_leaves(result) if isinstance(x, torch.Tensor)]
+            writes = function._schema.is_mutable
+            self.made.append((function.name(), 0 if writes else max(sizes, default=0)))
+        return result
+
+
+@pytest.mark.skipif(not hasattr(common.sdpa_attention, "pack_gqa"), reason="transformers < 5.23")
+def test_a_decode_step_copies_no_cache():
+    """56 kernels a layer of Qwen3's, none of which makes anything of the size of its cache."""
+    counts = []
+    for layers in (2, 3):
+        model = tiny(
+            "qwen3", dtype=torch.bfloat16, num_hidden_layers=layers, max_position_embeddings=512
+        )
+        with torch.no_grad():
+            decoder = Decoder(model, prefill(model, [(0, 0)]), 4, 512, 511, [1], sample)
+            with Operations() as operations:
+                decoder.step(4, 512)
+        counts.append(len(operations.made))
+        largest = max(size for name, size in operations.made)
+        assert largest < decoder.cache.layers[0].numel() / 8, operations.made
+    assert counts[1] - counts[0] <= 58, counts
+
+
+def test_a_loss_makes_few_passes_over_the_logits():
+    """(4) with all that is logged: one log-softmax for each side, and no more large tensors than
+    22, forward and backward, of which a compiler makes a few kernels."""
+    logits, teacher = torch.randn(2, 8, 1000)
+    ids = torch.arange(8)
+    with Operations() as operations:
+        columns = sdzero.make_loss(flags())(logits.requires_grad_(), teacher, ids, ids.float())
+        columns[:, 0].sum().backward()
+    large = [name for name, size in operations.made if size >= logits.numel()]
+    assert large.count("aten::_log_softmax") == 2 and len(large) <= 22, large

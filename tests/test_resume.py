@@ -363,9 +363,9 @@ def test_slots_on_a_gpu_are_those_that_the_run_began_with(name, small, stopped, 
 
     copies = [shutil.copytree(folder, folder.with_name(str(n))) for n in range(3)]
     rest = []
-    for memory, copy in zip((10**6, 2 * 10**6, 6 * 10**5), copies):
+    for memory, output in zip((10**6, 2 * 10**6, 6 * 10**5), copies):
         _, slots, _ = sampled_on(
-            memory, lambda copy=copy: call(SCRIPTS[name], *flags, output=copy, resume=True)
+            memory, lambda output=output: call(SCRIPTS[name], *flags, output=output, resume=True)
         )
         rest.append(slots)
     assert rest[0] and rest[0] == rest[1] and not notes_of(copies[1])
