@@ -5,6 +5,7 @@
     python tests/bench_rollout.py --shape smollm2 --slots 16 --limit 128 --skip batch
                                                              the shape of SmolLM2-135M
     python tests/bench_rollout.py --growth                   time per token at 128 to 2,048 tokens
+    python tests/bench_rollout.py --against old.py           also another rollout.py, in turn
 
 There are 8 times as many prompts as slots, all different. The length of every response is forced
 and drawn with a seed: all as long as the limit, or geometric with a mean of a quarter of the limit,
@@ -43,9 +44,15 @@ and the step's own work, 2% the host. That forward takes 1.3 times as long as th
 a ready cache is dense in memory and ours has gaps where rows may still grow. From 128 to 2,048
 tokens per response a step of 64 rows takes 3.5 times as long (--growth, an earlier commit):
 attention 5.1 times, the rest 1.2 times.
+
+Ours in turn with the first version, commit c4b0e6d (git show c4b0e6d:rollout.py > old.py; --against
+old.py --skip batch generate), 2026-11-27, tokens per second: toy 12,404 and 12,352 (9 repeats),
+SmolLM2's shape with 16 slots and --limit 64 91 and 90 (6 repeats; whichever comes first is 1 to 2%
+slower).
 """
 
 import argparse
+import importlib.util
 import inspect
 import logging
 import os
@@ -100,10 +107,17 @@ def sync(device):
         torch.cuda.synchronize()
 
 
-def ours(args, model, prompts, lengths):
+def ours(args, model, prompts, lengths, sampler=rollout):
     settings = dict(eos_token_ids=[], slots=args.slots, cuda_graph=args.cuda_graph)
-    out = rollout.generate(model, prompts, max_new_tokens=lengths, **settings)
+    out = sampler.generate(model, prompts, max_new_tokens=lengths, **settings)
     assert [len(r.ids) for r in out] == lengths
+
+
+def from_file(path):
+    spec = importlib.util.spec_from_file_location("other_rollout", path)
+    sys.modules[spec.name] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def sampling(lengths, eos):
@@ -238,6 +252,7 @@ def parse_arguments():
     )
     add("--repeats", type=int, default=5)
     add("--skip", nargs="*", default=[], choices=["generate", "batch"], help="leave out a sampler")
+    add("--against", metavar="FILE", help="another rollout.py, of an older commit")
     add("--page-size", type=int, default=256, help="of generate_batch")
     add("--batch-tokens", type=int, default=256, help="most tokens of a generate_batch forward")
     add("--growth", action="store_true", help="instead: our time per token at several lengths")
@@ -306,6 +321,8 @@ def compare(args, model, rng):
         flush=True,
     )
     samplers = {"ours": ours}
+    if args.against:
+        samplers["against"] = partial(ours, sampler=from_file(args.against))
     if "generate" not in args.skip:
         samplers["generate"] = generate
     if "batch" not in args.skip:

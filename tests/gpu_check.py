@@ -31,11 +31,15 @@ One H100 80GB, torch 2.11.0+cu130, seed 0, 2026-11-26, examples/results/gpu_chec
 ceilings: copying 3.03 TB/s, products 791 TFLOP/s. Random weights of the models' shapes, bf16; the
 first two rows and those of sampling by a script of the same calls.
 
-    decode step of Qwen3-4B, ms              by CUDA graphs  eagerly  share of the copying
+    decode step of Qwen3-4B, ms              by CUDA graphs  eagerly       of copying alone
     16 slots x 2,048, transformers 5.24                10.9     31.9                   39%
     16 slots x 2,048, transformers 5.17                39.9     42.5                   11%
     64 slots x 4,096, transformers 5.24                25.6     28.2                   60%
     64 slots x 4,096, transformers 5.17               255.8    258.1                    6%
+
+    A step launches 62 kernels a layer, 56 by count of its operations (5.17: 58, two of which copy
+    the cache for every query head). Compiled it launched 23, and took 14.3 ms: Inductor copied the
+    cache twice (torch 2.11), without which its kernels add up to 8.2 ms. So nothing is compiled.
 
     sampling from Qwen3-0.6B, 256 responses of at most 256 tokens, 64 slots, tokens/s
     transformers 5.24                                  4,392    1,449
@@ -992,8 +996,7 @@ class IndexPut(rollout.SlotCache):
 
 
 def compiled_step():
-    """On the H100 the compiled step took 14.3 ms against 10.7 (torch 2.11): Inductor copied the
-    whole cache twice. Its kernels without these copies add up to 8.2 ms."""
+    """What would the compiled step take without the copies of the cache (see the docstring)?"""
     model = build("4B")
     model.set_attn_implementation("packed")  # transformers copies the heads when it is compiled
     plain, Cache = rollout.forward, rollout.SlotCache
