@@ -319,7 +319,8 @@ def test_memory_may_grow_in_segments():
     code = "import os, torch; torch.version.cuda = '13.0'; import common; "
     code += "print(os.environ['PYTORCH_ALLOC_CONF'])"
     env = {name: value for name, value in os.environ.items() if name != "PYTORCH_ALLOC_CONF"}
-    for given, expected in (({}, "expandable_segments:True"), ({"PYTORCH_ALLOC_CONF": "x"}, "x")):
+    own = "max_split_size_mb:64"
+    for given, expected in (({}, "expandable_segments:True"), ({"PYTORCH_ALLOC_CONF": own}, own)):
         run = subprocess.run(
             [sys.executable, "-c", code],
             capture_output=True,
