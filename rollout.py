@@ -455,21 +455,18 @@ class SlotCache(HuggingFaceCache):
     def __init__(self, like: list[torch.Tensor], slots: int, length: int):
         two, heads, _, size = like[0].shape[1:]
         self.layers = [x.new_zeros(slots, two, heads, length, size) for x in like]
-        # Where each slot's keys and values of each head begin in a layer viewed as [-1, size].
-        starts = torch.arange(0, slots * two * heads * length, length, device=like[0].device)
-        self.starts = starts.view(slots, two * heads)
 
     def point(self, positions: torch.Tensor, length: int):
-        """The next forward writes each row at its position ([rows, 1]) and attends to the first
+        """The next forward writes each row at its position ([rows]) and attends to the first
         `length` indices."""
-        self.rows, self.length = len(positions), length
-        self.where = (self.starts[: self.rows] + positions).view(-1)  # [rows * 2 * heads]
+        self.rows = torch.arange(len(positions), device=positions.device)
+        self.positions, self.length = positions, length
 
     def update(self, key: torch.Tensor, value: torch.Tensor, layer: int, *args, **kwargs):
-        cached, size = self.layers[layer], key.shape[-1]
-        new = torch.stack((key, value), 1).view(-1, size)  # from [rows, heads, 1, size] each
-        cached.view(-1, size).index_copy_(0, self.where, new)
-        return cached[: self.rows, :, :, : self.length].unbind(1)
+        cached = self.layers[layer]
+        new = torch.stack((key, value), 1)  # from [rows, heads, 1, size] each
+        cached[self.rows, :, :, self.positions] = new[:, :, :, 0]
+        return cached[: len(new), :, :, : self.length].unbind(1)
 
 
 # -------------------------------------------------------------------------------------- decoding
@@ -513,7 +510,7 @@ class Decoder:
         The layers find the place of their keys and values through `self.cache`, which is pointed
         at this step's positions before the forward. The host must not read any tensor in here."""
         position = self.position[:n].unsqueeze(1)  # [n, 1], a view: it changes in place below
-        self.cache.point(position, length)
+        self.cache.point(self.position[:n], length)
         token = self.tokens[:n].gather(1, position)
         u = uniforms(self.seeds[:n], self.position[:n])
         ids, logprobs = self.sampler(forward(self.model, self.cache, token, position, length), u)
