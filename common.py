@@ -553,7 +553,7 @@ class Run:
         self.told: set[str] = set()  # warnings are given once
         self.parts: dict = {}  # what has a state_dict besides the model
         settings = {
-            "flags": vars(task.args),
+            "flags": dict(vars(task.args)),
             "fingerprint": fingerprint(task, traces),
             "eos_ids": sorted(task.lm.eos_ids),
             "vocab_size": task.lm.vocab_size,
@@ -582,9 +582,9 @@ class Run:
             before = json.loads(path.read_text())
             flags, hashes = dict(before["flags"]), dict(before["fingerprint"])
             settings["started"] = before["started"]
-        for name in BUDGETS:  # on a card with more room the same slots
-            if flags.get(name) and settings["flags"][name]:
-                settings["flags"][name] = min(flags[name], settings["flags"][name])
+            for name in BUDGETS:  # on a card with more room the same slots
+                if flags.get(name) and settings["flags"][name]:
+                    settings["flags"][name] = min(flags[name], settings["flags"][name])
         changed = {
             name: f"{name if name in BUDGETS else '--' + name.replace('_', '-')} was {old!r}"
             for name, old in flags.items()
@@ -595,6 +595,9 @@ class Run:
         for what, value in settings["fingerprint"].items():
             if hashes.get(what) != value:
                 fail(f"--resume needs the {what} that the run began with: these are other ones")
+        for name in BUDGETS:  # less room now may be more again after the next --resume
+            setattr(self.args, name, settings["flags"][name])
+            settings["flags"][name] = flags.get(name) or settings["flags"][name]
         return list(changed.values())
 
     # the log
@@ -1016,8 +1019,9 @@ def load_lm(args: Namespace) -> LM:
     if not args.prompt_template and not tokenizer.chat_template:
         example = r"$'Question: {problem}\nAnswer: '"
         fail(f"{name} has no chat template: give --prompt-template, in bash for example {example}")
-    if unknown := [x for x in args.template_kwargs if x not in str(tokenizer.chat_template)]:
-        fail(f"the chat template of {name} has no {', '.join(unknown)} (--template-kwargs)")
+    template = args.prompt_template or str(tokenizer.chat_template)
+    if unknown := [switch for switch in args.template_kwargs if switch not in template]:
+        warn(f"the template of {name} ignores --template-kwargs {', '.join(unknown)!r:.100}")
     stops = [tokenizer.convert_tokens_to_ids(token) for token in args.stop_tokens]
     for token, i in zip(args.stop_tokens, stops):
         if i is None or i == tokenizer.unk_token_id:
@@ -1180,10 +1184,19 @@ def loading(name: str):
     except Exception as error:  # each builder has its own
         if "corresponds to no data" in str(error):  # it may have a header
             fail(f"the data set {name} is empty")
-        for i, line in enumerate(open(name, "rb") if name.endswith(".jsonl") else (), 1):
-            with explained(f"cannot load the data set {name}: line {i}"):
-                json_object(line.strip() or "{}")
-        fail(f"cannot load the data set {name}: {last_cause(error)}")
+        at = broken_line(name) if name.endswith(".jsonl") else ""
+        fail(f"cannot load the data set {name}: {last_cause(error)}{at}")
+
+
+def broken_line(name: str) -> str:
+    """Which line of a .jsonl is the first that is not an object, and why, as a remark."""
+    with suppress(OSError):
+        for i, line in enumerate(open(name, "rb"), 1):
+            try:
+                json_object(str(line, "utf-8-sig").strip() or "{}")
+            except (argparse.ArgumentTypeError, UnicodeDecodeError) as why:
+                return f" (line {i}: {why})"
+    return ""
 
 
 def is_empty(answer: object) -> bool:
@@ -1279,7 +1292,7 @@ def split_problems(lm: LM, args: Namespace, saved: dict, half: bool) -> tuple[li
     problems = fitting(rows, [key for key in sorted(rows) if key not in used], "too_long")
     prompts = [p.prompt_ids for p in problems + held_out]
     if len(prompts) > 1 and min(prompts) == max(prompts):
-        fail(f"every problem has the same prompt: the template of {args.model} ignores it")
+        fail(f"template and tokenizer of {args.model} make the same prompt of every problem")
     random.Random(seed_of(args.seed, "problems")).shuffle(problems)
     if args.problems:
         problems = problems[: args.problems]

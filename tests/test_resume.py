@@ -371,6 +371,8 @@ def test_slots_on_a_gpu_are_those_that_the_run_began_with(name, small, stopped, 
     assert rest[0] and rest[0] == rest[1] and not notes_of(copies[1])
     assert all(few < many for (_, few), (_, many) in zip(rest[2], rest[0], strict=True))
     assert any(note.startswith("training_bytes was") for note in notes_of(copies[2]))
+    budgets = [read(copy / "settings.json")["flags"]["training_bytes"] for copy in copies]
+    assert budgets == [900_000 - standing] * 3  # what a later --resume finds
 
 
 FIXED = {
@@ -397,7 +399,8 @@ def test_what_changes_the_result_is_refused_and_named(name, stopped, ended, capf
         code, _, err = ended(SCRIPTS[name], *flags, *change, output=folder, resume=True)
         assert code == 2 and f"{change[0]} was" in err, err
     assert_same_ending(folder, before)
-    settings, run, refused = read(folder / "settings.json"), SimpleNamespace(folder=folder), set()
+    run, refused = SimpleNamespace(folder=folder, args=SimpleNamespace()), set()
+    settings = read(folder / "settings.json")
     for flag, *_ in baselines.FLAGS:
         settings["flags"].setdefault(flag.replace("-", "_"))
     (folder / "settings.json").write_text(json.dumps(settings))

@@ -439,12 +439,7 @@ BAD = {
     "a template that ignores the problem": (
         "sdzero",
         GOOD.replace("{base}", "{made}/deaf"),
-        "every problem has the same prompt",
-    ),
-    "a switch that the template lacks": (
-        "srt",
-        GOOD + """ --template-kwargs '{{"mark": "", "enable_thinkin": false}}'""",
-        "the chat template of {base} has no enable_thinkin (--template-kwargs)",
+        "template and tokenizer of {made}/deaf make the same prompt of every problem",
     ),
     "no EOS": ("srt", "--model {made}/no_eos --dataset {data}", "no EOS token"),
     "no such stop token": ("srt", GOOD + " --stop-tokens '<|end|>'", "'<|end|>' of --stop-tokens"),
@@ -454,17 +449,17 @@ BAD = {
     "a broken line": (
         "srt",
         "--model {base} --dataset {broken}",
-        "cannot load the data set {broken}: line 3: must be a JSON object, not b'{{\"problem\":'",
+        "(line 3: must be a JSON object, not '{{\"problem\":')",
     ),
     "another encoding": (
         "srt",
         "--model {base} --dataset {made}/utf16.jsonl",
-        "cannot load the data set",
+        "(line 1: 'utf-8' codec can't decode byte 0xff",
     ),
     "latin-1": (
         "srt",
         "--model {base} --dataset {made}/latin.jsonl",
-        "cannot load the data set {made}/latin.jsonl: line 2: ",
+        "(line 2: 'utf-8' codec can't decode",
     ),
     "problems that are chats": (
         "srt",

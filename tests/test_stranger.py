@@ -7,7 +7,7 @@ import shutil
 from types import SimpleNamespace
 
 import pytest
-from test_scripts import FLAGS, STAGE_1, STAGE_2, call, lines_of, save_model, save_rows
+from test_scripts import FLAGS, STAGE_1, STAGE_2, call, lines_of, save_model, save_rows, task_of
 
 import common
 import sdzero
@@ -92,6 +92,13 @@ def test_a_csv_row_with_a_comma_too_many(tmp_path, capsys):
 def test_template_switches_cannot_cut_prompts(flags, said, base, data, tmp_path, ended):
     code, _, err = ended(srt, *FLAGS, *flags, model=base, dataset=data, output=tmp_path / "out")
     assert code == 2 and said in err and not (tmp_path / "out").exists()
+
+
+def test_a_switch_that_the_template_lacks(base, data, capsys):
+    """A warning: it may come from the model's srt.json, or from an older run."""
+    kwargs = '{"mark": "", "enable_thinkin": false}'
+    task_of(srt, *FLAGS, "--template-kwargs", kwargs, model=base, dataset=data)
+    assert f"of {base} ignores --template-kwargs 'enable_thinkin'" in capsys.readouterr().err
 
 
 def test_an_eos_that_is_never_sampled(data, tmp_path, ended, monkeypatch):
