@@ -157,6 +157,7 @@ def sample_all(
 ) -> list[Rollout]:
     """One response for each prompt. purpose: what they are for, and the step, for the seed."""
     slots, cache_bytes = args.slots, getattr(args, "cache_bytes", None)
+    graphs = args.cuda_graphs == "on" and lm.model.device.type == "cuda"
     if cache_bytes is not None:  # else nothing trains here, and the sampler takes what is free
         longest = max(map(len, prompts), default=0) + args.max_new_tokens
         slots = slots_that_fit(args, cache_bytes_per_token(lm.model) * longest, cache_bytes)
@@ -176,7 +177,8 @@ def sample_all(
                 seed=[seed for _, seed in part],
                 vocab_size=lm.vocab_size,
                 progress=bar.update,
-                cuda_graph=args.cuda_graphs == "on" and lm.model.device.type == "cuda",
+                cuda_graph=graphs,
+                compile_layers=graphs,
             )
 
     # load_lm may have chosen eager, for training; one token at a time it takes twice as long
@@ -379,11 +381,18 @@ def checkpoint_layers(model: torch.nn.Module) -> None:
 def compiled(loss: Callable) -> Callable:
     """A loss for `backward_by_chunks` on a GPU, compiled once for all numbers of rows and all
     closures of the same code: Inductor's code for an H100 moves 36 bytes per logit instead of 208.
-
-    Where compilation fails (Triton needs a C compiler) torch logs why, and the loss runs as it is.
     """
-    torch._dynamo.config.suppress_errors = True
-    return torch.compile(loss, dynamic=True)
+    loss = torch.compile(loss, dynamic=True)
+
+    def run(*tensors: torch.Tensor) -> torch.Tensor:
+        for logits in tensors:
+            # Else code that was tuned for another vocabulary would be taken from Inductor's cache
+            # on disk: after a model of 40 ids the loss of Qwen3's took three times as long.
+            if logits.dim() == 2:
+                torch._dynamo.mark_static(logits, 1)
+        return loss(*tensors)
+
+    return run
 
 
 # -------------------------------------------------------------------------------- several processes
@@ -990,8 +999,7 @@ def load_lm(args: Namespace) -> LM:
         torch.empty(0, device=args.device)
         if gpu:  # what graphs are captured on, and NCCL works with
             torch.cuda.set_device(torch.device(args.device).index or 0)
-        # cuDNN's attention plans anew for every shape, and ours change at every step
-        torch.backends.cuda.enable_cudnn_sdp(False)
+        prepare_torch(gpu)
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
         if args.dtype == "auto":  # bfloat16 where a GPU computes in it, which T4 and V100 do not
             has_bfloat16 = gpu and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -1048,6 +1056,20 @@ def load_lm(args: Namespace) -> LM:
     if rows < len(tokenizer):
         fail(f"{name} has {rows} embeddings for the {len(tokenizer)} tokens of its tokenizer")
     return LM(model, tokenizer, eos_ids, len(tokenizer), context)
+
+
+def prepare_torch(gpu: bool) -> None:
+    """How torch attends and compiles in this process."""
+    # cuDNN's attention plans anew for every shape, and ours change at every step. (The sampler
+    # switches it on where shapes are few.)
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    if gpu:
+        # Compiled layers call attention as it is: compiled, transformers copies keys and values for
+        # every query head, and torch does not choose cuDNN.
+        attention = torch.compiler.disable(sdpa_attention.sdpa_attention_forward)
+        transformers.AttentionInterface.register("sdpa", attention)
+        # Where compilation fails (Triton needs a C compiler), torch says why and goes on without.
+        torch._dynamo.config.suppress_errors = True
 
 
 def check_is_there(name: str, what: str) -> None:

@@ -83,9 +83,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from tiny import make_tokenizer, tiny
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers import AutoConfig, AutoModelForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import common
@@ -252,25 +250,16 @@ def flags(*given) -> argparse.Namespace:
     return sdzero.parse_arguments([str(flag) for flag in (*always, *given)])
 
 
-def packed(module, query, key, value, attention_mask, scaling=None, **settings):
-    """Attention of one query per row: the query heads that share a key head become its queries.
-    transformers 5.17 copies keys and values for each of them instead."""
-    if query.shape[2] > 1:
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, scaling=scaling, **settings
-        )
-    rows, heads, _, size = query.shape
-    query = query.reshape(rows, key.shape[1], -1, size)
-    out = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, scale=scaling)
-    return out.reshape(rows, 1, heads, size), None
+WAYS = {  # of sampling
+    "eagerly": {},
+    "by graphs": dict(cuda_graph=True),
+    "by graphs, compiled": dict(cuda_graph=True, compile_layers=True),
+}
 
 
-AttentionInterface.register("packed", packed)
-
-
-def sample(model, prompts, limits, slots, graph, seed=1, **more) -> list[Rollout]:
+def sample(model, prompts, limits, slots, way, seed=1, **more) -> list[Rollout]:
     """Responses without an EOS. seed: None is torch's own generator."""
-    settings = dict(eos_token_ids=[], slots=slots, seed=seed, cuda_graph=graph, **more)
+    settings = dict(eos_token_ids=[], slots=slots, seed=seed, **WAYS[way], **more)
     return rollout.generate(model, prompts, max_new_tokens=limits, **settings)
 
 
@@ -305,8 +294,9 @@ def greedy_tokens():
         model = model.to(DEVICE)
         # the tests' mixture-of-experts layers read on the host which experts are used
         moe = "moe" in family or family in ("mixtral", "olmoe")
-        for graph in (False, True)[: 1 if moe else 2]:
-            got = rollout.generate(model, PROMPTS * 2, check_every=4, cuda_graph=graph, **settings)
+        compiled = BIG and family in ("gemma2", "gemma3_text", "qwen3")  # some seconds for each
+        for way in list(WAYS)[: 1 if moe else 2 + compiled]:
+            got = rollout.generate(model, PROMPTS * 2, check_every=4, **WAYS[way], **settings)
             same = [r.ids for r in got] == [r.ids for r in expected]
             pairs = zip(
                 (x for r in got for x in r.logprobs), (x for r in expected for x in r.logprobs)
@@ -314,8 +304,8 @@ def greedy_tokens():
             if same and max(abs(x - y) for x, y in pairs) < 1e-4:
                 good += 1
             else:
-                bad[f"{family}, graphs {graph}"] = "tokens" if not same else "log-probabilities"
-    say("right: greedy tokens, families eagerly and with graphs", good=good, bad=bad, right=not bad)
+                bad[f"{family}, {way}"] = "tokens" if not same else "log-probabilities"
+    say("right: greedy tokens of the families", good=good, bad=bad, right=not bad)
 
 
 def experts_in_graphs():
@@ -324,20 +314,20 @@ def experts_in_graphs():
     model = tiny("qwen3_moe", dtype=HALF, **aligned).to(DEVICE)
     if BIG:
         model.set_experts_implementation("grouped_mm")
-    check_logprobs("qwen3_moe in bf16", model, PROMPTS * 2, True, 0.5)  # experts may change
+    check_logprobs("qwen3_moe in bf16", model, PROMPTS * 2, "by graphs", 0.5)  # experts may change
 
 
-def check_logprobs(name, model, prompts, graph, tolerance):
+def check_logprobs(name, model, prompts, way, tolerance):
     """Log-probabilities of sampled tokens against one full forward of each response."""
     worst = 0.0
-    for prompt, response in zip(prompts, sample(model, prompts, 40, 4, graph)):
+    for prompt, response in zip(prompts, sample(model, prompts, 40, 4, way)):
         ids = torch.tensor([prompt + response.ids], device=DEVICE)
         with torch.no_grad():
             expected = losses.log_softmax(model(input_ids=ids).logits[0, len(prompt) - 1 : -1])
         expected = expected.gather(-1, ids[0, len(prompt) :, None])[:, 0].double().cpu()
         given = torch.tensor(response.logprobs, dtype=torch.float64)
         worst = max(worst, (expected - given).abs().max().item())
-    say(f"right: log-probabilities, {name}", graphs=graph, worst=worst, right=worst < tolerance)
+    say(f"right: log-probabilities, {name}, {way}", worst=worst, right=worst < tolerance)
 
 
 def logprobs():
@@ -347,9 +337,9 @@ def logprobs():
             if p.dim() > 1:
                 p.normal_(std=p.shape[1] ** -0.5)  # distributions far from uniform
     longer = [[t % 37 for t in range(3, 3 + n)] for n in (5, 40, 17, 90, 3, 64, 21, 33)]
-    for graph in (False, True):
-        check_logprobs("float64", exact, PROMPTS, graph, 1e-5)
-        check_logprobs("bf16, four layers of Qwen3-0.6B", half, longer, graph, 0.2)
+    for way in WAYS if BIG else list(WAYS)[:2]:  # on the CPU a test compiles
+        check_logprobs("float64", exact, PROMPTS, way, 1e-5)
+        check_logprobs("bf16, four layers of Qwen3-0.6B", half, longer, way, 0.2)
 
 
 def distribution():
@@ -357,7 +347,7 @@ def distribution():
     model, n = tiny("llama").to(DEVICE), 8000 if BIG else 1000
     for temperature, top_p in ((1.0, 1.0), (1.3, 0.8)):
         settings = dict(temperature=temperature, top_p=top_p)
-        got = sample(model, [PROMPTS[0]] * n, 4, 500, True, **settings)
+        got = sample(model, [PROMPTS[0]] * n, 4, 500, "by graphs", **settings)
         for place in (0, 1, 3):
             begun = [tuple(r.ids[:place]) for r in got]
             commonest = max(set(begun), key=begun.count)
@@ -383,10 +373,10 @@ def random_numbers():
     model = tiny("qwen3").to(DEVICE)
 
     def responses(seed, slots=6):
-        return [r.ids for r in sample(model, PROMPTS * 3, 30, slots, True, seed)]
+        return [r.ids for r in sample(model, PROMPTS * 3, 30, slots, "by graphs", seed)]
 
     def not_captured(fixed, n, length):
-        return SimpleNamespace(replay=partial(fixed.decoder.step, n, length), pool=lambda: None)
+        return SimpleNamespace(replay=partial(fixed.step, n, length), pool=lambda: None)
 
     values = dict(repeatable=responses(3) == responses(3))
     values["defaults_move"] = responses(None) != responses(None)
@@ -575,66 +565,33 @@ def products():
 
 
 def decode_attention():
-    heads, kv, size = (32, 8, 128) if BIG else (8, 2, 16)
-    for n, length in ((16, 4096), (64, 4096)) if BIG else ((4, 64),):
-        by_token = torch.randn(2, n, length, kv, size, device=DEVICE).to(HALF)
-        k, v = by_token.transpose(2, 3).contiguous()
-        q = torch.randn(n, heads, 1, size, device=DEVICE).to(HALF)
-        position = torch.linspace(length // 2, length - 1, n, device=DEVICE).long()
-        mask = rollout.attention_masks(SimpleNamespace(), position[:, None], length, HALF)
+    """One layer's attention of a decode step, whose query heads that share a key head are packed:
+    by cuDNN or by torch's own kernel? What does a shape cost that was not seen before?"""
+    kv, size = (8, 128) if BIG else (2, 16)
+    for n, length in ((16, 2048), (16, 4096), (64, 2048), (64, 4096)) if BIG else ((4, 64),):
+        cached = torch.randn(n, 2, kv, length, size, device=DEVICE).to(HALF)
+        q = torch.randn(n, kv, 4, size, device=DEVICE).to(HALF)
 
-        def copied(q=q, k=k, v=v, mask=mask):
-            return F.scaled_dot_product_attention(
-                q,
-                k.repeat_interleave(heads // kv, 1),
-                v.repeat_interleave(heads // kv, 1),
-                attn_mask=mask,
-            )
+        def attend(rows, length, q=q, cached=cached):
+            position = torch.linspace(length // 2, length - 1, rows, device=DEVICE).long()
+            mask = rollout.attention_masks(SimpleNamespace(), position[:, None], length, HALF)
+            k, v = cached[:rows, :, :, :length].unbind(1)
+            return partial(F.scaled_dot_product_attention, q[:rows], k, v, attn_mask=mask)
 
-        def shared(q=q, k=k, v=v, mask=mask):
-            return F.scaled_dot_product_attention(
-                q.view(len(q), kv, -1, size), k, v, attn_mask=mask
-            )
-
-        starts = torch.arange(n + 1, device=DEVICE, dtype=torch.int32)
-        used = (position + 1).int()
-
-        def varlen(q=q, by_token=by_token, starts=starts, used=used, length=length):
-            keys, values = by_token.flatten(1, 2)
-            ends = starts * length
-            more = (1, length, 0.0, False, False)
-            return torch.ops.aten._flash_attention_forward(
-                q[:, :, 0], keys, values, starts, ends, *more, seqused_k=used
-            )[0]
-
-        with sdpa_kernel(SDPBackend.MATH):
-            expected = shared().float().flatten()
-        calls = [("efficient", SDPBackend.EFFICIENT_ATTENTION, copied)]
-        calls += [("efficient", SDPBackend.EFFICIENT_ATTENTION, shared)]
-        calls += [("cudnn", SDPBackend.CUDNN_ATTENTION, shared), ("math", SDPBackend.MATH, shared)]
-        calls += [("flash", SDPBackend.FLASH_ATTENTION, varlen)]
-        moved = 2 * n * kv * length * size * HALF.itemsize
-        for kernel, backend, function in calls if BIG else calls[3:4]:
-            what = f"attention, {n} rows x {length}, {function.__name__} heads, {kernel}"
-            try:
-                with cudnn(kernel == "cudnn"), sdpa_kernel(backend):
-                    first = seconds_of(function) * 1e3
-                    error = (function().float().flatten() - expected).norm() / expected.norm()
-                    took = ms(function)
-            except RuntimeError as problem:
-                say(what, failed=first_line(problem))
-                continue
-            values = dict(first_ms=first, ms=took, TB_per_s=moved / took / GB, error=error.item())
-            say(what, **values)
-        for on in (True, False) if BIG else ():
-            times = []
-            for new in range(length // 2 + 20 * on, length // 2 + 20 * on + 8):
-                part = mask[..., :new].contiguous()
-                with cudnn(on):
-                    call = partial(shared, q, k[:, :, :new], v[:, :, :new], part)
-                    times.append(seconds_of(call) * 1e3)
-            what = f"attention, {n} rows, a length not seen before, ms"
-            say(what, cudnn=on, median=statistics.median(times), worst=max(times))
+        k, v, mask = *cached.double().unbind(1), attend(n, length).keywords["attn_mask"].double()
+        expected = F.scaled_dot_product_attention(q.double(), k, v, attn_mask=mask)
+        shapes = [(n, length * i // 8) for i in range(8, 0, -1)]
+        for kernel in ("cudnn", "efficient") if BIG else ("CPU",):
+            with cudnn(kernel == "cudnn"):
+                first = [seconds_of(attend(*shape)) * 1e3 for shape in shapes]
+                call = attend(n, length)
+                error = ((call().double() - expected).norm() / expected.norm()).item()
+                took = ms(call)
+            speed = cached.numel() * HALF.itemsize / took / GB
+            values = dict(ms=took, TB_per_s=speed, error=error, right=error < 0.01)
+            values.update(new_shape_ms=statistics.median(first), worst_ms=max(first))
+            say(f"attention, {n} rows x {length}, {kernel}", **values)
+        del cached, q, k, v, expected, attend, call
         free()
 
 
@@ -654,59 +611,49 @@ def full_decoder(model, slots: int, length: int):
 
 
 @torch.inference_mode()
-def measure_step(name, decoder, eager=True) -> dict:
-    """Times of one step with all slots at full length, eagerly and by graph."""
-    slots, length = decoder.tokens.shape
-    weights = sum(p.numel() for p in decoder.model.parameters())
-    cached = sum(layer.numel() for layer in decoder.cache.layers)
-    floor = (weights + cached) * HALF.itemsize / PEAK["copy"] * 1e3
-    values = {}
-    if eager:
-        values["eager_ms"] = ms(lambda: decoder.step(slots, length), 6)
-    fixed = rollout.FixedShapes(decoder)
-    fixed(slots, length)
-    values["capture_s"] = seconds_of(lambda: fixed(slots, length))
-    values["graph_ms"] = ms(lambda: fixed(slots, length), 12)
-    values["share_of_floor"] = floor / values["graph_ms"]
-    say(name, floor_ms=floor, **values)
-    return values
+def decode():
+    """One step of Qwen3-4B with all slots at full length."""
+    model = build("4B")
+    sizes = ((16, 2048), (16, 4096), (64, 2048), (64, 4096)) if BIG else ((4, 64),)
+    for size in sizes:
+        decoder = full_decoder(model, *size)
+        cached = sum(layer.numel() for layer in decoder.cache.layers)
+        numbers = cached + sum(p.numel() for p in model.parameters())
+        floor = numbers * HALF.itemsize / PEAK["copy"] * 1e3
+        name = f"decode step of Qwen3-4B, {size[0]} slots x {size[1]:,} tokens"
+        took = ms(partial(decoder.step, *size), 6)
+        say(f"{name}, eagerly", ms=took, floor_ms=floor)
+        figures = [f"{took:.1f} ms"]
+        for compiled in (False, True) if BIG else (False,):
+            if compiled:
+                decoder.compiled = rollout.compile_forwards(model, len(decoder.cache.layers))
+            call = partial(rollout.FixedShapes(decoder), *size)
+            values = dict(first_s=seconds_of(call), capture_s=seconds_of(call))
+            took = ms(call, 12)
+            values.update(ms=took, share_of_floor=floor / took)
+            say(f"{name}, by graph, compiled {compiled}", **values)
+            figures.append(f"{took:.1f} ms")
+            if size == sizes[0]:
+                kernels(f"{name}, compiled {compiled}", partial(call.func.step, *size))
+        end = f": {size[0] / took * 1e3:,.0f} tokens/s, {floor / took:.0%} of the copy bandwidth"
+        row(f"{name}, eagerly, by graph, compiled", ", ".join(figures) + end)
+        del decoder, call
+        gc.collect()
 
 
-def kernels(name, decoder):
-    """Where an eager step's time goes."""
+def kernels(name, step):
+    """Where a step's time goes."""
     if not BIG:
         return
-    slots, length = decoder.tokens.shape
     activities = [torch.profiler.ProfilerActivity.CUDA]
-    with torch.inference_mode(), torch.profiler.profile(activities=activities) as profile:
-        decoder.step(slots, length)
+    with torch.profiler.profile(activities=activities) as profile:
+        step()
         sync()
     found = [e for e in profile.key_averages() if e.self_device_time_total > 0]
     found.sort(key=lambda e: -e.self_device_time_total)
     top = [f"{e.key[:50]} x{e.count} {e.self_device_time_total / 1e3:.2f} ms" for e in found[:8]]
     total = sum(e.self_device_time_total for e in found) / 1e3
     say(f"kernels of {name}", count=sum(e.count for e in found), ms=total, top=top)
-
-
-def decode():
-    model = build("4B")
-    sizes = ((16, 2048), (16, 4096), (64, 2048), (64, 4096)) if BIG else ((4, 64),)
-    for slots, length in sizes:
-        for attention in ("sdpa", "packed"):
-            model.set_attn_implementation(attention)
-            decoder = full_decoder(model, slots, length)
-            name = f"decode step of Qwen3-4B, {slots} slots x {length:,} tokens, {attention}"
-            got = measure_step(name, decoder)
-            figure = f"{got['eager_ms']:.1f} ms, as a graph {got['graph_ms']:.1f} ms: "
-            figure += f"{slots / got['graph_ms'] * 1e3:,.0f} tokens/s, {got['share_of_floor']:.0%}"
-            row(name, figure + " of the copy bandwidth")
-            if (slots, length) == sizes[0]:
-                kernels(name, decoder)
-            if attention == "packed":  # a plan for each shape: does it pay where shapes are few?
-                with cudnn(True):
-                    measure_step(f"{name}, attention by cuDNN", decoder, eager=False)
-            del decoder
-            free()
 
 
 # ------------------------------------------------------------------------------------------ 5 loss
@@ -890,16 +837,15 @@ def sampling():
     prompts = [examples[i].prompt_ids for i in order]
     limits = [len(examples[i].response.ids) for i in order]
 
-    samplers = {
-        "ours": partial(sample, graph=False, vocab_size=USED),
-        "ours with graphs": partial(sample, graph=True, vocab_size=USED),
-    }
+    ways = WAYS if BIG else list(WAYS)[:2]
+    samplers = {f"ours, {way}": partial(sample, way=way, vocab_size=USED) for way in ways}
     samplers["transformers' generate"] = theirs
     what = f"sampling, Qwen3-0.6B, {slots} slots, {len(prompts)} responses of at most {limit}"
     for name, sampler in samplers.items():
-        sampler(model, prompts[:slots], [4] * slots, slots)
-        took = seconds_of(partial(sampler, model, prompts, limits, slots))
-        say(f"{what}, {name}", s=took, tokens_per_s=sum(limits) / took)
+        call = partial(sampler, model, prompts, limits, slots)
+        first = seconds_of(call) if sampler is not theirs else 0  # compiles, and plans attention
+        took = seconds_of(call)
+        say(f"{what}, {name}", s=took, tokens_per_s=sum(limits) / took, first_s=first)
         row(f"{what}, {name}", f"{sum(limits) / took:,.0f} tokens/s")
     del model
     free()
@@ -913,7 +859,7 @@ def whole_step(prompts, limits, slots):
     args = flags("--micro-tokens", 16384 if BIG else 256)
 
     def ours():
-        ys = sample(model, prompts, limits, slots, BIG, vocab_size=USED)
+        ys = sample(model, prompts, limits, slots, list(WAYS)[-1 if BIG else 0], vocab_size=USED)
         examples = [Example(x, y, 0, PHRASE) for x, y in zip(prompts, ys)]
         distill_step(model, teacher, *layers, examples, args)
         opt.step(1e-6)
@@ -981,29 +927,6 @@ def fit():
     say("slots beside optimizer and teacher, Qwen3-4B", slots=slots, standing_GB=allocated() / GB)
 
 
-# --------------------------------------------------------------------------------------- 9 compile
-
-
-def compiled_step():
-    """What would the compiled step take without the copies of the cache (see the docstring)?"""
-    model, plain = build("4B"), rollout.forward
-    model.set_attn_implementation("packed")  # transformers copies the heads when it is compiled
-    decoder = full_decoder(model, *((16, 2048) if BIG else (4, 64)))
-    name = "decode step of Qwen3-4B, 16 x 2,048"
-    before = measure_step(f"{name}, not compiled", decoder, eager=False)
-    backend = "inductor" if BIG else "eager"
-    rollout.forward = torch.compile(plain, fullgraph=True, dynamic=False, backend=backend)
-    try:
-        with torch.inference_mode():
-            took = seconds_of(partial(decoder.step, *decoder.tokens.shape))
-        after = measure_step(f"{name}, compiled", decoder, eager=False)
-        kernels(f"{name}, compiled", decoder)
-    finally:
-        rollout.forward = plain
-        torch._dynamo.reset()
-    say(f"{name}, compiled", compile_s=took, gain=before["graph_ms"] / after["graph_ms"])
-
-
 # --------------------------------------------------------------------------------------- all parts
 
 CHECKS = [  # (part, function, seconds on an H100)
@@ -1023,7 +946,6 @@ CHECKS = [  # (part, function, seconds on an H100)
     (6, training, 15),
     (7, sampling, 120),
     (8, fit, 60),
-    (9, compiled_step, 90),
 ]
 
 
@@ -1041,7 +963,7 @@ def main():
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     gc.freeze()  # what is imported is never garbage: `free` need not look at it
-    torch.backends.cuda.enable_cudnn_sdp(False)  # as `load_lm` does
+    common.prepare_torch(BIG)
     if not BIG:
         torch.set_num_threads(1)
     card = torch.cuda.get_device_name() if BIG else "CPU, --smoke: figures mean nothing"

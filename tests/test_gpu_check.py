@@ -27,7 +27,7 @@ import common
 import sdzero
 import srt
 from losses import OutputLayer, backward_by_chunks, hidden_states, predicting_last
-from rollout import LEVELS, Decoder, Rollout, prefill, sample, uniforms
+from rollout import LEVELS, Decoder, Rollout, generate, prefill, sample, uniforms
 from teacher import Teacher
 
 SCRIPT = Path(__file__).with_name("gpu_check.py")
@@ -41,7 +41,7 @@ def test_gpu_check_runs_and_finds_nothing_wrong(tmp_path):
     assert run.returncode == 0, run.stdout + run.stderr
     results = [json.loads(line) for line in open(tmp_path / "gpu_check.jsonl")]
     finished = {result["name"].split()[0] for result in results if "took_s" in result}
-    assert finished == {str(part) for part in range(10)}
+    assert finished == {str(part) for part in range(9)}
     assert "| sampling, Qwen3-0.6B" in (tmp_path / "rows.md").read_text()
 
 
@@ -50,18 +50,18 @@ def flags(*given):
     return sdzero.parse_arguments([*nothing, *given])
 
 
-def by_chunks(loss, rows, against=True):
+def by_chunks(loss, rows, against=True, vocab_size=37):
     """Columns and gradients of `rows` tokens in chunks of 4, of a layer with rows beyond V."""
     student, other = tiny("llama", dtype=torch.float32), tiny("llama", 40, 1, torch.float32)
     generator = torch.Generator().manual_seed(rows)
     hidden, teacher_hidden = torch.randn(2, rows, 32, generator=generator)
     hidden.requires_grad_()
-    tensors = [torch.randint(37, (rows,), generator=generator)]
+    tensors = [torch.randint(36, (rows,), generator=generator)]
     tensors.append(torch.randn(rows, generator=generator))
-    teacher = (OutputLayer(other.requires_grad_(False), 37), teacher_hidden)
+    teacher = (OutputLayer(other.requires_grad_(False), vocab_size), teacher_hidden)
     columns = backward_by_chunks(
         loss,
-        OutputLayer(student, 37),
+        OutputLayer(student, vocab_size),
         hidden * 1,
         *tensors,
         divisor=rows,
@@ -91,6 +91,8 @@ def test_compiled_losses_are_captured_whole_and_once(given, monkeypatch):
         expected = by_chunks(sdzero.make_loss(flags(*given)), rows)
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
     assert counters["stats"]["unique_graphs"] == 2  # any number of rows, and one row
+    by_chunks(common.compiled(sdzero.make_loss(flags(*given))), 8, vocab_size=36)
+    assert counters["stats"]["unique_graphs"] == 3  # for one vocabulary
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="Inductor needs a C++ compiler")
@@ -249,28 +251,59 @@ def on_cuda(tensor):
     return tensor.detach().as_subclass(OnCUDA).requires_grad_(tensor.requires_grad)
 
 
+@pytest.fixture
+def as_before(monkeypatch):
+    """What `prepare_torch` changes in the process."""
+    enabled = torch.backends.cuda.cudnn_sdp_enabled()
+    sdpa = common.sdpa_attention.sdpa_attention_forward
+    monkeypatch.setitem(AttentionInterface._global_mapping, "sdpa", sdpa)
+    with torch._dynamo.config.patch(suppress_errors=False):
+        yield
+    torch.backends.cuda.enable_cudnn_sdp(enabled)
+
+
 @pytest.mark.parametrize("has_bfloat16", [True, False])
-def test_a_model_on_a_gpu(has_bfloat16, tmp_path, monkeypatch, capsys):
+def test_a_model_on_a_gpu(has_bfloat16, as_before, tmp_path, monkeypatch, capsys):
     """float32 where the card has no bfloat16, with a warning, as of a transformers that copies
     heads; and no cuDNN attention, in training either."""
     save_model(tmp_path / "model")
-    empty, enabled = torch.empty, torch.backends.cuda.cudnn_sdp_enabled()
+    empty = torch.empty
     monkeypatch.setattr(torch, "empty", lambda *sizes, device=None, **more: empty(*sizes, **more))
     monkeypatch.setattr(torch.nn.Module, "to", lambda module, *device: module)
     monkeypatch.setattr(torch.cuda, "set_device", lambda index: None)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has_bfloat16)
     monkeypatch.delattr(common.sdpa_attention, "pack_gqa", raising=False)
     torch.backends.cuda.enable_cudnn_sdp(True)
-    try:
-        args = flags("--model", str(tmp_path / "model"), "--device", "cuda")
-        common.inherit_prompt(args)
-        lm = common.load_lm(args)
-        assert not torch.backends.cuda.cudnn_sdp_enabled()
-    finally:
-        torch.backends.cuda.enable_cudnn_sdp(enabled)
+    args = flags("--model", str(tmp_path / "model"), "--device", "cuda")
+    common.inherit_prompt(args)
+    lm = common.load_lm(args)
+    assert not torch.backends.cuda.cudnn_sdp_enabled() and torch._dynamo.config.suppress_errors
     assert lm.model.dtype == (torch.bfloat16 if has_bfloat16 else torch.float32)
     errors = capsys.readouterr().err
     assert ("no bfloat16" in errors) != has_bfloat16 and "for every query head" in errors
+
+
+def test_compiled_layers_leave_attention_out(as_before, monkeypatch):
+    """transformers copies the cache for every query head where its attention is compiled."""
+    compiled, attention = [], common.sdpa_attention.sdpa_attention_forward
+
+    def watched(*tensors, **settings):
+        compiled.append(torch.compiler.is_compiling())
+        return attention(*tensors, **settings)
+
+    monkeypatch.setattr(common.sdpa_attention, "sdpa_attention_forward", watched)
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    torch._dynamo.reset()
+    common.prepare_torch(gpu=True)
+    torch._dynamo.config.suppress_errors = False
+    model = tiny("qwen3")
+    settings = dict(max_new_tokens=5, eos_token_ids=[], seed=0)
+    expected = generate(model, [[3, 4], [5]], **settings)
+    compiled.clear()
+    got = generate(model, [[3, 4], [5]], compile_layers=True, **settings)
+    assert [r.ids for r in got] == [r.ids for r in expected]
+    assert len(compiled) >= 3 * 5 and not any(compiled)
+    torch._dynamo.reset()
 
 
 def test_both_stages_compile_their_losses_on_a_gpu(monkeypatch):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from tiny import tiny
+from torch._dynamo.utils import counters
 
 import rollout as rollout_module
 from rollout import (
@@ -188,30 +189,29 @@ def test_modes_are_restored_and_dropout_is_off_while_sampling():
     assert model.training and torch.get_rng_state().equal(state)  # no dropout was drawn
 
 
-def test_cudnn_attention_is_off_while_sampling_and_restored(monkeypatch):
-    """cuDNN would make a plan for every new length: on Hopper, 22 to 440 ms per step."""
-    model, seen, enabled = build("llama"), [], torch.backends.cuda.cudnn_sdp_enabled
-    forward = rollout_module.forward
+@pytest.mark.parametrize("fixed", [False, True])
+@pytest.mark.parametrize("before", [False, True])
+def test_cudnn_attention_is_for_fixed_shapes(fixed, before, monkeypatch):
+    """cuDNN makes a plan for every new length, on an H100 in 50 to 480 ms: not for prompts and
+    steps of growing length. Afterwards it is as it was, on errors too."""
+    model, seen, enabled = build("llama"), set(), torch.backends.cuda.cudnn_sdp_enabled
+    forward, at_first = rollout_module.forward, enabled()
 
-    def watched(*args):
-        seen.append(enabled())
-        return forward(*args)
+    def watched(model, cache, *rest):
+        seen.add((type(cache).__name__, enabled()))
+        return forward(model, cache, *rest)
 
     monkeypatch.setattr(rollout_module, "forward", watched)
-    torch.backends.cuda.enable_cudnn_sdp(
-        True
-    )  # torch's default; a script of this process had it off
-    generate(model, PROMPTS, max_new_tokens=3, eos_token_ids=[])
-    assert len(seen) > 3 and not any(seen) and enabled()
-    with pytest.raises(ZeroDivisionError):
-        generate(model, PROMPTS, max_new_tokens=3, eos_token_ids=[], progress=lambda n: n / 0)
-    assert enabled()
-    torch.backends.cuda.enable_cudnn_sdp(False)
+    settings = dict(max_new_tokens=3, eos_token_ids=[], cuda_graph=fixed)
     try:
-        generate(model, PROMPTS, max_new_tokens=3, eos_token_ids=[])
-        assert not enabled()
+        torch.backends.cuda.enable_cudnn_sdp(before)
+        generate(model, PROMPTS, **settings)
+        assert seen == {("Recorder", False), ("SlotCache", fixed)} and enabled() == before
+        with pytest.raises(ZeroDivisionError):
+            generate(model, PROMPTS, progress=lambda n: n / 0, **settings)
+        assert enabled() == before
     finally:
-        torch.backends.cuda.enable_cudnn_sdp(True)
+        torch.backends.cuda.enable_cudnn_sdp(at_first)
 
 
 def dynamic_llama():
@@ -557,6 +557,73 @@ def test_fixed_lengths_and_sampled_logprobs(family):
     assert [len(r.ids) for r in got] == limits
     for prompt, r in zip(prompts, got):
         assert r.logprobs == pytest.approx(full_forward_logprobs(model, prompt, r.ids), abs=1e-9)
+
+
+@pytest.fixture
+def compiles(monkeypatch):
+    """torch.compile without Inductor. Returns a function that counts what it has compiled."""
+    torch._dynamo.reset()
+    counters.clear()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    yield lambda: counters["stats"]["unique_graphs"]
+    torch._dynamo.reset()
+
+
+# gemma2: eager attention, compiled as well; gemma3_text: layers of two kinds; gpt2: other names
+@pytest.mark.parametrize("family", ["gemma2", "gemma3_text", "gpt2", "mixtral", "qwen3"])
+def test_compiled_layers_sample_the_same(family, compiles):
+    model = build(family)
+    prompts, settings = PROMPTS * 2, dict(max_new_tokens=14, eos_token_ids=EOS, seed=0, slots=4)
+    expected = generate(model, prompts, **settings)
+    for fixed in (False, True):
+        got = generate(model, prompts, compile_layers=True, cuda_graph=fixed, **settings)
+        for r, e in zip(got, expected):
+            assert r.ids == e.ids and r.finished == e.finished
+            assert r.logprobs == pytest.approx(e.logprobs, abs=tolerance_of(model))
+    assert compiles()
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_layers_are_compiled_once(compiles):
+    """For all layers, numbers of rows, lengths, calls, models of the same shape, and between steps
+    of training: 36 layers would take minutes. One slot is another case: sizes of 1 are."""
+    settings = dict(eos_token_ids=[], compile_layers=True, cuda_graph=True)
+    few, many = (build("qwen3", num_hidden_layers=n, max_position_embeddings=300) for n in (2, 5))
+    generate(few, PROMPTS, max_new_tokens=200, slots=4, **settings)
+    graphs = compiles()
+    assert 0 < graphs <= 3
+    for slots, limit in ((4, 200), (3, 9), (5, 70)):
+        generate(many, PROMPTS, max_new_tokens=limit, slots=slots, **settings)
+        many.train()(input_ids=torch.tensor([[3, 4]], device=DEVICE)).logits.sum().backward()
+        for p in many.parameters():
+            p.data.add_(p.grad, alpha=1e-3)
+    assert compiles() <= graphs + 1  # one more where two sizes are no longer equal by chance
+    generate(many, PROMPTS, max_new_tokens=9, slots=1, **settings)
+    assert compiles() <= graphs + 2
+
+
+def test_compiled_layers_are_put_back_on_errors(monkeypatch):
+    """And forwards of their own, as accelerate sets them, stay."""
+    model = build("llama")
+    first, second, _ = model.model.layers
+    second.forward = own = partial(second.forward)
+    with torch.inference_mode():
+        decoder = Decoder(model, prefill(model, [(0, 0)]), 4, 64, 63, [], sample)
+    decoder.compiled = rollout_module.compile_forwards(model, 3)
+
+    def broken(*args, **kwargs):
+        assert vars(first)["forward"] is not vars(second)["forward"] is not own
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(model.model.embed_tokens, "forward", broken)
+    enabled = torch.backends.cuda.cudnn_sdp_enabled()
+    for step in (decoder.step, rollout_module.FixedShapes(decoder)):
+        with pytest.raises(KeyboardInterrupt), torch.inference_mode():
+            step(4, 64)
+        assert vars(second)["forward"] is own and "forward" not in vars(first)
+        assert decoder.cache.one is None
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(enabled)
 
 
 def test_memory_is_named_before_and_on_running_out(caplog):

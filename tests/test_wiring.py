@@ -762,11 +762,14 @@ def test_cuda_graphs(device, flag, monkeypatch):
     model = SimpleNamespace(device=torch.device(device), config=config, _supports_sdpa=False)
     model.set_attn_implementation = lambda name: None
     args = SimpleNamespace(slots=1, seed=0, max_new_tokens=1, cuda_graphs=flag)
-    monkeypatch.setattr(
-        common, "generate", lambda *a, cuda_graph, **k: found.append(cuda_graph) or [1]
-    )
+
+    def generate(*rest, cuda_graph, compile_layers, **settings):
+        found.append((cuda_graph, compile_layers))
+        return [1]
+
+    monkeypatch.setattr(common, "generate", generate)
     common.sample_all(common.LM(model, None, {EOS}, VOCAB, 9), args, [[1]], ("attempts",))
-    assert found == [(device, flag) == ("cuda", "on")]
+    assert found == [((device, flag) == ("cuda", "on"),) * 2]
 
 
 @ALL
