@@ -906,7 +906,7 @@ FLAGS = [
     ("temperature", at_least_0, 1.0, "of training samples"),
     ("top-p", share, 1.0, "nucleus of training samples; 1 is off"),
     ("slots", count, None, f"sequences decoded at once (default: {SLOTS}; on a GPU what fits)"),
-    ("cuda-graphs", ["on", "off"], "on", "sample by replaying CUDA graphs, where there is CUDA"),
+    ("cuda-graphs", ["on", "off"], "on", "on CUDA, sample by compiled layers and replayed graphs"),
     ("batch-size", count, 128, "problems (stage 1: traces) per optimizer step"),
     ("lora", count, None, "train LoRA adapters of this rank, 64 say (default: all weights)"),
     ("lora-alpha", count, None, "their scale is alpha / rank (default: twice the rank)"),
