@@ -29,8 +29,8 @@ and copied n times.
 STEP. A decode step feeds one token per row, at the row's own position, and samples the next one.
 It reads and writes only tensors that stay where they are, and the host only counts. Every few steps
 (on the CPU after each) the host looks which rows have ended, and drops what they sampled after
-their EOS. So a step of fixed shape can be captured as a CUDA graph (FixedShapes, below), and its
-layers be compiled.
+their EOS. So a step of fixed shape can be captured as a CUDA graph (FixedShapes, below). Its layers
+can also be compiled.
 
 Read `generate`, `decode_all` and `Decoder.step` first.
 """
@@ -113,15 +113,17 @@ def generate(
     vocab_size: ids from this one on are never sampled (output layers may be wider than tokenizers).
     progress: called with 1 whenever a response is complete.
     check_every: steps between two looks at what has ended. None: 1 on the CPU, 8 elsewhere.
-    cuda_graph: decode in fixed shapes, on CUDA by replaying graphs: 3 to 6 times as fast (4B on an
-        H100). Each call captures them anew, some 0.1 s for each of up to 64 shapes (256 slots). The
-        forward must not read tensors on the host, as some mixtures of experts do, or capturing
-        fails. Without CUDA the same shapes run eagerly (for the tests).
-    compile_layers: torch.compile the layers for the decode step, whose graphs are then 1.2 to 1.4
-        times as fast: a third of the kernels. It takes some 20 s for the first call of a process.
-        transformers copies keys and values for every query head where its attention is compiled.
-        Leave it out: AttentionInterface.register("sdpa", torch.compiler.disable(attention)), with
-        sdpa_attention_forward of transformers.integrations.sdpa_attention as the attention.
+    cuda_graph: decode in fixed shapes, on CUDA by replaying graphs: 1.2 to 6 times as fast (4B on
+        an H100: the most with few slots and a slow host). Each call captures them anew, some 0.1 s
+        for each of up to 64 shapes (256 slots). The forward must not read tensors on the host, as
+        some mixtures of experts do, or capturing fails. Without CUDA the same shapes run eagerly
+        (for the tests).
+    compile_layers: torch.compile the layers for the decode step. With cuda_graph a step is 1.2 to
+        1.4 times as fast, with a third of the kernels; it takes some 20 s in the first call of a
+        process. Where transformers' attention is compiled too, it copies keys and values for every
+        query head; to keep it out, first call AttentionInterface.register("sdpa",
+        torch.compiler.disable(sdpa_attention_forward)), with the function of that name from
+        transformers.integrations.sdpa_attention.
 
     Raises ValueError for a model that `check_supported` refuses, for prompts that do not fit into
     the model's positions together with their responses, for EOS ids that are never sampled, and
@@ -529,7 +531,7 @@ class Decoder:
             logits = forward(self.model, self.cache, token, position, length)
         ids, logprobs = self.sampler(logits, u)
         ids = ids.unsqueeze(1)  # [n, 1]
-        # The clamp keeps rows inside the cache that fixed shapes drag along unused.
+        # Fixed shapes drag unused rows along: the clamp keeps these inside the cache.
         position.add_(1).clamp_(max=self.last)
         self.tokens[:n].scatter_(1, position, ids)
         self.logprobs[:n].scatter_(1, position, logprobs.unsqueeze(1))
@@ -614,8 +616,9 @@ def compile_forwards(model, layers: int) -> list[tuple]:
     """The model's layers, each with its compiled forward.
 
     All layers are the same code, which is compiled once: their weights and their tensors of the
-    cache are arguments of it. Their numbers would not be, and `cache.layers[number]` would be
-    compiled for each of them; so `compiled_in` hands the tensor over as `cache.one`."""
+    cache are arguments of it. A layer's index is a constant to the compiler, so that
+    `cache.layers[index]` would be compiled for each layer; therefore `compiled_in` hands the tensor
+    over as `cache.one`."""
     lists = (m for m in model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == layers)
     return [(layer, torch.compile(layer.forward, dynamic=True)) for layer in next(lists)]
 
@@ -625,6 +628,7 @@ def compiled_in(compiled: list[tuple], cache: SlotCache):
     """While a step runs, its layers are the compiled ones."""
 
     def run(forward, tensor, *args, **kwargs):
+        # Cut here: a compiler would take "all slots" and "some of them" for two cases.
         cache.one = tensor[: len(cache.rows)]
         return forward(*args, **kwargs)
 
@@ -644,11 +648,11 @@ def compiled_in(compiled: list[tuple], cache: SlotCache):
 class FixedShapes:
     """`Decoder.step` in a few fixed shapes, as CUDA graphs need them.
 
-    The number of rows is rounded up to a power of two from 2 (a compiler takes one row for another
-    case), the length to an eighth of the cache's: at most 8 lengths for each number of rows.
-    Lengths are multiples of 64, as is the cache's, since attention kernels would pad a mask whose
-    rows are not aligned. On CUDA a shape runs eagerly the first time, which warms it up; the second
-    time it is captured, and from then on replayed."""
+    The number of rows is rounded up to 2, 4, 8, ... or all slots (a compiler takes one row for
+    another case), the length to eighths of the cache's, at most 8 for each number of rows. Lengths
+    are multiples of 64, as is the cache's, since attention kernels would pad a mask whose rows are
+    not aligned. On CUDA a shape runs eagerly the first time, which warms it up; the second time it
+    is captured, and from then on replayed."""
 
     def __init__(self, decoder: Decoder):
         self.decoder = decoder
@@ -660,15 +664,16 @@ class FixedShapes:
         rows = min(max(2, 1 << (n - 1).bit_length()), slots)
         shape = rows, min(-(-length // block) * block, allocated)
         if shape not in self.graphs or self.decoder.eos.device.type != "cuda":
-            self.graphs[shape] = None
+            self.graphs[shape] = None  # it has run once
             return self.step(*shape)
         if self.graphs[shape] is None:
             self.graphs[shape] = self.capture(*shape)
         self.graphs[shape].replay()
 
     def step(self, n: int, length: int):
-        """With cuDNN's attention, the fastest: for so few shapes its plans are worth their time,
-        some 50 ms for each, once in a process."""
+        """cuDNN's attention is allowed, which torch prefers on an H100, where it is the fastest:
+        for so few shapes its plans are worth their time, some 50 ms for each, once in a process.
+        Elsewhere `sampling_mode` has it off."""
         torch.backends.cuda.enable_cudnn_sdp(True)
         try:
             self.decoder.step(n, length)
