@@ -999,7 +999,7 @@ def load_lm(args: Namespace) -> LM:
         torch.empty(0, device=args.device)
         if gpu:  # what graphs are captured on, and NCCL works with
             torch.cuda.set_device(torch.device(args.device).index or 0)
-        prepare_torch(gpu)
+        prepare_torch(args.device, compiles=gpu)
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
         if args.dtype == "auto":  # bfloat16 where a GPU computes in it, which T4 and V100 do not
             has_bfloat16 = gpu and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -1058,18 +1058,24 @@ def load_lm(args: Namespace) -> LM:
     return LM(model, tokenizer, eos_ids, len(tokenizer), context)
 
 
-def prepare_torch(gpu: bool) -> None:
+def prepare_torch(device: str, compiles: bool) -> None:
     """How torch attends and compiles in this process."""
     # cuDNN's attention plans anew for every shape, and ours change at every step. (The sampler
-    # switches it on where shapes are few.)
+    # allows it where shapes are few.)
     torch.backends.cuda.enable_cudnn_sdp(False)
-    if gpu:
-        # Compiled layers call attention as it is: compiled, transformers copies keys and values for
-        # every query head, and torch does not choose cuDNN.
-        attention = torch.compiler.disable(sdpa_attention.sdpa_attention_forward)
-        transformers.AttentionInterface.register("sdpa", attention)
-        # Where compilation fails (Triton needs a C compiler), torch says why and goes on without.
-        torch._dynamo.config.suppress_errors = True
+    if not compiles:
+        return
+    # Compiled layers call attention as it is: compiled, transformers copies keys and values for
+    # every query head, and torch does not choose cuDNN.
+    attention = torch.compiler.disable(sdpa_attention.sdpa_attention_forward)
+    transformers.AttentionInterface.register("sdpa", attention)
+    one = torch.ones(1, device=device)
+    try:
+        torch.compile(torch.neg)(one)
+    except Exception as error:  # Triton needs a C compiler
+        warn(f"nothing is compiled here, which makes it slower: {last_cause(error)}")
+        torch._dynamo.config.disable = True
+    torch._dynamo.config.suppress_errors = True  # from here on torch says why, and goes on without
 
 
 def check_is_there(name: str, what: str) -> None:

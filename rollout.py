@@ -35,6 +35,7 @@ can also be compiled.
 Read `generate`, `decode_all` and `Decoder.step` first.
 """
 
+import gc
 import inspect
 import logging
 import math
@@ -153,7 +154,11 @@ def generate(
             if compile_layers:
                 decoder.compiled = compile_forwards(model, len(probe))
             step = FixedShapes(decoder) if cuda_graph else decoder.step
-            return decode_all(decoder, step, prompts, limits, seeds, ahead, every, progress)
+            rollouts = decode_all(decoder, step, prompts, limits, seeds, ahead, every, progress)
+            if compile_layers:  # which may leave the decoder in a reference cycle
+                del decoder, step
+                gc.collect()
+            return rollouts
         except RuntimeError as error:  # on CPUs and Apple's GPUs it is no torch.OutOfMemoryError
             if not any(words in str(error) for words in ("allocate memory", "out of memory")):
                 raise
@@ -633,14 +638,14 @@ def compiled_in(compiled: list[tuple], cache: SlotCache):
         return forward(*args, **kwargs)
 
     own = [vars(layer).get("forward") for layer, _ in compiled]  # as accelerate's hooks set it
-    for (layer, forward), tensor in zip(compiled, cache.layers):
-        layer.forward = partial(run, forward, tensor)
     try:
+        for (layer, forward), tensor in zip(compiled, cache.layers):
+            layer.forward = partial(run, forward, tensor)
         yield
     finally:
         cache.one = None
         for (layer, _), forward in zip(compiled, own):
-            del layer.forward
+            vars(layer).pop("forward", None)
             if forward is not None:
                 layer.forward = forward
 

@@ -976,7 +976,7 @@ def main():
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     gc.freeze()  # what is imported is never garbage: `free` need not look at it
-    common.prepare_torch(BIG)
+    common.prepare_torch(DEVICE, compiles=BIG)
     if not BIG:
         torch.set_num_threads(1)
     card = torch.cuda.get_device_name() if BIG else "CPU, --smoke: figures mean nothing"

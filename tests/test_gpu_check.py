@@ -257,7 +257,7 @@ def as_before(monkeypatch):
     enabled = torch.backends.cuda.cudnn_sdp_enabled()
     sdpa = common.sdpa_attention.sdpa_attention_forward
     monkeypatch.setitem(AttentionInterface._global_mapping, "sdpa", sdpa)
-    with torch._dynamo.config.patch(suppress_errors=False):
+    with torch._dynamo.config.patch(suppress_errors=False, disable=False):
         yield
     torch.backends.cuda.enable_cudnn_sdp(enabled)
 
@@ -265,10 +265,12 @@ def as_before(monkeypatch):
 @pytest.mark.parametrize("has_bfloat16", [True, False])
 def test_a_model_on_a_gpu(has_bfloat16, as_before, tmp_path, monkeypatch, capsys):
     """float32 where the card has no bfloat16, with a warning, as of a transformers that copies
-    heads; and no cuDNN attention, in training either."""
+    heads; and no cuDNN attention, in training either. Here nothing can be compiled for it."""
     save_model(tmp_path / "model")
-    empty = torch.empty
+    empty, ones = torch.empty, torch.ones
     monkeypatch.setattr(torch, "empty", lambda *sizes, device=None, **more: empty(*sizes, **more))
+    monkeypatch.setattr(torch, "ones", lambda *sizes, device=None, **more: ones(*sizes, **more))
+    monkeypatch.setattr(torch, "compile", lambda function: lambda tensor: 1 / 0)
     monkeypatch.setattr(torch.nn.Module, "to", lambda module, *device: module)
     monkeypatch.setattr(torch.cuda, "set_device", lambda index: None)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has_bfloat16)
@@ -277,9 +279,11 @@ def test_a_model_on_a_gpu(has_bfloat16, as_before, tmp_path, monkeypatch, capsys
     args = flags("--model", str(tmp_path / "model"), "--device", "cuda")
     common.inherit_prompt(args)
     lm = common.load_lm(args)
-    assert not torch.backends.cuda.cudnn_sdp_enabled() and torch._dynamo.config.suppress_errors
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+    assert torch._dynamo.config.suppress_errors and torch._dynamo.config.disable
     assert lm.model.dtype == (torch.bfloat16 if has_bfloat16 else torch.float32)
     errors = capsys.readouterr().err
+    assert "nothing is compiled here" in errors and "division by zero" in errors
     assert ("no bfloat16" in errors) != has_bfloat16 and "for every query head" in errors
 
 
@@ -294,7 +298,7 @@ def test_compiled_layers_leave_attention_out(as_before, monkeypatch):
     monkeypatch.setattr(common.sdpa_attention, "sdpa_attention_forward", watched)
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     torch._dynamo.reset()
-    common.prepare_torch(gpu=True)
+    common.prepare_torch("cpu", compiles=True)
     torch._dynamo.config.suppress_errors = False
     model = tiny("qwen3")
     settings = dict(max_new_tokens=5, eos_token_ids=[], seed=0)

@@ -1,5 +1,6 @@
 """rollout.py against plain full forwards without any cache, in float64."""
 
+import weakref
 from functools import partial
 from itertools import islice
 
@@ -571,12 +572,20 @@ def compiles(monkeypatch):
 
 # gemma2: eager attention, compiled as well; gemma3_text: layers of two kinds; gpt2: other names
 @pytest.mark.parametrize("family", ["gemma2", "gemma3_text", "gpt2", "mixtral", "qwen3"])
-def test_compiled_layers_sample_the_same(family, compiles):
-    model = build(family)
+def test_compiled_layers_sample_the_same(family, compiles, monkeypatch):
+    """And the cache is free afterwards, which an exception that the compiler keeps may hold."""
+    model, init, caches = build(family), Decoder.__init__, []
     prompts, settings = PROMPTS * 2, dict(max_new_tokens=14, eos_token_ids=EOS, seed=0, slots=4)
     expected = generate(model, prompts, **settings)
+
+    def watched(decoder, *rest):
+        init(decoder, *rest)
+        caches.extend(map(weakref.ref, decoder.cache.layers))
+
+    monkeypatch.setattr(Decoder, "__init__", watched)
     for fixed in (False, True):
         got = generate(model, prompts, compile_layers=True, cuda_graph=fixed, **settings)
+        assert caches and not any(cache() is not None for cache in caches)
         for r, e in zip(got, expected):
             assert r.ids == e.ids and r.finished == e.finished
             assert r.logprobs == pytest.approx(e.logprobs, abs=tolerance_of(model))
