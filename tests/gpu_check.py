@@ -7,7 +7,7 @@
 It needs torch >= 2.11 (CUDA), transformers >= 5.17 and this repository; neither data nor a hub.
 The parts, in the order of their worth, with minutes on an H100. (Compiling the first loss took 50
 to 70 s of parts 1, 5 and 8 there, in each process; layers 17. Part 7 never came to its end: an
-estimate.)
+estimate. It sampled ids that the loss leaves out, which it no longer does.)
 
     0  0.1  ceilings    copy bandwidth and bf16 matrix products, of which all shares below are
     1  4.4  right       the families' greedy tokens against the CPU in float64, eagerly, by CUDA
