@@ -354,6 +354,14 @@ def test_the_cause_of_a_broken_file_is_named(base, tmp_path, ended):
         assert "generating the dataset" not in err and len(err) > 90, err
 
 
+@pytest.mark.parametrize("suffix", ["csv", "json", "parquet"])
+def test_a_file_without_rows_is_empty(suffix, base, tmp_path, ended):
+    rows = datasets.Dataset.from_dict({"problem": [], "answer": []})
+    getattr(rows, f"to_{suffix}")(path := tmp_path / f"rows.{suffix}")
+    code, _, err = ended(srt, *FLAGS, model=base, dataset=path)
+    assert (code, err) == (2, f"srt.py: the data set {path} is empty\n")
+
+
 # ------------------------------------------------------------------------------ prompts, tokenizers
 
 
