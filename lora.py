@@ -13,7 +13,7 @@ Every nn.Linear except the output layer gets an adapter; embeddings, norms and b
 and B are kept in fp32, since an update in bf16 would be rounded away, and are cast to the input's
 dtype when they are used. B starts at 0, so that the model starts as it was.
 
-Defaults from public experience: rank 64, alpha = 2 x rank, ten times the learning rate of full
+From public experience: rank 64, alpha = 2 x rank, and ten times the learning rate of full
 fine-tuning. There is no dropout.
 """
 
@@ -111,7 +111,8 @@ class LoraTeacher:
     - ema:  adapters of its own, A <- (1 - rate) A + rate A of the student, and B in the same way,
             in fp32. That averages the factors; the average of the products B A would be another
             one, of a higher rank. They start as a copy of the student's: from zeros, which is often
-            seen, the first targets would be those of `base`.
+            seen, both factors would be too small for many steps, and a student whose adapter has
+            been trained would first be drawn back to `base`.
 
     The output layer has no adapter: it may be applied to hidden states outside of `scoring`.
     """

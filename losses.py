@@ -139,10 +139,10 @@ def sampled_token(
 
     student, teacher: logits [N, V], token_ids: the sampled tokens [N] -> [N].
 
-    Averaged over tokens drawn from the student, its GRADIENT is that of the reverse KL; its VALUE
-    is not a KL. Both hold for a teacher that does not know y_t. SD-Zero's has read y. Where it
-    copies y the estimate favours the sampled tokens, and the mean of its gradient over y is not
-    the gradient of (4). `full_logits` has neither flaw.
+    Averaged over tokens drawn from the student, its VALUE is not a KL, but its GRADIENT is that of
+    the reverse KL, if the teacher does not know y_t. SD-Zero's has read y. Where it copies y the
+    estimate favours the sampled tokens, and the mean of its gradient over y is not the gradient of
+    (4). `full_logits` has neither flaw.
     """
     log_pi, log_pi_bar = token_logprobs(student, token_ids), token_logprobs(teacher, token_ids)
     return (log_pi - log_pi_bar).detach() * log_pi

@@ -12,13 +12,15 @@ reviser into the generator.
 
     python sdzero.py --model runs/srt --dataset open-r1/OpenR1-Math-220k \\
         --gradient-checkpointing --output runs/sdzero                            (one GPU)
-    python sdzero.py --model runs/toy/srt --dataset runs/toy/stage2.jsonl --max-new-tokens 64 \\
-        --batch-size 32 --lr 3e-4 --output runs/my-sdzero        (CPU, after examples/toy.py)
+    python sdzero.py --model runs/toy/srt --dataset runs/toy/stage2.jsonl \\
+        --eval-dataset runs/toy/heldout.jsonl --max-new-tokens 64 --batch-size 32 --lr 3e-4 \\
+        --warmup 5 --output runs/my-sdzero                         (CPU, after examples/toy.py)
 
 --model is what srt.py saved: its srt.json brings the prompt, the control phrases and the problems
 that stage 1 has used, which stage 2 leaves out.
 
-Departures from the paper: README, "A real model on one GPU". Read `Example`, `distill` and `main`.
+Departures from the paper: README, "A real model on one GPU". Read `Example`, `make_loss`, `distill`,
+`distill_step` and `main`.
 
 Letters in shapes: N tokens in the loss, V vocabulary size, H hidden size.
 """
@@ -111,7 +113,7 @@ class Example:
         return self.prompt_ids + first_copy + self.phrase_ids + self.response.ids
 
 
-def put_together(task: Task, attempts: list[Attempt]) -> list[Example]:
+def make_examples(task: Task, attempts: list[Attempt]) -> list[Example]:
     """What is trained on: the responses that fit the context twice, as the teacher reads them, and
     with --drop-truncated have ended by themselves."""
     phrases, examples = task.lm.phrases(task.args), []
@@ -124,16 +126,15 @@ def put_together(task: Task, attempts: list[Attempt]) -> list[Example]:
     return examples
 
 
-def describe(attempts: list[Attempt], examples: list[Example]) -> tuple[dict, int]:
-    """(metrics of the responses of a batch, how many tokens they have)."""
-    n, tokens = len(attempts), sum(len(attempt.response.ids) for attempt in attempts)
-    metrics = {
+def batch_metrics(attempts: list[Attempt], examples: list[Example]) -> dict:
+    """Means over the responses of a batch, and how many of them are not trained on."""
+    n = len(attempts)
+    return {
         "reward": sum(attempt.reward for attempt in attempts) / n,
-        "length": tokens / n,
+        "length": sum(len(attempt.response.ids) for attempt in attempts) / n,
         "cut_off": sum(not attempt.response.finished for attempt in attempts) / n,
         "dropped": n - len(examples),
     }
-    return metrics, tokens
 
 
 def make_loss(args: Namespace):
@@ -351,26 +352,29 @@ def main(argv: list[str] | None = None) -> None:
     run.evaluate(0)
     student.train()
 
-    for batch_index in range(done // args.passes, len(batches)):
-        first_step = batch_index * args.passes + 1
+    for index, batch in enumerate(batches):
+        first_step = index * args.passes + 1
+        if first_step <= done:  # before --resume
+            continue
         run.begin_step(first_step)
 
         # the student answers, the verifier gives its bit
-        attempts = sample_and_verify(task, batches[batch_index], ("responses", first_step))
-        examples = put_together(task, attempts)
-        sampled, tokens = describe(attempts, examples)
-        if batch_index % SHOW_EVERY == 0:
-            sampled["sample"] = attempts[0].shown()
+        attempts = sample_and_verify(task, batch, ("responses", first_step))
+        examples = make_examples(task, attempts)
+        tokens = sum(len(attempt.response.ids) for attempt in attempts)
 
         for step in range(first_step, first_step + args.passes):
             # the teacher scores, the student moves towards it, then the teacher follows (ema)
             metrics = distill_step(student, teacher, *layers, examples, args)
             lr = learning_rate(args, step, total)
-            metrics.update(sampled, grad_norm=optimizer.step(lr), lr=lr)
+            grad_norm = optimizer.step(lr)
             teacher.update(step)
-            run.end_step(step, total, metrics, tokens)
-            sampled.pop("sample", None)  # shown once, whatever --passes
-            tokens = 0  # sampled before the first pass
+
+            metrics.update(batch_metrics(attempts, examples), grad_norm=grad_norm, lr=lr)
+            first = step == first_step  # the responses were sampled in it
+            if first and index % SHOW_EVERY == 0:
+                metrics["sample"] = attempts[0].shown()
+            run.end_step(step, total, metrics, tokens if first else 0)
     if not any(line.get("loss_tokens") for line in run.lines):
         fail("not one token was trained on: the responses are dropped (see the log's lines)", 1)
     run.finish()

@@ -15,8 +15,9 @@ Both terms score the same sequence, so one forward pass with per-token weights g
 
     python srt.py --model Qwen/Qwen3-4B-Instruct-2507 --dataset open-r1/OpenR1-Math-220k \\
         --gradient-checkpointing --output runs/srt                               (one GPU)
-    python srt.py --model runs/toy/base --dataset runs/toy/stage1.jsonl --max-new-tokens 64 \\
-        --temperature 1 --batch-size 32 --lr 5e-4 --output runs/my-srt  (CPU, after examples/toy.py)
+    python srt.py --model runs/toy/base --dataset runs/toy/stage1.jsonl --problems 3000 \\
+        --eval-dataset runs/toy/heldout.jsonl --max-new-tokens 64 --temperature 1 --batch-size 16 \\
+        --lr 5e-4 --output runs/my-srt                             (CPU, after examples/toy.py)
 
 Where this departs from the paper: held-out problems of the same data set are evaluated instead of
 benchmarks; an attempt is not revised where the context might not hold it with the longest
@@ -152,6 +153,93 @@ def collect(task: Task, problems: list[Problem], chunk: int) -> tuple[list[Trace
     return list(traces.values()), counts
 
 
+def srt_loss(
+    model: torch.nn.Module, layer: OutputLayer, traces: list[Trace], pair: tuple, divisor: float
+) -> dict[str, torch.Tensor]:
+    """Add the gradient of README (3) of some traces to the model's, in one forward pass.
+
+    (1) scores y_rev; (2) scores y_init, P_r and y_rev: the pair (1, 2) of `LOSS_WEIGHTS` is their
+    sum. The loss is the sum of weight x -log pi over all tokens, divided by `divisor`: the sum of
+    the weights in the whole optimizer step, which the caller counts, so that micro-batches change
+    nothing. Returns "nll" (-log pi) and "weight" of the tokens after x, [N] each.
+    """
+    token_ids, weights = [], []
+    for trace in traces:
+        token_ids += trace.ids[len(trace.prompt_ids) :]
+        weights += trace.weights(pair)
+    counts = [len(trace.ids) - len(trace.prompt_ids) for trace in traces]
+    hidden = predicting_last(model, [trace.ids for trace in traces], counts)  # [N, H]
+    token_ids = torch.tensor(token_ids, device=hidden.device)  # [N]
+    weights = torch.tensor(weights, device=hidden.device)  # [N]
+
+    def weighted_nll(logits, ids, weights):
+        nll = -token_logprobs(logits, ids)
+        return torch.stack([weights * nll, nll], dim=-1)
+
+    loss = compiled(weighted_nll) if hidden.is_cuda else weighted_nll
+    columns = backward_by_chunks(loss, layer, hidden, token_ids, weights, divisor=divisor)
+    return {"nll": columns[:, 1], "weight": weights}
+
+
+def srt_step(
+    model: torch.nn.Module, layer: OutputLayer, traces: list[Trace], pair: tuple, micro_tokens: int
+) -> dict:
+    """Add the gradient of one optimizer step's mean loss to the model's; returns its metrics. The
+    result does not depend on the micro-batches."""
+    divisor = sum(sum(trace.weights(pair)) for trace in traces)
+
+    def backward(some: list[Trace]) -> dict[str, torch.Tensor]:
+        return srt_loss(model, layer, some, pair, divisor)
+
+    lengths = [len(trace.ids) for trace in traces]
+    whole = in_micro_batches(model, traces, lengths, micro_tokens, backward)
+    loss = (whole["nll"] * whole["weight"]).sum().item() / divisor
+    if not math.isfinite(loss):
+        raise FloatingPointError(f"the loss is {loss}")
+    return {
+        "loss": loss,
+        "nll": whole["nll"].mean().item(),  # per token, of y_init, P_r and y_rev alike
+        "reward": sum(trace.reward for trace in traces) / len(traces),  # of the first attempts
+        "length": sum(len(trace.revision_ids) for trace in traces) / len(traces),
+        "cut_off": sum(not trace.finished for trace in traces) / len(traces),
+        "tokens": sum(len(trace.ids) for trace in traces),
+    }
+
+
+def plan(args: Namespace, traces: list[Trace]) -> list[tuple[list[Trace], tuple[int, int]]]:
+    """All optimizer steps: (traces, loss weights)."""
+    wrong = [trace for trace in traces if not trace.reward]
+    phases = [(traces, args.terms)]
+    if args.terms == "sequential":
+        phases = [(wrong, "generation"), (traces, "revision")]
+    steps = []
+    for chosen, terms in phases:
+        for epoch in range(args.epochs):
+            order = chosen.copy()
+            random.Random(seed_of(args.seed, "order", terms, epoch)).shuffle(order)
+            for i in range(0, len(order), args.batch_size):
+                steps.append((order[i : i + args.batch_size], LOSS_WEIGHTS[terms]))
+    return steps
+
+
+def train(task: Task, traces: list[Trace], run: Run) -> None:
+    """Fine-tune on L_SRT, from the last checkpoint if there is one."""
+    args, model = task.args, task.lm.model
+    optimizer = Optimizer(model, BETAS, WEIGHT_DECAY)
+    done = run.restore(optimizer=optimizer)
+    layer = OutputLayer(model, task.lm.vocab_size)
+    steps = plan(args, traces)
+    model.train()
+    for step in range(done + 1, len(steps) + 1):
+        run.begin_step(step)
+        batch, pair = steps[step - 1]
+        metrics = srt_step(model, layer, batch, pair, args.micro_tokens)
+        lr = learning_rate(args, step, len(steps))
+        grad_norm = optimizer.step(lr)
+        metrics.update(grad_norm=grad_norm, lr=lr)
+        run.end_step(step, len(steps), metrics, metrics["tokens"])
+
+
 def collect_all(task: Task, run: Run) -> list[Trace]:
     """`collect` chunk by chunk into traces.jsonl. A chunk whose file exists is done."""
     path, lines, tried = run.folder / "traces.jsonl", [], 0
@@ -212,92 +300,6 @@ def load_traces(lm: LM, args: Namespace) -> tuple[list[Trace], list[str]]:
     with explained(f"{beside} is damaged"):
         tried = json.loads(beside.read_text())["problems"] if beside.exists() else []
     return traces, sorted({*tried, *(key_of(trace.problem) for trace in traces)})
-
-
-def srt_loss(
-    model: torch.nn.Module, layer: OutputLayer, traces: list[Trace], pair: tuple, divisor: float
-) -> dict[str, torch.Tensor]:
-    """Add the gradient of README (3) of some traces to the model's, in one forward pass.
-
-    (1) scores y_rev; (2) scores y_init, P_r and y_rev: the pair (1, 2) of `LOSS_WEIGHTS` is their
-    sum. The loss is the sum of weight x -log pi over all tokens, divided by `divisor`: the sum of
-    the weights in the whole optimizer step, which the caller counts, so that micro-batches change
-    nothing. Returns "nll" (-log pi) and "weight" of the tokens after x, [N] each.
-    """
-    token_ids, weight = [], []
-    for trace in traces:
-        token_ids += trace.ids[len(trace.prompt_ids) :]
-        weight += trace.weights(pair)
-    counts = [len(trace.ids) - len(trace.prompt_ids) for trace in traces]
-    hidden = predicting_last(model, [trace.ids for trace in traces], counts)  # [N, H]
-    token_ids = torch.tensor(token_ids, device=hidden.device)  # [N]
-    weight = torch.tensor(weight, device=hidden.device)  # [N]
-
-    def loss(logits, token_ids, weight):
-        nll = -token_logprobs(logits, token_ids)
-        return torch.stack([weight * nll, nll], dim=-1)
-
-    loss = compiled(loss) if hidden.is_cuda else loss
-    columns = backward_by_chunks(loss, layer, hidden, token_ids, weight, divisor=divisor)
-    return {"nll": columns[:, 1], "weight": weight}
-
-
-def srt_step(
-    model: torch.nn.Module, layer: OutputLayer, traces: list[Trace], pair: tuple, micro_tokens: int
-) -> dict:
-    """Add the gradient of one optimizer step's mean loss to the model's; returns its metrics. The
-    result does not depend on the micro-batches."""
-    divisor = sum(sum(trace.weights(pair)) for trace in traces)
-
-    def backward(some: list[Trace]) -> dict[str, torch.Tensor]:
-        return srt_loss(model, layer, some, pair, divisor)
-
-    lengths = [len(trace.ids) for trace in traces]
-    whole = in_micro_batches(model, traces, lengths, micro_tokens, backward)
-    loss = (whole["nll"] * whole["weight"]).sum().item() / divisor
-    if not math.isfinite(loss):
-        raise FloatingPointError(f"the loss is {loss}")
-    return {
-        "loss": loss,
-        "nll": whole["nll"].mean().item(),  # per token, of y_init, P_r and y_rev alike
-        "reward": sum(trace.reward for trace in traces) / len(traces),  # of the first attempts
-        "length": sum(len(trace.revision_ids) for trace in traces) / len(traces),
-        "cut_off": sum(not trace.finished for trace in traces) / len(traces),
-        "tokens": sum(len(trace.ids) for trace in traces),
-    }
-
-
-def plan(args: Namespace, traces: list[Trace]) -> list[tuple[list[Trace], tuple[int, int]]]:
-    """All optimizer steps: (traces, loss weights)."""
-    wrong = [trace for trace in traces if not trace.reward]
-    phases = [(traces, args.terms)]
-    if args.terms == "sequential":
-        phases = [(wrong, "generation"), (traces, "revision")]
-    steps = []
-    for chosen, terms in phases:
-        for epoch in range(args.epochs):
-            order = chosen.copy()
-            random.Random(seed_of(args.seed, "order", terms, epoch)).shuffle(order)
-            for i in range(0, len(order), args.batch_size):
-                steps.append((order[i : i + args.batch_size], LOSS_WEIGHTS[terms]))
-    return steps
-
-
-def train(task: Task, traces: list[Trace], run: Run) -> None:
-    """Fine-tune on L_SRT, from the last checkpoint if there is one."""
-    args, model = task.args, task.lm.model
-    optimizer = Optimizer(model, BETAS, WEIGHT_DECAY)
-    done = run.restore(optimizer=optimizer)
-    layer = OutputLayer(model, task.lm.vocab_size)
-    steps = plan(args, traces)
-    model.train()
-    for step in range(done + 1, len(steps) + 1):
-        run.begin_step(step)
-        batch, pair = steps[step - 1]
-        metrics = srt_step(model, layer, batch, pair, args.micro_tokens)
-        lr = learning_rate(args, step, len(steps))
-        metrics.update(grad_norm=optimizer.step(lr), lr=lr)
-        run.end_step(step, len(steps), metrics, metrics["tokens"])
 
 
 def parse_arguments(argv: list[str] | None = None) -> Namespace:

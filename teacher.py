@@ -6,7 +6,8 @@
     optimizer.step()
     teacher.update(step)                  # after every optimizer step, counted from 1
 
-- base: the weights that the student started from, never updated (the paper's; the default).
+- base: the weights that the student started from (in stage 2 those of SRT, not the "base" of the
+        README's tables), never updated. This is the paper's, and the default.
 - live: the student itself, as it is now.
 - ema:  teacher <- (1 - rate) teacher + rate student, every `interval` optimizer steps. rate = 1 is
         a hard copy, the paper's teacher synchronisation (section 3.4).

@@ -18,7 +18,8 @@ estimate. It sampled ids that the loss leaves out, which it no longer does.)
     3  0.1  attention   of one decode step: cuDNN's kernel and torch's, what a new length costs
     4  0.5  decode      Qwen3-4B's step: eagerly, by graph, compiled; kernels by time
     5  1.5  loss        by chunks: objectives, sizes of chunks; as it is, compiled, whole logits
-    6  0.3  training    Qwen3-1.7B: a step of each stage, the optimizer, memory against the estimate
+    6  0.3  training    Qwen3-1.7B: a step of each stage, its kernels by time, the optimizer, memory
+                        against the estimate
     7  2    sampling    Qwen3-0.6B: tokens/s and a whole stage-2 step, ours and transformers'
     8  1    fit         Qwen3-4B with its teacher, 4,096 tokens: peak memory, slots beside it
 
@@ -26,8 +27,11 @@ Results are written as they come: all of them to gpu_check.jsonl, rows for the R
 A part starts only while its minutes fit into --minutes; one that fails says so, and the rest goes
 on, after a CUDA error in a new process. The exit code is 1 if something failed or was wrong.
 
-One H100 80GB, torch 2.11.0+cu130, seed 0, examples/results/gpu_check_h100.jsonl. The ceilings:
-copying 3.03 TB/s, products 787 TFLOP/s. Random weights of the models' shapes, bf16.
+One H100 80GB, torch 2.11.0+cu130, seed 0, examples/results/gpu_check_h100.jsonl. Everything of part
+1 was right, for mixtures of experts without graphs; so were log-probabilities of four layers of
+Qwen3-0.6B in bf16, and test_rollout.py, test_losses.py and test_teacher.py passed there.
+
+The ceilings: copying 3.03 TB/s, products 787 TFLOP/s. Random weights of the models' shapes, bf16.
 
     decode step of Qwen3-4B, ms (transformers 5.24, 2026-11-27)
     slots x tokens   eagerly   by graph   compiled   of copying alone
@@ -664,7 +668,7 @@ def kernels(name, step):
         sync()
     found = [e for e in profile.key_averages() if e.self_device_time_total > 0]
     found.sort(key=lambda e: -e.self_device_time_total)
-    top = [f"{e.key[:50]} x{e.count} {e.self_device_time_total / 1e3:.2f} ms" for e in found[:8]]
+    top = [f"{e.key[:50]} x{e.count} {e.self_device_time_total / 1e3:.2f} ms" for e in found[:12]]
     total = sum(e.self_device_time_total for e in found) / 1e3
     say(f"kernels of {name}", count=sum(e.count for e in found), ms=total, top=top)
 
@@ -690,6 +694,7 @@ def loss():
             for kind in (CHUNK["cuda"], (2**24, 32), (2**26, 8)):
                 what = f"full_logits, chunks of 2^{int(math.log2(kind[0]))} x {kind[1]}"
                 measure_loss(what, size, ids, call, common.compiled(full), kind)
+            kernels(f"loss full_logits, {size}", partial(call, common.compiled(full)))
             for objective in ("topk_logits", "sampled_token"):
                 function = common.compiled(sdzero.make_loss(flags("--objective", objective)))
                 measure_loss(objective, size, ids, call, function)
@@ -782,6 +787,7 @@ def training():
         share = products / took / PEAK["product"]
         values = dict(gradient_s=took, share_of_products=share, optimizer_s=update)
         say(f"stage-2 step of Qwen3-1.7B, {which}", tokens=student_tokens, **values)
+    kernels("stage-2 step of Qwen3-1.7B", gradient)
     figure = f"{student_tokens / (took + update):,.0f} tokens/s, {share:.0%} of the products' peak"
     row(f"stage-2 step of Qwen3-1.7B without sampling, {scored:,} response tokens", figure)
     if BIG:
