@@ -616,11 +616,10 @@ class Run:
         that was half written when the run was killed is such a line."""
         path, last = self.folder / "metrics.jsonl", self.last_checkpoint()
         collected, lines = (self.folder / "traces.jsonl").exists(), []
-        for text in path.read_text().splitlines() if path.exists() else []:
-            try:
+        texts = path.read_text().splitlines() if path.exists() else []
+        with suppress(ValueError):
+            for text in texts:
                 lines.append(json.loads(text))
-            except ValueError:
-                break
         for line in lines:
             if collected if line["kind"] == "collect" else line["step"] <= last:
                 self.lines.append(line)
