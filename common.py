@@ -214,8 +214,7 @@ def revise(
     might not fit the context are left out."""
     phrases, revised, prefixes = task.lm.phrases(task.args), [], []
     for attempt in attempts:
-        prefix = attempt.problem.prompt_ids + attempt.response.without_eos
-        prefix += phrases[attempt.reward]
+        prefix = attempt.problem.prompt_ids + attempt.response.without_eos + phrases[attempt.reward]
         if len(prefix) + task.args.max_new_tokens <= task.lm.context:
             revised += [attempt] * n
             prefixes += [prefix] * n
