@@ -761,9 +761,8 @@ class Run:
         if due(self.args.save_every) and step < total:
             states = {name: part.state_dict() for name, part in self.parts.items()}
             self.save(f"checkpoint-{step}", states)
-            for old in self.checkpoints():
-                if old != step:
-                    self.remove(f"checkpoint-{old}")
+            for old in self.checkpoints()[:-1]:
+                self.remove(f"checkpoint-{old}")
 
     @on_rank_0
     def finish(self) -> None:
