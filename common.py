@@ -134,9 +134,8 @@ class Task:
 
     def trained_on(self, keys: list[str], stage_1: bool = False) -> None:
         """Let srt.json remember these problems. stage_1: stage 2 leaves them out."""
-        self.saved["trained"] = sorted({*self.saved["trained"], *keys})
-        if stage_1:
-            self.saved["problems"] = sorted({*self.saved["problems"], *keys})
+        for name in ("trained", "problems") if stage_1 else ("trained",):
+            self.saved[name] = sorted({*self.saved[name], *keys})
 
 
 # ----------------------------------------------------------------------------- sampling, evaluation
