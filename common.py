@@ -584,27 +584,25 @@ class Run:
 
     def check_resume(self, settings: dict) -> list[str]:
         """Fail where a flag would change the run; return what may change but is worth a note."""
-        path = self.folder / "settings.json"
+        path, now = self.folder / "settings.json", vars(self.args)
         with explained(f"{path} is damaged"):
             before = json.loads(path.read_text())
             flags, hashes = dict(before["flags"]), dict(before["fingerprint"])
             settings["started"] = before["started"]
-            for name in BUDGETS:  # on a card with more room the same slots
-                if flags.get(name) and settings["flags"][name]:
-                    settings["flags"][name] = min(flags[name], settings["flags"][name])
+            for name in BUDGETS:
+                if old := flags.get(name):
+                    settings["flags"][name] = old  # less room now may be more again next time
+                    now[name] = now[name] and min(old, now[name])  # with more room the same slots
         changed = {
             name: f"{name if name in BUDGETS else '--' + name.replace('_', '-')} was {old!r}"
             for name, old in flags.items()
-            if settings["flags"].get(name, old) != old and name not in FREE
+            if now.get(name, old) != old and name not in FREE
         }
         if fixed := [text for name, text in changed.items() if name not in NOTED]:
             fail(f"--resume needs the flags that the run began with: {', '.join(fixed)}")
         for what, value in settings["fingerprint"].items():
             if hashes.get(what) != value:
                 fail(f"--resume needs the {what} that the run began with: these are other ones")
-        for name in BUDGETS:  # less room now may be more again after the next --resume
-            setattr(self.args, name, settings["flags"][name])
-            settings["flags"][name] = flags.get(name) or settings["flags"][name]
         return list(changed.values())
 
     # the log

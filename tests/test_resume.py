@@ -399,15 +399,15 @@ def test_what_changes_the_result_is_refused_and_named(name, stopped, ended, capf
         code, _, err = ended(SCRIPTS[name], *flags, *change, output=folder, resume=True)
         assert code == 2 and f"{change[0]} was" in err, err
     assert_same_ending(folder, before)
-    run, refused = SimpleNamespace(folder=folder, args=SimpleNamespace()), set()
+    run, refused = SimpleNamespace(folder=folder), set()
     settings = read(folder / "settings.json")
     for flag, *_ in baselines.FLAGS:
         settings["flags"].setdefault(flag.replace("-", "_"))
     (folder / "settings.json").write_text(json.dumps(settings))
     for flag in settings["flags"]:
         try:
-            changed = {**settings["flags"], flag: "another"}
-            common.Run.check_resume(run, {**settings, "flags": changed})
+            run.args = SimpleNamespace(**{**settings["flags"], flag: "another"})
+            common.Run.check_resume(run, settings)
         except SystemExit:
             assert f"--{flag.replace('_', '-')} was" in capfd.readouterr().err
             refused.add(flag)
