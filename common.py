@@ -1296,13 +1296,12 @@ def split_problems(lm: LM, args: Namespace, saved: dict, half: bool) -> tuple[li
         candidates, more = load_problems(args, args.eval_dataset, "test")
         counts.update({f"eval_{name}": n for name, n in more.items() if n})
     kept_apart = sorted(candidates)[: args.eval_problems]
-    trained = set(saved["trained"])
-    unseen = [key for key in kept_apart if key not in trained]
+    unseen = sorted(set(kept_apart) - set(saved["trained"]))
     if seen := len(kept_apart) - len(unseen):
         counts["eval_trained_on"] = seen
         left = f"{seen} of {len(kept_apart)} held-out problems are left out"
         warn(f"{left}: {args.model} was trained on them")
-    used = {*kept_apart, *saved["problems"]}
+    unused = sorted(rows.keys() - set(kept_apart) - set(saved["problems"]))
 
     def fitting(rows: dict, keys: list[str], name: str) -> list[Problem]:
         """Never cut: a problem without its beginning is another problem."""
@@ -1315,15 +1314,13 @@ def split_problems(lm: LM, args: Namespace, saved: dict, half: bool) -> tuple[li
         return problems
 
     held_out = fitting(candidates, unseen, "eval_too_long")
-    problems = fitting(rows, [key for key in sorted(rows) if key not in used], "too_long")
+    problems = fitting(rows, unused, "too_long")
     prompts = [p.prompt_ids for p in problems + held_out]
     if len(prompts) > 1 and min(prompts) == max(prompts):
         fail(f"template and tokenizer of {args.model} make the same prompt of every problem")
     random.Random(seed_of(args.seed, "problems")).shuffle(problems)
-    if args.problems:
-        problems = problems[: args.problems]
-    elif half:
-        problems = problems[: min((len(problems) + 1) // 2, 10_000)]
+    default = min((len(problems) + 1) // 2, 10_000) if half else None
+    problems = problems[: args.problems or default]
     counts.update(held_out=len(held_out), training=len(problems))
     wanted, kind = (held_out, "evaluate") if args.eval_only else (problems, "train on")
     if not wanted:
