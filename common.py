@@ -1198,20 +1198,18 @@ def load_rows(name: str, default_split: str):
         return datasets.load_dataset(**source)
 
 
-NO_ROWS = ("corresponds to no data", "BatchSize must be greater than 0")
-
-
 @contextmanager
 def loading(name: str):
     """Say why a data set cannot be loaded, and at which line: `datasets` does not say that."""
     try:
         yield
     except Exception as error:  # each builder has its own
+        cause = last_cause(error)
         # it may have a header; or the row groups of a Parquet file are of 0 rows
-        if any(words in f"{error} {last_cause(error)}" for words in NO_ROWS):
+        if re.search("corresponds to no data|BatchSize must be greater than 0", f"{error} {cause}"):
             fail(f"the data set {name} is empty")
         at = broken_line(name) if name.endswith(".jsonl") else ""
-        fail(f"cannot load the data set {name}: {last_cause(error)}{at}")
+        fail(f"cannot load the data set {name}: {cause}{at}")
 
 
 def broken_line(name: str) -> str:
