@@ -1000,15 +1000,14 @@ def load_lm(args: Namespace) -> LM:
             args.dtype = "bfloat16" if has_bfloat16 else "float32"
             if gpu and not has_bfloat16:
                 warn("this GPU has no bfloat16: float32 weights take twice the memory")
-        dtype = getattr(torch, args.dtype)
         # scaled_dot_product_attention of Apple's GPUs is silently wrong for strided keys and for
         # masks that several heads share (pytorch#181133, #184180, #195910). On a CPU in bf16 its
         # backward pass is slow: SmolLM2-135M takes 3.3 s with eager attention instead of 4.4 for
         # 16 x 105 tokens, forward and backward; for 4 x 420 it is 4.6 and 4.1. See `sample_all`.
-        short = args.device == "cpu" and dtype == torch.bfloat16 and args.max_new_tokens <= SHORT
+        short = args.device == "cpu" and args.dtype == "bfloat16" and args.max_new_tokens <= SHORT
         attention = "eager" if mps or short else None
         model, loaded = transformers.AutoModelForCausalLM.from_pretrained(
-            name, dtype=dtype, attn_implementation=attention, output_loading_info=True
+            name, dtype=args.dtype, attn_implementation=attention, output_loading_info=True
         )
         if missing := sorted(loaded["missing_keys"]):  # transformers would draw them at random
             raise ValueError(f"its files lack {len(missing)} of its weights, {missing[0]} first")
