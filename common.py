@@ -979,7 +979,7 @@ def check_flags(args: Namespace) -> None:
             print(f"learning rate {args.lr}: for --lora ten times that of full fine-tuning")
 
 
-# -------------------------------------------------------------------------------- loading the model
+# -------------------------------------------------------------------- loading the model, the prompt
 
 
 def load_lm(args: Namespace) -> LM:
@@ -1130,9 +1130,6 @@ def inherit_prompt(args: Namespace) -> dict:
     return {"problems": [], "trained": [], **saved}
 
 
-# ------------------------------------------------------------------- loading problems, the verifier
-
-DATA_FILES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 # Chat templates that show today's date show this day, or a prompt would be another one tomorrow.
 TODAY = time.strptime("2026-01-01", "%Y-%m-%d")
 
@@ -1162,6 +1159,11 @@ def render(lm: LM, problem: str, args: Namespace) -> list[int]:
             return_dict=True,
             **args.template_kwargs,
         )["input_ids"]
+
+
+# ------------------------------------------------------------------- loading problems, the verifier
+
+DATA_FILES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
 def load_rows(name: str, default_split: str):
