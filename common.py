@@ -1130,10 +1130,6 @@ def inherit_prompt(args: Namespace) -> dict:
     return {"problems": [], "trained": [], **saved}
 
 
-# Chat templates that show today's date show this day, or a prompt would be another one tomorrow.
-TODAY = time.strptime("2026-01-01", "%Y-%m-%d")
-
-
 def render(lm: LM, problem: str, args: Namespace) -> list[int]:
     """prompt_ids of a problem: only the user's side, up to where the assistant begins to write.
 
@@ -1148,10 +1144,12 @@ def render(lm: LM, problem: str, args: Namespace) -> list[int]:
         bos = lm.tokenizer.bos_token_id
         wanted = bos is not None and bos in lm.tokenizer("")["input_ids"]
         return [bos] + ids if wanted and ids[:1] != [bos] else ids
+    # templates that show today's date show this day, or a prompt would be another one tomorrow
+    day = time.strptime("2026-01-01", "%Y-%m-%d")
     pattern = r"""strftime_now\(\s*(['"])(.*?)\1\s*\)"""
     with explained("the chat template does not take this prompt"):  # it may raise what it likes
         template = lm.tokenizer.get_chat_template()
-        template = re.sub(pattern, lambda match: repr(time.strftime(match[2], TODAY)), template)
+        template = re.sub(pattern, lambda match: repr(time.strftime(match[2], day)), template)
         return lm.tokenizer.apply_chat_template(
             [{"role": "user", "content": text}],
             chat_template=template,
