@@ -1302,13 +1302,11 @@ def split_problems(lm: LM, args: Namespace, saved: dict, half: bool) -> tuple[li
 
     def fitting(rows: dict, keys: list[str], name: str) -> list[Problem]:
         """Never cut: a problem without its beginning is another problem."""
-        problems = []
-        for key in progress(keys, "tokenizing"):
-            problem = Problem(*rows[key], render(lm, rows[key][0], args))
-            if len(problem.prompt_ids) + args.max_new_tokens <= lm.context:
-                problems.append(problem)
-        counts[name] = len(keys) - len(problems)
-        return problems
+        bar = progress(keys, "tokenizing")
+        problems = [Problem(*rows[key], render(lm, rows[key][0], args)) for key in bar]
+        short = [p for p in problems if len(p.prompt_ids) + args.max_new_tokens <= lm.context]
+        counts[name] = len(problems) - len(short)
+        return short
 
     held_out = fitting(candidates, unseen, "eval_too_long")
     problems = fitting(rows, unused, "too_long")
