@@ -1,11 +1,11 @@
-"""What srt.py and sdzero.py share: all that is not the method.
+"""What srt.py and sdzero.py share: sampling, verifying, revising, and all that is not the method.
 
 The first half is worth reading: what a run works on, sampling and evaluation, the optimizer, the
 processes of torchrun, and the run itself, with its log and its checkpoints. The second half can be
 skipped at a first reading: flags, loading, the memory estimate, error messages.
 
-The two scripts import this file and never each other. They enter it by `setup` and `Run`. What a
-user can mend ends in `fail`: one line on stderr and exit code 2.
+The two scripts import this file and never each other. What a user can mend ends in `fail`: one line
+on stderr and exit code 2.
 """
 
 import argparse
@@ -184,7 +184,7 @@ def sample_all(
     chosen = lm.model.config._attn_implementation
     if lm.model.device.type == "cpu" and lm.model._supports_sdpa:
         lm.model.set_attn_implementation("sdpa")
-    responses = shared_out(sample, list(zip(prompts, seeds)))
+    responses = map_over_ranks(sample, list(zip(prompts, seeds)))
     lm.model.set_attn_implementation(chosen)
     return responses
 
@@ -397,7 +397,7 @@ def compiled(loss: Callable) -> Callable:
 
 # torchrun starts one process per GPU. All of them run the same code, but each one samples, verifies
 # and scores only its share, and only rank 0 writes files. They meet where shares are put together
-# (`shared_out`, `in_micro_batches`), and hold the same weights and metrics afterwards. Without
+# (`map_over_ranks`, `in_micro_batches`), and hold the same weights and metrics afterwards. Without
 # torchrun there is one process, rank 0, whose share is everything.
 
 HEAD_START = 5  # seconds that rank 0 has to say what went wrong, before the others do
@@ -405,7 +405,7 @@ HEAD_START = 5  # seconds that rank 0 has to say what went wrong, before the oth
 
 def join_processes(args: Namespace) -> None:
     """Find the other processes of `torchrun --nproc-per-node N script.py ...`, if there are any."""
-    if ranks() == 1:
+    if world_size() == 1:
         return
     if args.device not in ("cpu", "cuda"):
         fail(f"torchrun's processes take --device cuda, one GPU each, or cpu, not {args.device}")
@@ -425,7 +425,7 @@ def rank() -> int:
     return int(os.environ["RANK"]) if "TORCHELASTIC_RUN_ID" in os.environ else 0
 
 
-def ranks() -> int:
+def world_size() -> int:
     """How many processes there are."""
     return int(os.environ["WORLD_SIZE"]) if "TORCHELASTIC_RUN_ID" in os.environ else 1
 
@@ -450,24 +450,24 @@ def meet(operation: Callable, *args) -> None:
         fail(f"{ended} ({cause:.200})", 1, at_once=True)
 
 
-def gathered(part: list) -> list[list]:
+def all_gather(part: list) -> list[list]:
     """The parts of all processes, by rank, on each of them."""
-    parts = [part] * ranks()
+    parts = [part] * world_size()
     if len(parts) > 1:
         meet(dist.all_gather_object, parts, part)
     return parts
 
 
-def wait_for_all() -> None:
+def barrier() -> None:
     """Where one process writes what the others read, or have read."""
-    gathered([])
+    all_gather([])
 
 
-def shared_out(work: Callable[[list], list], items: list) -> list:
+def map_over_ranks(work: Callable[[list], list], items: list) -> list:
     """work(items): each of n processes does every n-th item, and gets the whole result."""
     results = [None] * len(items)
-    for i, part in enumerate(gathered(work(items[rank() :: ranks()]))):
-        results[i :: ranks()] = part
+    for i, part in enumerate(all_gather(work(items[rank() :: world_size()]))):
+        results[i :: world_size()] = part
     return results
 
 
@@ -478,20 +478,21 @@ def in_micro_batches(
     gradients of all processes.
 
     lengths: tokens of each item; budget: --micro-tokens. backward adds to the model's gradient, and
-    returns values per token by name. Returns these of all items, {} where there is no token.
+    returns values per token by name. Returns these of all items, in the order of the micro-batches,
+    not of the items; {} where there is no token.
 
     Not by DistributedDataParallel: it waits for its own forward, and our losses go round that, so
     that nothing would be added up.
     """
     # every n-th by length, so that all processes have equal work
     by_length = sorted(range(len(items)), key=lambda i: lengths[i])
-    mine = sorted(by_length[rank() :: ranks()])
+    mine = sorted(by_length[rank() :: world_size()])
     groups, parts = micro_batches([lengths[i] for i in mine], budget), []
     for group in progress(groups, "training"):
         parts.append(backward([items[mine[k]] for k in group]))
-    if ranks() > 1:
+    if world_size() > 1:
         on_cpu = [{name: x.cpu() for name, x in part.items()} for part in parts]
-        parts = [part for theirs in gathered(on_cpu) for part in theirs]
+        parts = [part for theirs in all_gather(on_cpu) for part in theirs]
         for weight in model.parameters():
             if weight.requires_grad and parts:
                 meet(dist.all_reduce, grad_of(weight))
@@ -570,7 +571,7 @@ class Run:
             "started": time.strftime("%Y-%m-%d %H:%M:%S"),
         }
         notes = self.check_resume(settings) if task.args.resume else []
-        wait_for_all()  # all processes have looked at the folder before one writes
+        barrier()  # all processes have looked at the folder before one writes
         self.lock = locked(self.folder)
         if (self.folder / "config.json").exists():  # complete: its settings and its log stay
             self.clean_up()  # what a kill left beside the final model
@@ -1309,7 +1310,7 @@ def split_problems(lm: LM, args: Namespace, saved: dict, half: bool) -> tuple[li
         return short
 
     held_out = fitting(candidates, unseen, "eval_too_long")
-    problems = fitting(rows, unused, "too_long")
+    problems = fitting(rows, [] if args.eval_only else unused, "too_long")
     prompts = [p.prompt_ids for p in problems + held_out]
     if len(prompts) > 1 and min(prompts) == max(prompts):
         fail(f"template and tokenizer of {args.model} make the same prompt of every problem")
@@ -1360,11 +1361,11 @@ def load_verifier(name: str) -> Callable[[list[str], list], list[int]]:
         if name != "code":
             return [verdict_of(pair) for pair in pairs]
         # code runs in other processes: as many at once as there are cores
-        here = int(os.environ["LOCAL_WORLD_SIZE"]) if ranks() > 1 else 1
+        here = int(os.environ["LOCAL_WORLD_SIZE"]) if world_size() > 1 else 1
         with ThreadPoolExecutor(max(1, len(os.sched_getaffinity(0)) // here)) as pool:
             return list(progress(pool.map(verdict_of, pairs), "verifying", total=len(pairs)))
 
-    return lambda responses, answers: shared_out(verdicts_of, list(zip(responses, answers)))
+    return lambda responses, answers: map_over_ranks(verdicts_of, list(zip(responses, answers)))
 
 
 # ------------------------------------------------------------------------------------------- memory
@@ -1517,7 +1518,7 @@ def entry(main: Callable) -> None:
         again = "; the same command with --resume goes on from the last checkpoint"
         fail("interrupted" + (again if Run.begun or "--resume" in sys.argv else ""), 130)
     if dist.is_initialized():
-        wait_for_all()  # rank 0 may still be writing, and torchrun ends it if another one breaks
+        barrier()  # rank 0 may still be writing, and torchrun ends it if another one breaks
         dist.destroy_process_group()
         sys.stdout.flush()
         sys.stderr.flush()

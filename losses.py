@@ -330,9 +330,9 @@ class OutputLayer:
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits of hidden states, by autograd."""
-        return self.finish(F.linear(hidden, self.weight, self.bias)[..., : self.vocab_size])
+        return self.scale_and_cap(F.linear(hidden, self.weight, self.bias)[..., : self.vocab_size])
 
-    def finish(self, logits: torch.Tensor) -> torch.Tensor:
+    def scale_and_cap(self, logits: torch.Tensor) -> torch.Tensor:
         """The model's scale and cap, of the same shape."""
         logits = logits * self.scale if self.scale != 1 else logits
         return logits if self.cap is None else torch.tanh(logits / self.cap) * self.cap
@@ -445,8 +445,8 @@ def backward_by_chunks(
             inputs = [tensor[all_rows] for tensor in tensors]
             if teacher is not None:
                 theirs = teacher_logits[rows, : teacher_layer.vocab_size]
-                inputs.insert(0, teacher_layer.finish(theirs))
-            part = loss(layer.finish(logits), *inputs)
+                inputs.insert(0, teacher_layer.scale_and_cap(theirs))
+            part = loss(layer.scale_and_cap(logits), *inputs)
             if part.shape[:1] != logits.shape[:1]:
                 raise ValueError(f"loss of {len(logits)} rows must be [n] or [n, C]: {part.shape}")
             if part.dim() > 2 or part.shape[1:] == (layer.vocab_size,):

@@ -19,8 +19,8 @@ reviser into the generator.
 --model is what srt.py saved: its srt.json brings the prompt, the control phrases and the problems
 that stage 1 has used, which stage 2 leaves out.
 
-Departures from the paper: README, "A real model on one GPU". Read `Example`, `make_loss`, `distill`,
-`distill_step` and `main`.
+Departures from the paper: README, "A real model on one GPU". Read `Example`, `make_loss`,
+`distill`, `distill_step` and `main`.
 
 Letters in shapes: N tokens in the loss, V vocabulary size, H hidden size.
 """

@@ -43,6 +43,7 @@ from common import (
     Problem,
     Run,
     Task,
+    barrier,
     check_flags,
     compiled,
     count,
@@ -58,7 +59,6 @@ from common import (
     sample_and_verify,
     seed_of,
     setup,
-    wait_for_all,
 )
 from losses import OutputLayer, backward_by_chunks, predicting_last, token_logprobs
 
@@ -264,7 +264,7 @@ def collect_all(task: Task, run: Run) -> list[Trace]:
                 "more --revisions, another --prompt-suffix, --verifier or --max-new-tokens"
             )
         run.write(path.name, "".join(lines))
-    wait_for_all()  # all processes have read the chunks, and the traces are written
+    barrier()  # all processes have read the chunks, and the traces are written
     for file in run.folder.glob("chunk-*.json"):
         file.unlink(missing_ok=True)
     return [Trace(**json.loads(line)) for line in open(path)]
@@ -284,7 +284,8 @@ def load_traces(lm: LM, args: Namespace) -> tuple[list[Trace], list[str]]:
             fail(f"{path} holds no trace")
         for trace in traces:
             right = trace.reward in (0, 1) and isinstance(trace.problem, str)
-            if not right or not trace.ids or max(trace.ids) >= lm.vocab_size:
+            known = all(type(i) is int and 0 <= i < lm.vocab_size for i in trace.ids)
+            if not (right and known and trace.revision_ids):
                 fail(f"{other}: a reward or an id is out of range")
     for trace in traces:
         if trace.phrase != (args.phrase_wrong, args.phrase_right)[trace.reward]:

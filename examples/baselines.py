@@ -45,6 +45,7 @@ from common import (
     Problem,
     Run,
     Task,
+    barrier,
     check_flags,
     count,
     entry,
@@ -57,7 +58,6 @@ from common import (
     seed_of,
     setup,
     share,
-    wait_for_all,
 )
 from lora import LoraTeacher
 from losses import OutputLayer, backward_by_chunks, predicting_last, token_logprobs
@@ -188,7 +188,7 @@ def collect(task: Task, args: Namespace, run: Run) -> list[Trace]:
         }
         run.log("collect", 1, counts)
         run.write(path.name, "".join(json.dumps(asdict(t)) + "\n" for t in traces))
-    wait_for_all()  # until rank 0 has written it
+    barrier()  # until rank 0 has written it
     return [Trace(**json.loads(line)) for line in open(path)]
 
 

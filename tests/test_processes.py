@@ -275,7 +275,7 @@ def test_variables_that_a_cluster_left_are_not_believed(monkeypatch):
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
-    assert (common.rank(), common.ranks()) == (0, 1)
+    assert (common.rank(), common.world_size()) == (0, 1)
 
 
 @pytest.mark.parametrize(

@@ -228,7 +228,10 @@ def test_sequential_terms(runs, base, data, tmp_path):
 
 
 def test_eval_only_prints_and_writes_nothing(runs, data, tmp_path, capsys, monkeypatch):
+    """And renders no problem that is not evaluated: a data set may have 220,000."""
     monkeypatch.chdir(tmp_path)
+    rendered, render = [], common.render
+    monkeypatch.setattr(common, "render", lambda *args: rendered.append(args) or render(*args))
     for script in (srt, sdzero):
         capsys.readouterr()
         with pytest.raises(SystemExit) as stop:
@@ -236,7 +239,7 @@ def test_eval_only_prints_and_writes_nothing(runs, data, tmp_path, capsys, monke
         figures = json.loads(capsys.readouterr().out)
         assert stop.value.code == 0
         assert figures["problems"] == 4 and 0 <= figures["accuracy"] <= 1
-    assert list(tmp_path.iterdir()) == []
+    assert list(tmp_path.iterdir()) == [] and len(rendered) == 2 * 4
 
 
 @pytest.mark.parametrize(

@@ -124,7 +124,9 @@ def test_an_unfinished_run_is_no_model(base, data, tmp_path, ended):
     assert code == 2 and "is no model folder" in err
 
 
-@pytest.mark.parametrize("change", [dict(reward=5), dict(revision_ids=[9999])])
+@pytest.mark.parametrize(
+    "change", [dict(reward=5), *(dict(revision_ids=ids) for ids in ([9999], [-1], [1.5], []))]
+)
 def test_damaged_traces(change, base, data, tmp_path, ended):
     out = tmp_path / "collected"
     call(srt, *FLAGS, *STAGE_1, collect_only=True, model=base, dataset=data, output=out)
