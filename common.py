@@ -559,6 +559,7 @@ class Run:
         self.task, self.args, self.folder = task, task.args, task.args.output
         self.lines: list[dict] = []  # of metrics.jsonl
         self.told: set[str] = set()  # warnings are given once
+        self.lost = 0  # of the evaluations up to this step no model is kept
         self.parts: dict = {}  # what has a state_dict besides the model
         settings = {
             "flags": dict(vars(task.args)),
@@ -622,6 +623,8 @@ class Run:
                 self.lines.append(line)
         if best_step(lines) > last:  # the model of an evaluation that is forgotten
             self.remove("best")
+        if not (self.folder / "best").exists():
+            self.lost = last
         self.write(path.name, "".join(json.dumps(line) + "\n" for line in self.lines))
 
     def log(self, kind: str, step: int, values: dict) -> None:
@@ -648,7 +651,7 @@ class Run:
         if logged or too_late or not self.task.held_out:
             return
         self.log("eval", step, evaluate(self.task, step))
-        if step and step == best_step(self.lines):
+        if step and step == best_step([x for x in self.lines if x["step"] > self.lost]):
             if last:
                 self.remove("best")
             else:
@@ -1375,8 +1378,8 @@ def estimate_memory(lm: LM, args: Namespace, longest_prompt: int) -> dict[str, i
     """Where a run's memory goes at most, in bytes by part (table: tests/memory_table.py).
 
     Every response is taken to be as long as --max-new-tokens allows. A run without --teacher is
-    stage 1. The activations are those of a Llama-like layer. "slot" is the cache of one sequence,
-    the longest: a revision.
+    stage 1. The activations are those of a Llama-like layer, or of one with experts. "slot" is the
+    cache of one sequence, the longest: a revision.
     """
     teacher = getattr(args, "teacher", None)
     config, size, cached = lm.model.config, lm.model.dtype.itemsize, cache_bytes_per_token(lm.model)
@@ -1386,7 +1389,7 @@ def estimate_memory(lm: LM, args: Namespace, longest_prompt: int) -> dict[str, i
     trained, in_fp32 = adapters or parameters, size == 4 or adapters > 0
     copies = {"base": 0 if adapters else size, "ema": 4 if in_fp32 else 6}
     response = longest_prompt + args.max_new_tokens  # x + y
-    revision = response + len(lm.phrase_ids(args.phrase_wrong)) + args.max_new_tokens
+    revision = response + max(map(len, lm.phrases(args))) + args.max_new_tokens
     revision = min(revision, lm.context)
     # tokens of one forward and backward pass; in stage 2 the student reads only x + y
     length = response if teacher else revision
@@ -1396,8 +1399,10 @@ def estimate_memory(lm: LM, args: Namespace, longest_prompt: int) -> dict[str, i
     keys = cached // (2 * layers * size)
     inner = getattr(config, "moe_intermediate_size", None)
     inner = inner or getattr(config, "intermediate_size", None) or 4 * width
-    inner *= getattr(config, "num_experts_per_tok", None) or 1
-    layer = (8 * width + 5 * (queries + keys) + 4 * inner) * size
+    experts = getattr(config, "num_experts_per_tok", None) or 0
+    shared = getattr(config, "shared_expert_intermediate_size", None) or 0
+    inner = inner * max(1, experts) + shared
+    layer = (8 * width + 5 * (queries + keys) + 4 * inner + 3 * experts * width) * size
     per_token = layers * width * size + layer if args.gradient_checkpointing else layers * layer
     per_token += (3 * inner + 2 * width) * size  # the gradients inside the layer that is at work
     chunk, chunks = CHUNK.get(lm.model.device.type, CHUNK["cuda"])

@@ -59,6 +59,7 @@ from common import (
     sample_and_verify,
     seed_of,
     setup,
+    warn,
 )
 from losses import OutputLayer, backward_by_chunks, predicting_last, token_logprobs
 
@@ -338,7 +339,11 @@ def main(argv: list[str] | None = None) -> None:
     task = setup(args, half=True)
     if args.traces:
         traces, tried = load_traces(task.lm, args)
-        task.held_out = [p for p in task.held_out if p.key not in tried]
+        unseen = [p for p in task.held_out if p.key not in tried]
+        if seen := len(task.held_out) - len(unseen):
+            left = f"{seen} of {len(task.held_out)} held-out problems are left out"
+            warn(f"{left}: the traces are of them")
+        task.held_out, task.counts["held_out"] = unseen, len(unseen)
     else:
         traces, tried = None, [p.key for p in task.problems]
         check_lengths(task)

@@ -146,10 +146,10 @@ def main(argv: list[str] | None = None) -> None:
         args.results.parent.mkdir(parents=True, exist_ok=True)
         text = "".join(json.dumps(rounded(line)) + "\n" for line in lines)
         args.results.write_text(text)
-    with explained(f"cannot read {args.results}", OSError, ValueError):
+    with explained(f"cannot read {args.results}"):  # which may be any other file
         lines = [json.loads(line) for line in open(args.results)]
-    print_table(lines)
-    toy.print_kl([line["kl"] for line in lines if "kl" in line])
+        print_table(lines)
+        toy.print_kl([line["kl"] for line in lines if "kl" in line])
     try:
         with explained(f"cannot write {args.output}", OSError):
             draw(lines, args.output)

@@ -8,6 +8,7 @@ import random
 import socket
 from datetime import date
 from decimal import Decimal
+from types import SimpleNamespace
 
 import pytest
 import transformers
@@ -176,7 +177,9 @@ def test_a_further_stage_trains_and_evaluates_on_other_problems(lineage, data):
     assert not keys(task.problems) & held_out
 
 
-def test_the_problems_of_given_traces_are_remembered_and_not_evaluated(base, data, tmp_path):
+def test_the_problems_of_given_traces_are_remembered_and_not_evaluated(
+    base, data, tmp_path, capsys
+):
     """Also those that were tried without a trace: traces.jsonl has a srt.json beside it."""
     first = tmp_path / "collected"
     flags = [*FLAGS, "--model", base, "--dataset", data, "--eval-samples", "1"]
@@ -191,6 +194,44 @@ def test_the_problems_of_given_traces_are_remembered_and_not_evaluated(base, dat
     assert len(tried) == 20 and remembered(out) == (tried, tried)
     held_out = set(sorted(key_of(x) for x, _ in ROWS)[:30]) - tried
     assert {e["problems"] for e in log_of(out, "eval")} == {len(held_out)}
+    assert read(out / "settings.json")["counts"]["held_out"] == len(held_out) < 30
+    said = f"{30 - len(held_out)} of 30 held-out problems are left out"
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("rows, training", [(25_000, 10_000), (7, 4), (1, 1)])
+def test_stage_1_takes_half_and_at_most_10_000(rows, training, monkeypatch):
+    found = {f"{i:05}": (str(i), "1") for i in range(rows)}
+    monkeypatch.setattr(common, "load_problems", lambda *rest: (found, {}))
+    monkeypatch.setattr(common, "render", lambda lm, text, args: [int(text)])
+    argv = ["--model", "m", "--dataset", "d", "--eval-problems", "0", "--max-new-tokens", "1"]
+    args, saved = srt.parse_arguments(argv), {"trained": [], "problems": []}
+    lm = SimpleNamespace(context=9)
+    problems, _, counts = common.split_problems(lm, args, saved, half=True)
+    assert len(problems) == counts["training"] == training
+
+
+def test_memory_is_estimated_for_held_out_problems_too(base, data, monkeypatch):
+    seen = []
+    monkeypatch.setattr(common, "fit_memory", lambda lm, args, problems: seen.extend(problems))
+    task = task_of(sdzero, *FLAGS, model=base, dataset=data)
+    assert keys(seen) == keys(task.problems + task.held_out)
+
+
+def test_a_problem_that_just_fits_is_kept(base, tmp_path):
+    """Context 256, --max-new-tokens 8, three tokens of template: 245 fit."""
+    path = save_rows(tmp_path / "d.jsonl", [("x" * n, "1") for n in (5, 245, 246)])
+    flags = [*FLAGS, "--eval-problems", "0", "--problems", "9"]
+    task = task_of(srt, *flags, model=base, dataset=path)
+    assert sorted(len(p.text) for p in task.problems) == [5, 245]
+    assert task.counts["too_long"] == 1
+
+
+def test_the_first_of_two_answers_counts(tmp_path):
+    path = save_rows(tmp_path / "d.jsonl", [("1?", "1"), ("2?", "2"), ("1? ", "9")])
+    args = srt.parse_arguments(["--model", "m", "--dataset", "d", "--eval-only"])
+    problems, counts = common.load_problems(args, str(path))
+    assert [*problems.values()] == [("1?", "1"), ("2?", "2")] and counts["duplicates"] == 1
 
 
 # ----------------------------------------------------------------------------- the evaluation set

@@ -126,6 +126,7 @@ def test_the_start():
         assert A.std().item() == pytest.approx((3 * layer.in_features) ** -0.5, rel=0.05)
         assert A.shape == (200, layer.in_features) and B.shape == (layer.out_features, 200)
         assert (A.abs() > 2 * A.std()).float().mean().item() == pytest.approx(0.0455, abs=0.01)
+    assert len({layer.lora_A[0, 0].item() for layer in layers.values()}) == len(layers)
     again, other = tiny("qwen2"), tiny("qwen2")
     add_lora(again, 200, 400, seed=3)
     add_lora(other, 200, 400, seed=4)
@@ -392,16 +393,19 @@ def test_merging_into_bf16_keeps_small_updates():
     what it adds up to along the direction that the adapter reads."""
     model = tiny("llama", dtype=torch.bfloat16)
     add_lora(model, 1, 1)
-    layer = model.model.layers[0].mlp.up_proj
-    layer.weight.data.fill_(1.0)
-    layer.lora_A.data.fill_(1.0)
-    layer.lora_B.data.fill_(2**-7 / 100)  # the last bit of 1.0 is 2^-7
+    layer, other = model.model.layers[0].mlp.up_proj, model.model.layers[0].mlp.gate_proj
+    for linear in (layer, other):
+        linear.weight.data.fill_(1.0)
+        linear.lora_A.data.fill_(1.0)
+        linear.lora_B.data.fill_(2**-7 / 100)  # the last bit of 1.0 is 2^-7
     before = {n: x.clone() for n, x in model.state_dict().items()}
     assert torch.equal((layer.weight + layer.lora_B @ layer.lora_A).bfloat16(), layer.weight)
     state = merged_state_dict(model)
     moved = (state["model.layers.0.mlp.up_proj.weight"].float() - 1).mean().item()
     sigma = math.sqrt(0.01 * 0.99 / layer.weight.numel()) * 2**-7
     assert moved == pytest.approx(2**-7 / 100, abs=4 * sigma) and moved > 2**-7 / 300
+    up, gate = (state[f"model.layers.0.mlp.{name}_proj.weight"] for name in ("up", "gate"))
+    assert not torch.equal(up, gate)  # each layer has random numbers of its own
     again = merged_state_dict(model)
     for name, x in before.items():
         assert torch.equal(model.state_dict()[name], x)  # never merged in place

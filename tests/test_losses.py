@@ -658,6 +658,9 @@ def test_products_with_all_rows_change_nothing(family, size, monkeypatch):
         results.append([values, hidden.grad, *grads])
         expected = weighted(layer(hidden), teacher(teacher_hidden), weight)
         torch.testing.assert_close(values, expected.detach(), rtol=0, atol=1e-10)
+        inputs = [hidden, *model.lm_head.parameters()]
+        for got, wanted in zip(results[-1][1:], torch.autograd.grad(expected.sum(), inputs)):
+            torch.testing.assert_close(got, wanted, rtol=0, atol=1e-10)
     for cut, whole in zip(*results):
         torch.testing.assert_close(whole, cut, rtol=0, atol=1e-11)
         assert cut.abs().max() > 0.01

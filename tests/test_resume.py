@@ -505,6 +505,30 @@ def test_best_is_gone_with_its_evaluation(small, quick, tmp_path, monkeypatch):
     assert not (folder / "best").exists()
 
 
+def test_best_is_kept_anew_where_it_was_lost(small, quick, tmp_path, monkeypatch):
+    """Step 3 was the best and took the place of step 1; killed there, and sampled again with other
+    rounding, it is not: step 5 then beats only what is still there to be kept."""
+    folder, accuracies = tmp_path / "out", {1: 0.6, 3: 0.7, 5: 0.55}
+
+    def evaluate(task, step):
+        return dict(accuracy=accuracies.get(step, 0.1), accuracy_se=0.01, sample="")
+
+    monkeypatch.setattr(common, "evaluate", evaluate)
+    flags = [*SMALL, *OWN["sdzero"], "--model", small["sdzero"], "--dataset", "x"]
+    flags += ["--epochs", "2", "--save-every", "2", "--eval-every", "1", "--output", folder]
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(common.Run, "log", killed_after(4))
+        call(sdzero, *flags)
+    accuracies[3] = 0.5
+    kept = []
+    save = common.Run.save
+    monkeypatch.setattr(
+        common.Run, "save", lambda self, name, *rest: kept.append(name) or save(self, name, *rest)
+    )
+    call(sdzero, *flags, "--resume")
+    assert (folder / "best").exists() and kept.count("best") == 2
+
+
 @pytest.mark.parametrize("last", [0.4, 0.6])
 def test_the_best_model_is_kept_beside_a_worse_last_one(last, small, quick, tmp_path, monkeypatch):
     def evaluate(task, step):

@@ -362,6 +362,9 @@ def world(tmp_path_factory, base, data, runs):
     (made / "good_traces.jsonl").write_text("\n".join(traces) + "\n")
     trace["revision_ids"] += [5] * 300
     (made / "long_traces.jsonl").write_text(json.dumps(trace) + "\n")
+    phrase = json.loads(traces[0])["phrase_ids"]
+    other = json.loads(traces[0]) | {"phrase_ids": [phrase[0], phrase[3], *phrase[2:]]}
+    (made / "other_traces.jsonl").write_text(json.dumps(other) + "\n")
     (made / "odd_traces.jsonl").write_text(json.dumps({**trace, "prompt_ids": "1"}) + "\n")
     for name, file, text in (
         ("cut", "model.safetensors", "\x08"),
@@ -549,6 +552,11 @@ BAD = {
     "ids that are text": ("srt", GOOD + " --traces {made}/odd_traces.jsonl", "not a traces file"),
     "an empty traces file": ("srt", GOOD + " --traces {empty}", "holds no trace"),
     "no traces file": ("srt", GOOD + " --traces {made}/none", "cannot read"),
+    "traces of another tokenizer": (
+        "srt",
+        GOOD + " --traces {made}/other_traces.jsonl",
+        "was collected with another tokenizer",
+    ),
     "traces of another prompt": (
         "srt",
         GOOD + " --traces {made}/good_traces.jsonl --prompt-template '#{{problem}}##'",  # as long

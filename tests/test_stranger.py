@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import shutil
+from argparse import Namespace
 from types import SimpleNamespace
 
 import pytest
@@ -230,3 +231,26 @@ def test_a_machine_that_cannot_run_code_says_so(base, data, tmp_path, ended, mon
     flags = dict(model=base, dataset=data, output=tmp_path / "out", verifier="code")
     code, _, err = ended(srt, *FLAGS, **flags)
     assert code == 2 and "cannot run programs on this machine" in err.splitlines()[-1]
+
+
+def checked(lengths, context, **saved):
+    """What the stages' checks of lengths look at. P_0 has two tokens, P_1 one."""
+    flags = dict(model="m", top_p=1, temperature=1, skip_first=0, max_new_tokens=8)
+    lm = SimpleNamespace(context=context, phrases=lambda args: [[1, 2], [3]])
+    problems = [common.Problem("", None, [5] * n) for n in lengths]
+    saved = {"problems": ["k"], **saved}
+    return SimpleNamespace(args=Namespace(**flags), lm=lm, problems=problems, saved=saved)
+
+
+def test_one_long_problem_is_no_reason_to_refuse_the_others(capsys):
+    """It is named by how little of a response fits twice: (20 - 11 - 2) / 2."""
+    srt.check_lengths(checked([3, 19], context=20))
+    sdzero.check(checked([3, 19], context=20))
+    capsys.readouterr()
+    sdzero.check(checked([3, 11], context=20))
+    assert "more than 3 tokens may not fit twice" in capsys.readouterr().err
+
+
+def test_a_fine_tuned_model_is_not_taken_for_stage_1(capsys):
+    sdzero.check(checked([3], context=99, problems=[], trained=["k"]))
+    assert "does not come from stage 1" in capsys.readouterr().err

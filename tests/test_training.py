@@ -572,6 +572,7 @@ def memory_flags(**changed):
         slots=3,
         gradient_checkpointing=False,
         phrase_wrong="No.",
+        phrase_right="",
     )
     return argparse.Namespace(**{**flags, **changed})
 
@@ -614,8 +615,9 @@ def test_the_estimate_of_the_cache_is_that_of_the_models_own_cache(family, dtype
             _, cache = model(torch.zeros(1, length, dtype=torch.long), use_cache=True).to_tuple()
         return bytes_of(x for layer in cache.layers for x in (layer.keys, layer.values))
 
-    for teacher in (None, "base"):
-        args = memory_flags(max_new_tokens=20, teacher=teacher)
+    for teacher, longer in ((None, "wrong"), ("base", "right")):
+        phrases = {"phrase_wrong": "", "phrase_right": "", f"phrase_{longer}": "No."}
+        args = memory_flags(max_new_tokens=20, teacher=teacher, **phrases)
         assert estimate_memory(as_lm(model), args, 3)["slot"] == cache_bytes(3 + 20 + phrase + 20)
         assert estimate_memory(as_lm(model, context=40), args, 3)["slot"] == cache_bytes(40)
 
@@ -627,15 +629,26 @@ SHAPES = {
 }
 
 
+MIXTURES = {
+    "mixtral": {},
+    "qwen3_moe": dict(num_experts=8, num_experts_per_tok=4, moe_intermediate_size=64),
+    "qwen2_moe": dict(shared_expert_intermediate_size=256),
+}
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize(
+    "family, shape",
+    [(family, shape) for family in ("llama", "qwen3") for shape in SHAPES]
+    + [(family, "multi-head") for family in MIXTURES],
+)
 def test_activations_stay_below_the_estimate_but_not_far(family, shape, dtype, checkpointing):
     """The peak of one forward and backward pass, by live storages, weights and their gradients left
     out: 0.65 to 1.05 of the estimate, which is made for Qwen3 in bf16, the largest."""
     rows, length = 4, 128  # x 40, y 88
-    settings = dict(SHAPES[shape], num_hidden_layers=6, max_position_embeddings=length)
+    settings = dict(SHAPES[shape], **MIXTURES.get(family, {}))
+    settings |= dict(num_hidden_layers=6, max_position_embeddings=length)
     model = tiny(family, dtype=dtype, **settings).train()
     args = memory_flags(max_new_tokens=88, batch_size=rows, gradient_checkpointing=checkpointing)
     if checkpointing:
@@ -684,8 +697,9 @@ def test_tokens_of_a_micro_batch():
 
 def test_the_memory_report(capsys):
     """One line says what is needed; where something does not fit another says what to lower."""
-    lm, problems = as_lm(tiny("qwen3", dtype=torch.float32)), [Problem("", None, [5, 9, 3])]
-    args = memory_flags(teacher="ema")
+    lm = as_lm(tiny("qwen3", dtype=torch.float32))
+    problems = [Problem("", None, [5] * n) for n in (1, 3, 2)]  # the longest counts
+    args = memory_flags(teacher="ema", phrase_wrong="", phrase_right="No.")
     common.fit_memory(lm, args, problems)
     captured = capsys.readouterr()
     assert args.cache_bytes is args.training_bytes is None and captured.err == ""

@@ -2,6 +2,8 @@
 
 import json
 import math
+from argparse import Namespace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -43,8 +45,15 @@ def test_a_step_that_goes_wrong_is_said(name, before, after):
     lines += [step(n, **{name: after}) for n in range(31, 41)]
     signs = common.signs_of_collapse(lines)
     assert list(signs) == [name] and f"{after:.3g}" in signs[name]
+    too_few = [step(n, **{name: before if n <= 10 else after}) for n in range(1, 20)]
+    assert common.signs_of_collapse(too_few) == {}
     single = [step(n) for n in range(1, 31)] + [step(31, **{name: after})]
     assert common.signs_of_collapse(single) == {}  # one bad batch is no collapse
+
+
+def test_an_entropy_of_zero_is_a_collapse():
+    lines = [step(n) for n in range(1, 11)] + [step(n, entropy=0.0) for n in range(11, 31)]
+    assert list(common.signs_of_collapse(lines)) == ["entropy"]
 
 
 def test_a_halved_length_is_what_stage_2_does():
@@ -64,7 +73,21 @@ def test_a_fall_of_three_standard_errors_from_the_best_is_said():
     sentence = common.signs_of_collapse(rising + [evaluation(3, 0.63)])["accuracy"]
     assert "from 0.700 at step 1 to 0.630 at step 3" in sentence
     assert common.signs_of_collapse(rising + [evaluation(3, 0.65, 0.03)]) == {}
+    assert common.signs_of_collapse(rising + [evaluation(3, 0.65)]) == {}  # 2.5 of them
+    assert common.signs_of_collapse([evaluation(1, 0.7, 0.03), evaluation(2, 0.63, 0.01)]) == {}
+    assert common.signs_of_collapse([evaluation(1, 0.9), evaluation(2, 0.0, 0.0)])
     assert common.signs_of_collapse([evaluation(0, 1.0, None), evaluation(1, 0.0, None)]) == {}
+
+
+def test_the_clock_of_a_step(monkeypatch):
+    """Two passes on a batch that was sampled in the first: each has its own seconds."""
+    run, found = SimpleNamespace(started=0.0, log=lambda *rest: None), []
+    run.args = Namespace(passes=2, eval_every=99, save_every=99)
+    for number, now, tokens in ((1, 10.0, 50), (2, 13.0, 0)):
+        monkeypatch.setattr(common.time, "time", lambda now=now: now)
+        found.append({})
+        common.Run.end_step(run, number, 4, found[-1], tokens)
+    assert found == [{"seconds": 10.0, "tokens_per_s": 5.0}, {"seconds": 3.0}]
 
 
 @pytest.fixture(scope="module")
