@@ -105,8 +105,8 @@ def generate(
         looked for only in the response, which keeps its EOS.
     temperature, top_p: as in `sample`. Nothing is taken from the model's generation config.
     slots: the most sequences decoded at once. The cache holds slots x (prompt + max_new_tokens)
-        tokens; its size is logged (INFO) before it is allocated. None: `fit_slots`, which on CUDA
-        depends on the memory that is free.
+        tokens, the sum rounded up to 64s with cuda_graph; its size is logged (INFO) before it is
+        allocated. None: `fit_slots`, which on CUDA depends on the memory that is free.
     seed: of the random numbers; None takes one from torch's own generator. Every response has a
         stream of its own, so that neither slots nor the other prompts change what it samples, apart
         from rounding errors of a forward over other rows. Response i of generate(..., seed=s) has
@@ -143,11 +143,11 @@ def generate(
         slots = min(slots or fit_slots(model, longest_prompt, length), len(prompts))
         ahead = max(1, min(slots // 4, PREFILL_TOKENS // longest_prompt))
         probe = prefill(model, [(0, 0)])  # shows which tensors the layers write
-        size = bytes_per_token(probe) * (slots * length + ahead * longest_prompt) / 1e9
-        memory = f"{slots} slots x {length} + {ahead} x {longest_prompt} tokens, {size:.3g} GB"
+        allocated = -(-length // 64) * 64 if cuda_graph else length  # see FixedShapes
+        size = bytes_per_token(probe) * (slots * allocated + ahead * longest_prompt) / 1e9
+        memory = f"{slots} slots x {allocated} + {ahead} x {longest_prompt} tokens, {size:.3g} GB"
         logging.getLogger(__name__).info("keys and values of %s", memory)
         sampler = partial(sample, temperature=temperature, top_p=top_p, vocab_size=vocab_size)
-        allocated = -(-length // 64) * 64 if cuda_graph else length  # see FixedShapes
         every = check_every or (1 if model.device.type == "cpu" else 8)
         try:
             decoder = Decoder(model, probe, slots, allocated, length - 1, eos, sampler)

@@ -83,6 +83,7 @@ FLAGS = [
     ("teacher-rate", share, None, "sdft, sdpo: of ema, at every step (default: 0.05)"),
 ]
 BELONGS_TO = {  # flag: methods; elsewhere it would do nothing
+    "group": ("rft", "grpo", "sdft", "sdpo"),
     "generations": ("grpo", "sdft", "sdpo"),
     "epochs": ("sft", "rft"),
     "solution_column": ("sft", "sdft"),
@@ -395,7 +396,7 @@ def train(
 
 def parse_arguments(argv: list[str] | None = None) -> Namespace:
     parser = make_parser(
-        "Baselines: RFT, GRPO, SDFT, SDPO, with the flags of srt.py and sdzero.py.",
+        "Baselines: SFT, RFT, GRPO, SDFT, SDPO, with the flags of srt.py and sdzero.py.",
         FLAGS,
         output=Path("runs/baseline"),
     )

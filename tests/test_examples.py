@@ -173,7 +173,8 @@ def test_what_the_teachers_are_shown():
 
 
 def command(method, model, data, out, *flags):  # noqa: F811
-    own = ["--batch-size", "8", "--group", "4", "--problems", "12"]
+    own = ["--batch-size", "8", "--problems", "12"]
+    own += ["--group", "4"] if method != "sft" else []
     own += ["--generations", "64"] if method in ("grpo", "sdft", "sdpo") else []
     sources = ["--method", method, "--model", model, "--dataset", data, "--output", out]
     call(baselines, *sources, *FLAGS, *own, *flags)
@@ -254,6 +255,7 @@ def test_nothing_learned(method, verdict, base, data, tmp_path, monkeypatch, cap
         ("grpo", ["--epochs", "2"], "belongs to --method sft and rft"),
         ("sft", ["--solution-column", "some"], "of 12 problems have no some"),
         ("sft", ["--generations", "8"], "belongs to --method grpo and sdft and sdpo"),
+        ("sft", ["--group", "4"], "belongs to --method rft and grpo and sdft and sdpo"),
         ("grpo", ["--teacher", "live"], "belongs to --method sdft and sdpo"),
         ("sdpo", ["--solution-column", "answer"], "belongs to --method sft and sdft"),
         (
@@ -711,3 +713,68 @@ def test_bench_training(what, name, ours, monkeypatch, capsys):
     bench_training.main([what, "--child", f"{name}:{ours}"])
     seconds, megabytes = json.loads(capsys.readouterr().out)
     assert seconds > 0 and megabytes >= 0
+
+
+def test_the_top_token_of_a_toy_response(monkeypatch):
+    """One of 14 is the top 5%."""
+    tokenizer, world = toy.make_tokenizer(), toy.World(5)
+    text = toy.solution(world.make_problem(), [1, 2, 3, 4]) + "<|eos|>"
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    example = sdzero.Example([3], Rollout(ids, [0.0] * 14, True), 1, [7])
+    monkeypatch.setattr(toy, "kl_by_token", lambda *args: torch.arange(14.0))
+    lm = SimpleNamespace(model=None, tokenizer=tokenizer)
+    found = toy.where_the_kl_is(world, [example], lm, lm)["right"]
+    assert found["top"] == pytest.approx(13 / 91) and sum(found["nats"].values()) == 91
+
+
+def test_what_a_second_look_repeats():
+    """By the phrase before it; and a price goes with its own good only."""
+    world, seen = toy.World(0), []
+    look_again = world.look_again
+
+    def watched(goods, named, prices, repeat):
+        seen.append(repeat)
+        return look_again(goods, named, prices, repeat)
+
+    world.look_again = watched
+    for _ in range(50):
+        given, _ = world.document("revision")
+        assert seen[-1] == toy.REPEAT[toy.PHRASES.index(given.split("\n\n")[1])]
+    world.look_up = lambda good, again=False: "afresh"
+    assert look_again(["a", "b"], ["a", "c"], [1, 2], 1.0) == [1, "afresh"]
+
+
+def test_the_toy_prints_what_it_measured(monkeypatch, tmp_path, capsys):
+    def row(value):
+        return dict.fromkeys(toy.COLUMNS.values(), value)
+
+    def kl(world, examples, *models):
+        """Of wrong responses, and twice that of right ones."""
+        found = {}
+        for n, verdict in ((1, "wrong"), (2, "right")):
+            nats = dict.fromkeys(toy.KINDS_OF_TOKENS, share[examples] * n)
+            found[verdict] = {"nats": nats, "tokens": 14 * n, "top": 0.25 * n}
+        return found
+
+    share = {"base": 0.1, "srt": 0.2, "sdzero": 0.3}
+    stages = {"base": {**row(0.5), "accuracy_se": 0.021}, "SRT": row(0.6)}
+    stages["SD-Zero"] = {**row(0.7), "accuracy_se": None}
+    monkeypatch.setattr(toy, "both_stages", lambda out, seed: dict(stages))
+    revised = lambda out, seed, whose: (row(share[whose]), whose, None, None)  # noqa: E731
+    monkeypatch.setattr(toy, "revised_by_srt", revised)
+    monkeypatch.setattr(toy, "where_the_kl_is", kl)
+    monkeypatch.setattr(toy, "show_trace", lambda *args: None)
+    monkeypatch.setattr(toy, "pictures", lambda out: None)
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "config.json").touch()
+    toy.main(["--out", str(tmp_path), "--seed", "3"])
+    out = capsys.readouterr().out
+    percents = {"base": 50, "SRT": 60, "SD-Zero": 70}
+    percents |= {"base, revised by SRT": 10, "SD-Zero, revised by SRT": 30}
+    for name, x in percents.items():
+        assert f"| {name} | {' | '.join([f'{x:.1f}'] * 5)} | {x / 100:.1f} |" in out
+    assert "seeds 3 to 3, standard errors of accuracies up to 2.1" in out
+    for name, nats in (("base", 100), ("SRT", 200)):
+        for n, verdict in ((1, "wrong"), (2, "right")):
+            figures = " | ".join([f"{nats * n:.1f}"] * 7)
+            assert f"| {name} | {verdict} | {14 * n}.0 | {25 * n}.0 | {figures} |" in out

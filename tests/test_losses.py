@@ -878,3 +878,26 @@ def test_the_file_by_itself_runs_its_docstrings_example(tmp_path):
         [sys.executable, script], cwd=tmp_path, env=env, capture_output=True, text=True
     )
     assert run.stdout.strip() == "done", run.stderr
+
+
+@pytest.mark.parametrize(
+    "families", [("llama", "gemma2"), ("granite", "llama"), ("gemma2", "granite")]
+)
+def test_a_teacher_of_another_family_has_its_own_scale_and_cap(families):
+    model, teacher = (tiny(family, seed=seed) for seed, family in enumerate(families))
+    ours, theirs = OutputLayer(model, 37), OutputLayer(teacher, 37)
+    generator = torch.Generator().manual_seed(0)
+    hidden, told = 30 * torch.randn(2, 9, 32, dtype=torch.float64, generator=generator)
+    with torch.no_grad():
+        expected = full_logits(ours(hidden), theirs(told))
+    against = (theirs, told)
+    got = backward_by_chunks(full_logits, ours, hidden, divisor=1, teacher=against, size=4)
+    torch.testing.assert_close(got, expected)
+
+
+def test_a_frozen_bias_gets_no_gradient():
+    model = tiny("phi")
+    model.lm_head.bias.requires_grad_(False)
+    hidden = torch.randn(9, 32, dtype=torch.float64)
+    backward_by_chunks(lambda x: x.logsumexp(-1), OutputLayer(model), hidden, divisor=1)
+    assert model.lm_head.bias.grad is None and model.lm_head.weight.grad.any()

@@ -189,6 +189,84 @@ def test_figures(made):
         assert found == pytest.approx([scale * bar for bar in bars[name]], abs=0.051)
 
 
+def test_the_median_is_of_responses_not_of_tokens():
+    kls = [torch.tensor(x, dtype=torch.float64) for x in ([1.0, *[0.0] * 39], [0.5] * 20, [0.3])]
+    assert localize.summarize(kls)["median_kl"] == pytest.approx(0.3)
+
+
+def test_the_numbers_of_the_page(made):
+    """Ticks fit the bars; the legend has the tokens' colours; bars, tokens and verdicts have their
+    own values in their titles."""
+    root, tables, examples = made["root"], made["tables"], made["examples"]
+    rewards, figures = [e.reward for e in examples], {}
+    for r, name in enumerate(("wrong", "right")):
+        kls = [table[:, 0] for table, reward in zip(tables, rewards) if reward == r]
+        figures[name] = localize.summarize(kls)
+    top = max(figures["wrong"]["bars"] + figures["right"]["bars"])
+    ticks = [x for x in root.iter("text") if x.get("text-anchor") == "end"]
+    assert len(ticks) > 1
+    for tick in ticks:
+        height = 190 - (float(tick.get("y")) - 4)  # the highest bar has 165
+        assert height == pytest.approx(165 * float(tick.text) / top, abs=0.06)
+    (legend,) = [p for p in root.iter("p") if p.get("class") == "legend"]
+    edges = ["below 0.03", "0.03 to 0.1", "0.1 to 0.3", "0.3 to 1", "1 to 3", "3 or more"]
+    assert [(x.get("class"), x.text) for x in legend] == [(f"k{i}", e) for i, e in enumerate(edges)]
+    for name, values in figures.items():
+        bars = [x[0].text for x in root.iter("rect") if len(x) and x.get("class") == name]
+        assert bars == [
+            f"{name}, {5 * i} to {5 * i + 5}% of the tokens: {value:.4g} nats"
+            for i, value in enumerate(values["bars"])
+        ]
+    order = sorted(range(12), key=lambda i: (rewards[:i].count(rewards[i]), rewards[i]))
+    for tokens, article, i in zip(tokens_of(made), root.iter("article"), order):
+        assert article.find("aside/q").text == PHRASES[rewards[i]]
+        for token, row in zip(tokens, tables[i].tolist(), strict=True):
+            found = re.findall(r"(student|teacher) ([\d.]+)%", token.get("title"))[-4:]
+            assert [name for name, _ in found] == ["student", "teacher"] * 2
+            shown = [float(value) for _, value in found]
+            assert shown == pytest.approx([100 * p for p in row[1:5]], abs=0.051)
+
+
+def test_rows_of_the_table(models_and_problems, monkeypatch):
+    figures = dict(responses=1, tokens=2, mean_kl=0.3, median_kl=0.4, top5_all=0.5, top5_each=0.6)
+    monkeypatch.setattr(localize, "summarize", lambda kls: {**figures, "bars": [0.1] * 20})
+    call(models_and_problems)
+    root = ElementTree.parse(models_and_problems / "page.html").getroot()
+    rows = {row[0].text: row[1].text for row in root.iter("tr")}
+    wanted = {
+        "responses": "1",
+        "their tokens": "2",
+        "mean KL per token": "0.3",
+        "the same of the median response": "0.4",
+        "of the KL of all these tokens, in the top 5% of them": "50%",
+        "of a response's KL, in its own top 5%, on average": "60%",
+    }
+    assert wanted.items() <= rows.items()
+
+
+def test_what_the_teachers_context_does_not_hold(models_and_problems, tmp_path, monkeypatch):
+    for name in ("student", "teacher"):
+        shutil.copytree(models_and_problems / name, tmp_path / name)
+    shutil.copy(models_and_problems / "data.jsonl", tmp_path)
+    seen, load, score = [], localize.load_both, localize.score
+
+    def short(args):
+        lm, teacher, saved = load(args)
+        teacher.context = 95
+        return lm, teacher, saved
+
+    def watched(lm, teacher, examples, args):
+        seen.extend(examples)
+        return score(lm, teacher, examples, args)
+
+    monkeypatch.setattr(localize, "load_both", short)
+    monkeypatch.setattr(localize, "score", watched)
+    call(tmp_path)
+    assert 0 < len(seen) < 12 and all(len(e.teacher_ids) <= 95 for e in seen)
+    text = (tmp_path / "page.html").read_text()
+    assert f", {12 - len(seen)} more did not fit the context" in text
+
+
 def test_tokens_that_are_parts_of_characters():
     """One byte per token: what completes a character shows it, and nothing is lost."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -385,3 +463,27 @@ def test_curves(two_runs, tmp_path):
         with pytest.raises(SystemExit) as stopped:
             curves.main([str(empty)])
         assert stopped.value.code == 2 and not (empty / "curves.png").exists()
+
+
+def test_what_is_drawn(two_runs, monkeypatch):
+    plt = pytest.importorskip("matplotlib.pyplot")
+    figures = []
+    monkeypatch.setattr(plt, "close", figures.append)
+    curves.main([str(run) for run in two_runs])
+    axes = {axis.get_title(loc="left"): axis for axis in figures[0].axes}
+    assert {x.get_xlabel() for x in figures[0].axes[-2:]} == {"responses generated for training"}
+    (bars,) = axes["accuracy, %"].containers
+    assert bars[0].get_xydata().tolist() == [[0, 50], [40, 50]]
+    ends = [segment[:, 1].tolist() for segment in bars[2][0].get_segments()]
+    assert ends == [[50, 50], pytest.approx([40, 60])]
+    (line,) = axes["tokens of a response"].lines
+    assert line.get_xydata().tolist() == [[0, 9], [40, 9]]
+    lines = axes["KL per token, nats"].lines
+    assert {line.get_label(): line.get_xydata().tolist() for line in lines} == {
+        "sdzero, right responses": [[48, 0.1]],
+        "sdzero, wrong responses": [[44, 0.2], [48, 0.2]],
+    }
+    (line,) = axes["loss"].lines
+    assert line.get_xydata().tolist() == [[44, 1.0], [48, 0.5]]
+    curves.main([str(two_runs[1])])
+    assert figures[1].axes[-1].get_xlabel() == "optimizer steps"

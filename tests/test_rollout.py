@@ -3,6 +3,7 @@
 import weakref
 from functools import partial
 from itertools import islice
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from rollout import (
     Decoder,
     Rollout,
     cache_bytes_per_token,
+    check_supported,
     draw,
     fit_slots,
     generate,
@@ -244,6 +246,9 @@ def bloom():
         (None, dict(vocab_size=0), "vocab_size"),
         (None, dict(eos_token_ids=[38, 39], vocab_size=38), "no response could end.* 38 ids"),
         (None, dict(eos_token_ids=40), "no response could end.* 40 ids"),
+        (None, dict(eos_token_ids=45, vocab_size=50), "no response could end.* 40 ids"),
+        (None, dict(eos_token_ids=[-1]), "no response could end"),
+        (None, dict(seed=[1, 2]), "one seed"),
         (None, dict(prompts=[[3], [3] * 60], max_new_tokens=[60, 5]), "65 tokens.*64 positions"),
     ],
 )
@@ -756,3 +761,101 @@ def test_logprobs_of_a_large_vocabulary(temperature):
     drawn, logprobs = sample(LARGE, random_numbers(3).cpu(), temperature)
     expected = (LARGE.double() / temperature).log_softmax(-1).gather(-1, drawn[:, None])[:, 0]
     assert logprobs.tolist() == pytest.approx(expected.tolist(), abs=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_zero_takes_no_entry_without_weight(dtype):
+    logits = torch.tensor([[float("-inf"), 0.0, 0.0]])
+    assert sample(logits, torch.zeros(1, LEVELS, dtype=dtype))[0].item() == 1
+
+
+def test_edges_of_nucleus_and_temperature():
+    """One of two equal tokens holds half. At temperature 0 the nucleus cuts no log-probability."""
+    u = torch.full((1, LEVELS), 0.9, dtype=torch.float64)
+    logits = torch.tensor([[1.0, 1.0, float("-inf")]])
+    assert sample(logits, u, top_p=0.5)[1].item() == 0
+    logits = torch.tensor([[1.0, 2.0, 0.0]])
+    ids, logprobs = sample(logits, u, temperature=0, top_p=0.1)
+    assert ids.item() == 1
+    assert logprobs.item() == pytest.approx(logits.log_softmax(-1).max().item())
+
+
+# ------------------------------------------------------------- what is refused, and what is limited
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+@pytest.mark.parametrize("form", ["plain", "by layer type", "as older configs have it"])
+def test_rotary_embeddings_that_depend_on_the_batch_are_refused(kind, form):
+    rope = {
+        "plain": dict(rope_parameters={"rope_type": kind}),
+        "by layer type": dict(rope_parameters={"full_attention": {"rope_type": kind}}),
+        "as older configs have it": dict(rope_scaling={"type": kind, "factor": 2.0}),
+    }
+    config = SimpleNamespace(model_type="phi3", _attn_implementation="sdpa", **rope[form])
+    with pytest.raises(ValueError, match=f"of type {kind} "):
+        check_supported(SimpleNamespace(config=config))
+
+
+@pytest.mark.parametrize("attention", ["flash_attention_2", "flex_attention"])
+def test_attention_that_ignores_our_masks_is_refused(attention):
+    config = SimpleNamespace(model_type="llama", _attn_implementation=attention)
+    with pytest.raises(ValueError, match=f"not '{attention}'"):
+        check_supported(SimpleNamespace(config=config))
+
+
+@pytest.mark.parametrize("check_every", [1, 4])
+def test_one_step_of_nan_is_named(check_every):
+    """Not the last one before the host looks; what follows it is finite."""
+    model, calls = build("llama"), []
+
+    def spoil(module, inputs, output):
+        calls.append(1)
+        if len(calls) == 4:  # after the probe, the prompt and a step
+            output.logits[..., -1] = float("nan")
+
+    model.register_forward_hook(spoil)
+    with pytest.raises(FloatingPointError, match="logits are not finite"):
+        generate(model, PROMPTS[:1], max_new_tokens=40, eos_token_ids=[], check_every=check_every)
+
+
+def test_slots_by_hand(monkeypatch):
+    """Three quarters of what CUDA and torch's allocator have left, by what a slot takes."""
+    model = SimpleNamespace(device=torch.device("cuda"), config=SimpleNamespace(vocab_size=40))
+    monkeypatch.setattr(rollout_module, "cache_bytes_per_token", lambda model: 100)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1_000_000, 9_000_000))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 700_000)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 200_000)
+    slot = 100 * (64 + 16 // 2) + 32 * 40
+    assert fit_slots(model, 16, 64) == int(0.75 * 1_500_000) // slot
+    assert fit_slots(model, 16, 64, free_bytes=10**6) == int(0.75 * 10**6) // slot
+
+
+def test_prompts_are_prefilled_a_few_tokens_at_a_time(monkeypatch):
+    sizes, real = [], rollout_module.prefill
+
+    def watched(model, prompts):
+        sizes.append(len(prompts) * max(map(len, prompts)))
+        return real(model, prompts)
+
+    monkeypatch.setattr(rollout_module, "prefill", watched)
+    monkeypatch.setattr(rollout_module, "PREFILL_TOKENS", 24)
+    prompts = [p + [t] for t in range(8) for p in PROMPTS]
+    generate(build("llama"), prompts, max_new_tokens=2, eos_token_ids=[])
+    assert 12 < max(sizes) <= 24
+
+
+@pytest.mark.parametrize("cuda_graph, length", [(False, 16), (True, 64)])
+def test_what_is_logged_is_what_is_allocated(cuda_graph, length, caplog, monkeypatch):
+    """No more slots than prompts; fixed shapes have lengths in 64s."""
+    made, real = [], rollout_module.SlotCache
+
+    def watched(*args):
+        made.append(real(*args))
+        return made[0]
+
+    monkeypatch.setattr(rollout_module, "SlotCache", watched)
+    settings = dict(max_new_tokens=5, eos_token_ids=[1], slots=64, cuda_graph=cuda_graph)
+    with caplog.at_level("INFO", "rollout"):
+        generate(build("llama"), PROMPTS, **settings)
+    assert f"keys and values of 5 slots x {length} + " in caplog.text
+    assert made[0].layers[0].shape[0] == 5 and made[0].layers[0].shape[3] == length
