@@ -44,7 +44,14 @@ from transformers.integrations import sdpa_attention
 import verifier
 from lora import adapter_config, adapter_state, add_lora, load_adapter, merged_state_dict
 from losses import CHUNK, OutputLayer, grad_of, micro_batches
-from rollout import Rollout, cache_bytes_per_token, check_supported, generate, stream_seeds
+from rollout import (
+    Rollout,
+    cache_bytes_per_token,
+    check_supported,
+    generate,
+    pack_weights,
+    stream_seeds,
+)
 
 try:
     import fcntl  # the lock of a run's folder; Windows has none, and runs there go unlocked
@@ -374,23 +381,6 @@ def checkpoint_layers(model: torch.nn.Module) -> None:
     The method was renamed in transformers 5.2x."""
     enable = getattr(model, "activation_checkpointing_enable", None)
     (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
-
-
-def compiled(loss: Callable) -> Callable:
-    """A loss for `backward_by_chunks` on a GPU, compiled once for all numbers of rows and all
-    closures of the same code: Inductor's code for an H100 moves 36 bytes per logit instead of 208.
-    """
-    loss = torch.compile(loss, dynamic=True)
-
-    def run(*tensors: torch.Tensor) -> torch.Tensor:
-        for logits in tensors:
-            # Else code that was tuned for another vocabulary would be taken from Inductor's cache
-            # on disk: after a model of 40 ids the loss of Qwen3's took three times as long.
-            if logits.dim() == 2:
-                torch._dynamo.mark_static(logits, 1)
-        return loss(*tensors)
-
-    return run
 
 
 # -------------------------------------------------------------------------------- several processes
@@ -1016,6 +1006,8 @@ def load_lm(args: Namespace) -> LM:
         if missing := sorted(loaded["missing_keys"]):  # transformers would draw them at random
             raise ValueError(f"its files lack {len(missing)} of its weights, {missing[0]} first")
         model.to(args.device)
+        if gpu and args.cuda_graphs == "on":
+            pack_weights(model)
         check_supported(model)
         OutputLayer(model)
     if gpu and not hasattr(sdpa_attention, "pack_gqa"):
@@ -1406,13 +1398,15 @@ def estimate_memory(lm: LM, args: Namespace, longest_prompt: int) -> dict[str, i
     per_token = layers * width * size + layer if args.gradient_checkpointing else layers * layer
     per_token += (3 * inner + 2 * width) * size  # the gradients inside the layer that is at work
     chunk, chunks = CHUNK.get(lm.model.device.type, CHUNK["cuda"])
+    # fp32 tensors of a chunk of logits, tensors of a block: as it is, and compiled, as on CUDA
+    of_chunk, of_block = (12, 2) if lm.model.device.type in ("cpu", "mps") else (8, 3)
     return {
         "weights": (parameters - adapters) * size + adapters * 4,
         "optimizer": trained * (8 if in_fp32 else 10),
         "gradients": trained * 4,
         "teacher": trained * copies.get(teacher, 0),
         "activations": tokens * per_token,
-        "logits": (12 * 4 + 2 * chunks * size) * chunk,
+        "logits": (of_chunk * 4 + of_block * chunks * size) * chunk,
         "slot": cached * revision,
     }
 

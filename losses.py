@@ -24,6 +24,7 @@ tokens and returns one number per token, in nats: the caller masks, sums and div
 
 import math
 from collections.abc import Callable
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -33,7 +34,7 @@ import torch.nn.functional as F
 # fp32 a chunk is 0.5 MB on a CPU, whose cache it fits into, 256 MB on a GPU (with 64 MB the loss
 # took 1.3 to 1.6 times as long on an H100), 16 MB on an Apple one, which shares the machine's
 # memory. The matrix products run block by block, because they are slow with few rows.
-CHUNK = {"cpu": (2**17, 96), "mps": (2**22, 8), "cuda": (2**26, 2)}
+CHUNK = {"cpu": (2**17, 96), "mps": (2**22, 8), "cuda": (2**26, 4)}
 
 
 # --------------------------------------------------------------------------------------- objectives
@@ -372,6 +373,51 @@ def grad_of(parameter: torch.nn.Parameter) -> torch.Tensor:
     return parameter.grad
 
 
+def chunk_backward(
+    loss: Callable[..., torch.Tensor],
+    layers: list[OutputLayer],
+    divisor: float | torch.Tensor,
+    logits: list[torch.Tensor],
+    tensors: list[torch.Tensor],
+    out: torch.Tensor,
+) -> torch.Tensor:
+    """One chunk of `backward_by_chunks`: returns the loss's columns and writes the gradient, with
+    respect to the student's logits, into `out`.
+
+    layers, logits: the student's, and the teacher's if there is one; logits before scale and cap.
+    """
+
+    def total(student_logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        both = zip(layers, [student_logits, *logits[1:]])
+        part = loss(*(layer.scale_and_cap(x) for layer, x in both), *tensors)
+        n, V = student_logits.shape
+        if part.shape[:1] != (n,):
+            raise ValueError(f"loss of {n} rows must be [n] or [n, C]: {part.shape}")
+        if part.dim() > 2 or part.shape[1:] == (V,):
+            # Such as F.kl_div(..., reduction="none"): column 0 would be the loss of id 0.
+            raise ValueError(f"loss returned {list(part.shape)}: sum over the vocabulary first")
+        return (part if part.dim() == 1 else part[:, 0]).sum() / divisor, part.detach()
+
+    if torch.compiler.is_compiling():  # what compilers can follow
+        gradient, part = torch.func.grad(total, has_aux=True)(logits[0])
+    else:  # the same, in less time
+        leaf = logits[0].detach().requires_grad_()
+        value, part = total(leaf)
+        value.backward()
+        gradient = leaf.grad
+    out.copy_(gradient)
+    return part
+
+
+@lru_cache
+def compiled_chunk_backward() -> Callable:
+    """Compiled once for all numbers of rows, and all closures of the same code. The threshold keeps
+    Inductor from storing log pi - log pi_bar: loss and gradient then read each side's logits three
+    times and write once, 14 bytes per logit in bf16, where eager kernels move 208."""
+    options = {"realize_reads_threshold": 100}
+    return torch.compile(chunk_backward, dynamic=True, options=options)
+
+
 def backward_by_chunks(
     loss: Callable[..., torch.Tensor],
     layer: OutputLayer,
@@ -380,6 +426,7 @@ def backward_by_chunks(
     divisor: float,
     teacher: tuple[OutputLayer, torch.Tensor] | None = None,
     size: int | None = None,
+    compiled: bool = False,
 ) -> torch.Tensor:
     """Forward AND backward pass of a loss through the output layer, a few rows at a time. It equals
 
@@ -389,15 +436,15 @@ def backward_by_chunks(
     but never holds [N, V] tensors, and computes nothing twice.
 
     loss(logits [n, V], the teacher's logits [n, V] if there is a teacher, *tensors [n, ...]) for
-        any n rows -> [n], or [n, C]: column 0 is the loss, the others are figures to log. On a GPU
-        hand over torch.compile(loss, dynamic=True): the passes over the logits, which cost as much
-        as the matrix products, become a few.
+        any n rows -> [n], or [n, C]: column 0 is the loss, the others are figures to log.
     layer: the student's; hidden: [N, H], the student's hidden states with their graph.
     tensors: [N, ...] each, cut in the same way. What the loss needs for each token, such as token
         ids, must come through here: a closure would see all N of them.
     divisor: of the sum over rows: the number of tokens in the whole optimizer step, usually.
     teacher: its output layer and its hidden states [N, any], which get no gradient.
     size: rows of a chunk (default: by `CHUNK`).
+    compiled: torch.compile loss and gradient, for a GPU, where the passes over the logits, which
+        cost as much as the matrix products, become three. It takes some seconds once.
 
     Returns the columns of all rows, [N] or [N, C], detached. Gradients are added to the layer's
     weights and to everything that `hidden` depends on, except what is frozen; with N = 0 they are
@@ -405,7 +452,7 @@ def backward_by_chunks(
 
     What the loss computes from a chunk is dropped as soon as its gradient is known. The chunks of a
     block share the large matrix products, which are slow with few rows. Peak memory: about 12
-    chunk-sized and 2 block-sized tensors of logits.
+    chunk-sized and 2 block-sized tensors of logits; compiled 3 block-sized and a few chunk-sized.
 
     The gradients of the output layer are written by hand, so that hooks on its weights never fire.
     DDP and FSDP add up gradients over devices by such hooks: there, sum `.grad` yourself.
@@ -428,39 +475,41 @@ def backward_by_chunks(
     buffer = hidden.new_empty(block_rows, layer.rows)
     if teacher is not None:
         teacher_buffer = teacher_hidden.new_empty(block_rows, teacher_layer.rows)
+    layers = [layer] if teacher is None else [layer, teacher_layer]
+    gradients, run = buffer, chunk_backward
+    if compiled and len(hidden):
+        # Not in place: compiled by torch 2.11, a loss may read what is overwritten already.
+        gradients, run = torch.empty_like(buffer), compiled_chunk_backward()
+        precision = torch.promote_types(hidden.dtype, torch.float32)
+        divisor = hidden.new_full((), divisor, dtype=precision)  # a number would be compiled in
     hidden_grad, columns = torch.empty_like(hidden), None
     # With N = 0 there is one empty block of one empty chunk.
     for start in range(0, max(len(hidden), 1), block_rows):
         block_hidden = hidden.detach()[start : start + block_rows]
         n = len(block_hidden)
-        block_logits = layer.linear(block_hidden, out=buffer[:n])[:, : layer.vocab_size]
+        block_logits = [layer.linear(block_hidden, out=buffer[:n])[:, : layer.vocab_size]]
         if teacher is not None:
             teacher_block = teacher_hidden[start : start + n]
-            teacher_logits = teacher_layer.linear(teacher_block, out=teacher_buffer[:n])
+            theirs = teacher_layer.linear(teacher_block, out=teacher_buffer[:n])
+            block_logits.append(theirs[:, : teacher_layer.vocab_size])
 
         for begin in range(0, max(n, 1), chunk_rows):
             rows = slice(begin, min(begin + chunk_rows, n))  # of the block
             all_rows = slice(start + rows.start, start + rows.stop)
-            logits = block_logits[rows].detach().requires_grad_()
+            logits = [side[rows] for side in block_logits]
             inputs = [tensor[all_rows] for tensor in tensors]
-            if teacher is not None:
-                theirs = teacher_logits[rows, : teacher_layer.vocab_size]
-                inputs.insert(0, teacher_layer.scale_and_cap(theirs))
-            part = loss(layer.scale_and_cap(logits), *inputs)
-            if part.shape[:1] != logits.shape[:1]:
-                raise ValueError(f"loss of {len(logits)} rows must be [n] or [n, C]: {part.shape}")
-            if part.dim() > 2 or part.shape[1:] == (layer.vocab_size,):
-                # Such as F.kl_div(..., reduction="none"): column 0 would be the loss of id 0.
-                raise ValueError(f"loss returned {list(part.shape)}: sum over the vocabulary first")
-            ((part if part.dim() == 1 else part[:, 0]).sum() / divisor).backward()
-            block_logits[rows] = logits.grad  # a view of the buffer
+            out = gradients[rows, : layer.vocab_size]
+            for x in [*logits, out] if compiled else []:
+                # Else code that was tuned for another vocabulary would be taken from Inductor's
+                # cache on disk: after a model of 40 ids Qwen3's loss took three times as long.
+                torch._dynamo.mark_static(x, 1)
+            part = run(loss, layers, divisor, logits, inputs, out)
             if columns is None:  # allocated late, not to split the allocator's chunk-sized pieces
                 columns = part.new_empty(len(hidden), *part.shape[1:])
-            columns[all_rows] = part.detach()
+            columns[all_rows] = part
 
-        # The buffer now holds gradients. Columns beyond V had no loss: their gradient is 0.
-        buffer[:n, layer.vocab_size :] = 0
-        hidden_grad[start : start + n] = layer.linear_backward(block_hidden, buffer[:n])
+        gradients[:n, layer.vocab_size :] = 0  # columns beyond V have no loss
+        hidden_grad[start : start + n] = layer.linear_backward(block_hidden, gradients[:n])
     if hidden.requires_grad:  # else only the output layer learns
         hidden.backward(hidden_grad)
     return columns

@@ -41,12 +41,13 @@ import logging
 import math
 import operator
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 
 import torch
+import torch.nn.functional as F
 
 # Families that tests/test_rollout.py compares with plain full forwards. Their layers need only
 # `update` from a cache, and take a finished 4-D mask (where layers differ: a dict of masks). Models
@@ -121,7 +122,7 @@ def generate(
         (for the tests).
     compile_layers: torch.compile the layers for the decode step. With cuda_graph a step is 1.2 to
         1.4 times as fast, with a third of the kernels; it takes some 20 s in the first call of a
-        process. Where transformers' attention is compiled too, it copies keys and values for every
+        process. `pack_weights` leaves still fewer kernels. Where transformers' attention is compiled too, it copies keys and values for every
         query head; to keep it out, first call AttentionInterface.register("sdpa",
         torch.compiler.disable(sdpa_attention_forward)), with the function of that name from
         transformers.integrations.sdpa_attention.
@@ -139,7 +140,7 @@ def generate(
         return []
     longest_prompt = max(map(len, prompts))
     length = max(len(p) + limit for p, limit in zip(prompts, limits))
-    with sampling_mode(model):
+    with sampling_mode(model), packed_products(model):
         slots = min(slots or fit_slots(model, longest_prompt, length), len(prompts))
         ahead = max(1, min(slots // 4, PREFILL_TOKENS // longest_prompt))
         probe = prefill(model, [(0, 0)])  # shows which tensors the layers write
@@ -340,7 +341,7 @@ def draw(weights: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
     enough for 1024 * 128 * 128 entries."""
     levels, last = [], weights.shape[1] - 1
     while weights.shape[1] > 1024:
-        padded = torch.nn.functional.pad(weights, (0, -weights.shape[1] % 128))
+        padded = F.pad(weights, (0, -weights.shape[1] % 128))
         levels.append(padded.view(len(weights), -1, 128))
         weights = levels[-1].sum(-1)
     index = invert(weights, u[:, :1])
@@ -481,9 +482,13 @@ class SlotCache(HuggingFaceCache):
         self.positions, self.length = positions, length
 
     def update(self, key: torch.Tensor, value: torch.Tensor, layer: int, *args, **kwargs):
-        cached = self.layers[layer] if self.one is None else self.one
-        new = torch.stack((key, value), 1)  # from [rows, heads, 1, size] each
-        cached[self.rows, :, :, self.positions] = new[:, :, :, 0]
+        if self.one is None:
+            cached = self.layers[layer]
+            new = torch.stack((key, value), 1)[:, :, :, 0]  # from [rows, heads, 1, size] each
+        else:  # the same; a compiler makes one kernel of it, with the writing
+            cached, is_key = self.one, torch.arange(2, device=key.device)[:, None, None] == 0
+            new = torch.where(is_key, key.transpose(1, 2), value.transpose(1, 2))
+        cached[self.rows, :, :, self.positions] = new
         return cached[: len(new), :, :, : self.length].unbind(1)
 
 
@@ -614,7 +619,78 @@ def decode_all(decoder, step, prompts, limits, seeds, ahead: int, check_every: i
     return rollouts
 
 
-# -------------------------- optional: compiled layers, CUDA graphs (skip this on a first reading)
+# ---------- optional: packed weights, compiled layers, CUDA graphs (skip this on a first reading)
+
+# Linear layers that read the same input, by their names in a module, in the order of their calls.
+SAME_INPUT = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
+
+
+def same_input(model) -> Iterator[tuple[torch.nn.Module, dict[str, torch.nn.Linear]]]:
+    """The modules that have such layers, with those layers by name."""
+    for module in list(model.modules()):
+        for names in SAME_INPUT:
+            linears = {name: getattr(module, name, None) for name in names}
+            if {type(linear) for linear in linears.values()} == {torch.nn.Linear}:
+                yield module, linears
+
+
+@torch.no_grad()
+def pack_weights(model) -> None:
+    """Lay the weights of linear layers that read the same input side by side in memory: `generate`
+    then computes them by one matrix product. A product with a small weight, such as that of the
+    keys, takes longer than reading it.
+
+    The parameters stay the same objects with the same values, to be trained and saved as before.
+    Call it when the model is on its device: `model.to` moves each weight by itself. Layers with an
+    adapter are left alone, and hooks of packed layers are not called in `generate`."""
+    for _, linears in same_input(unwrapped(model)):
+        weights = [linear.weight for linear in linears.values()]
+        for weight, part in zip(weights, torch.cat(weights).split(list(map(len, weights)))):
+            weight.data = part
+
+
+class PackedLinears(torch.nn.Module):
+    """Takes the place of each of several layers: the first call computes them all, and each call
+    returns the result of one, in turn."""
+
+    def __init__(self, linears: list[torch.nn.Linear]):
+        super().__init__()
+        first, self.sizes = linears[0].weight, [len(linear.weight) for linear in linears]
+        self.weight = first.as_strided((sum(self.sizes), first.shape[1]), first.stride())
+        has_bias = linears[0].bias is not None
+        self.bias = torch.cat([linear.bias for linear in linears]) if has_bias else None
+        self.results: list[torch.Tensor] = []
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.results:
+            y = F.linear(x, self.weight, self.bias)
+            self.results.extend(y.split(self.sizes, -1))
+        return self.results.pop(0)
+
+
+def side_by_side(weights: list[torch.Tensor]) -> bool:
+    if not all(type(weight.data) is torch.Tensor and weight.is_contiguous() for weight in weights):
+        return False
+    ends = [weight.data_ptr() + weight.nbytes for weight in weights]
+    storages = {weight.untyped_storage().data_ptr() for weight in weights}
+    return len(storages) == 1 and ends[:-1] == [weight.data_ptr() for weight in weights[1:]]
+
+
+@contextmanager
+def packed_products(model):
+    """Layers whose weights lie side by side are computed by one product."""
+    packed = [
+        (module, linears)
+        for module, linears in same_input(model)
+        if side_by_side([linear.weight for linear in linears.values()])
+    ]
+    try:
+        for module, linears in packed:
+            module._modules.update(dict.fromkeys(linears, PackedLinears(list(linears.values()))))
+        yield
+    finally:
+        for module, linears in packed:
+            module._modules.update(linears)
 
 
 def compile_forwards(model, layers: int) -> list[tuple]:

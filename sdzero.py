@@ -42,7 +42,6 @@ from common import (
     Run,
     Task,
     check_flags,
-    compiled,
     count,
     entry,
     fail,
@@ -212,15 +211,15 @@ def distill(
         rewards += [example.reward] * n
         positions += range(args.skip_first, args.skip_first + n)
     device = student_hidden.device
-    loss = make_loss(args)
     columns = backward_by_chunks(
-        compiled(loss) if student_hidden.is_cuda else loss,
+        make_loss(args),
         student_layer,
         student_hidden,
         torch.tensor(token_ids, device=device),
         torch.tensor(old_logprobs, device=device),
         divisor=divisor,
         teacher=(teacher_layer, teacher_hidden),
+        compiled=student_hidden.is_cuda,
     )
     values = dict(zip(("loss", "kl", "log_ratio", "entropy"), columns.unbind(-1)))
     values["reward"] = torch.tensor(rewards, device=device)

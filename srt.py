@@ -45,7 +45,6 @@ from common import (
     Task,
     barrier,
     check_flags,
-    compiled,
     count,
     entry,
     explained,
@@ -177,8 +176,9 @@ def srt_loss(
         nll = -token_logprobs(logits, ids)
         return torch.stack([weights * nll, nll], dim=-1)
 
-    loss = compiled(weighted_nll) if hidden.is_cuda else weighted_nll
-    columns = backward_by_chunks(loss, layer, hidden, token_ids, weights, divisor=divisor)
+    columns = backward_by_chunks(
+        weighted_nll, layer, hidden, token_ids, weights, divisor=divisor, compiled=hidden.is_cuda
+    )
     return {"nll": columns[:, 1], "weight": weights}
 
 

@@ -242,7 +242,8 @@ def grpo_step(
         hidden = predicting_last(model, sequences, counts)  # [N, H]
         token_ids = torch.tensor(token_ids, device=hidden.device)
         advantages = torch.tensor(advantages, device=hidden.device)
-        values = backward_by_chunks(loss, layer, hidden, token_ids, advantages, divisor=tokens)
+        how = dict(divisor=tokens, compiled=hidden.is_cuda)
+        values = backward_by_chunks(loss, layer, hidden, token_ids, advantages, **how)
         return {"loss": values}
 
     lengths = [len(x) + len(y.ids) for x, y, _ in live]

@@ -154,15 +154,12 @@ def bench_loss(objective: str, ours: bool):
 
     if DEVICE == "cuda":
         layer.weight.grad_dtype = torch.float32
-        loss = torch.compile(loss, dynamic=True)
     layer.weight.grad = torch.zeros_like(layer.weight, dtype=layer.weight.grad_dtype)
     student_h.grad = torch.zeros_like(student_h)
 
     def by_chunks():
-        against = (other, teacher_h)
-        losses.backward_by_chunks(
-            loss, layer, student_h * 1, token_ids, divisor=TOKENS, teacher=against
-        )
+        how = dict(divisor=TOKENS, teacher=(other, teacher_h), compiled=DEVICE == "cuda")
+        losses.backward_by_chunks(loss, layer, student_h * 1, token_ids, **how)
 
     def whole():
         with torch.no_grad():

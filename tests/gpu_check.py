@@ -16,7 +16,7 @@ estimate. It sampled ids that the loss leaves out, which it no longer does.)
                         both scripts, killed and resumed
     2  0.1  products    of the output layer, with the odd number of ids and with all rows
     3  0.1  attention   of one decode step: cuDNN's kernel and torch's, what a new length costs
-    4  0.5  decode      Qwen3-4B's step: eagerly, by graph, compiled; kernels by time
+    4  0.6  decode      Qwen3-4B's step: eagerly, by graph, compiled, packed; kernels by time
     5  1.5  loss        by chunks: objectives, sizes of chunks; as it is, compiled, whole logits
     6  2    training    Qwen3-1.7B: a step of each stage, its kernels by time, the optimizer, memory
                         against the estimate; whether compiling its layers would pay (an estimate)
@@ -44,9 +44,15 @@ The ceilings: copying 3.03 TB/s, products 787 TFLOP/s. Random weights of the mod
     for the first and the last row). Then, with torch's own attention, graphs took 10.9 and 25.6 ms,
     and with transformers 5.17, which copies the cache for every query head, 39.9 and 255.8.
 
-    A step launches 779 kernels compiled, 2,219 as it is (36 layers). Compiling took 17 s, once for
-    all layers and shapes. The first row compiled: products 3.7 ms, attention 2.0, all else 0.9. The
-    logits of four layers are 1.61% away from float64; compiled, attention included, 1.37%.
+    A step launches 779 kernels compiled, 2,219 as it is: 18 and 58 for each of 36 layers, and 131
+    others. Compiling took 17 s, once for all layers and shapes. The first row compiled: products
+    3.7 ms, attention 2.0, all else 0.9. The logits of four layers are 1.61% away from float64;
+    compiled, attention included, 1.37%.
+
+    Since then weights are packed. Not run, but read in Inductor's code for an H100 (torch 2.11 and
+    2.14, from tensors without a GPU): 12 launches a layer instead of 16; cuBLAS adds two sums of
+    split products. By the kernels' times q, k and v took 22 us a layer, and their 31 MB in one
+    product should take 14, at the speed of products of that size: 0.3 ms less a step.
 
     attention of one layer, ms       cuDNN   torch's own
     16 rows x 2,048 tokens           0.064         0.095
@@ -77,7 +83,10 @@ The ceilings: copying 3.03 TB/s, products 787 TFLOP/s. Random weights of the mod
     stage 1, Qwen3-1.7B, 4 traces, 22,340 tokens                   2.0 s                4.1 GB more
     stage 2, Qwen3-4B, a response of 4,096 tokens                  1.0 s        77.0 (estimate 77.3)
 
-The losses of the 26th ran in blocks of 8 chunks of 2^26 logits, the steps in 32 of 2^24.
+The losses of the 26th ran in blocks of 8 chunks of 2^26 logits, the steps in 32 of 2^24; all of
+them compiled without their gradients, which moved 32 bytes a logit with the copy of the gradient.
+Compiled with it the loss is one kernel that moves 14, in two thirds of the instructions, read as
+above. The default is 4 chunks of 2^26 now. Neither has been run.
 """
 
 import argparse
@@ -271,12 +280,14 @@ def flags(*given) -> argparse.Namespace:
 WAYS = {  # of sampling
     "eagerly": {},
     "by graphs": dict(cuda_graph=True),
-    "by graphs, compiled": dict(cuda_graph=True, compile_layers=True),
+    "by graphs, compiled, packed": dict(cuda_graph=True, compile_layers=True),
 }
 
 
 def sample(model, prompts, limits, slots, way, seed=1, **more) -> list[Rollout]:
     """Responses without an EOS. seed: None is torch's own generator."""
+    if "packed" in way:
+        rollout.pack_weights(model)
     settings = dict(eos_token_ids=[], slots=slots, seed=seed, **WAYS[way], **more)
     return rollout.generate(model, prompts, max_new_tokens=limits, **settings)
 
@@ -314,6 +325,8 @@ def greedy_tokens():
         moe = "moe" in family or family in ("mixtral", "olmoe")
         compiled = BIG and family in ("gemma3_text", "qwen3")  # some seconds for each
         for way in list(WAYS)[: 1 if moe else 2 + compiled]:
+            if "packed" in way:
+                rollout.pack_weights(model)
             got = rollout.generate(model, PROMPTS * 2, check_every=4, **WAYS[way], **settings)
             same = [r.ids for r in got] == [r.ids for r in expected]
             pairs = zip(
@@ -425,7 +438,7 @@ def loss_gradients():
         h.requires_grad_()
         loss = sdzero.make_loss(args)
         backward_by_chunks(
-            common.compiled(loss) if compiled else loss,
+            loss,
             OutputLayer(student, ids),
             h * 1,
             token_ids.to(device),
@@ -433,6 +446,7 @@ def loss_gradients():
             divisor=n,
             teacher=(OutputLayer(teacher, ids), t),
             size=37,
+            compiled=compiled,
         )
         return [x.grad.double().cpu() for x in (h, student.get_output_embeddings().weight)]
 
@@ -632,6 +646,7 @@ def full_decoder(model, slots: int, length: int):
 def decode():
     """One step of Qwen3-4B with all slots at full length."""
     model = build("4B")
+    rollout.pack_weights(model)
     sizes = ((16, 2048), (16, 4096), (64, 2048), (64, 4096)) if BIG else ((4, 64),)
     for size in sizes:
         decoder = full_decoder(model, *size)
@@ -642,19 +657,20 @@ def decode():
         took = ms(partial(decoder.step, *size), 6)
         say(f"{name}, eagerly", ms=took, floor_ms=floor)
         figures = [f"{took:.1f} ms"]
-        for compiled in (False, True) if BIG else (False,):
-            if compiled:
-                decoder.compiled = rollout.compile_forwards(model, len(decoder.cache.layers))
-            call = partial(rollout.FixedShapes(decoder), *size)
-            values = dict(first_s=seconds_of(call), capture_s=seconds_of(call))
-            took = ms(call, 12)
-            values.update(ms=took, share_of_floor=floor / took)
-            say(f"{name}, by graph, compiled {compiled}", **values)
-            figures.append(f"{took:.1f} ms")
-            if size == sizes[0]:
-                kernels(f"{name}, compiled {compiled}", partial(call.func.step, *size))
+        for way in ("as it is", "compiled", "compiled and packed") if BIG else ("packed",):
+            with rollout.packed_products(model) if "packed" in way else contextlib.nullcontext():
+                if "compiled" in way:
+                    decoder.compiled = rollout.compile_forwards(model, len(decoder.cache.layers))
+                call = partial(rollout.FixedShapes(decoder), *size)
+                values = dict(first_s=seconds_of(call), capture_s=seconds_of(call))
+                took = ms(call, 12)
+                values.update(ms=took, share_of_floor=floor / took)
+                say(f"{name}, by graph, {way}", **values)
+                figures.append(f"{took:.1f} ms")
+                if size == sizes[0]:
+                    kernels(f"{name}, {way}", partial(call.func.step, *size))
         end = f": {size[0] / took * 1e3:,.0f} tokens/s, {floor / took:.0%} of the copy bandwidth"
-        row(f"{name}, eagerly, by graph, compiled", ", ".join(figures) + end)
+        row(f"{name}, eagerly, by graph, compiled, packed", ", ".join(figures) + end)
         del decoder, call
         gc.collect()
 
@@ -689,16 +705,17 @@ def loss():
         hidden.requires_grad_()
         tensors = torch.randint(ids, (n,), device=DEVICE), torch.zeros(n, device=DEVICE)
         call = partial(chunked, layers, hidden, teacher_hidden, tensors)
-        full = sdzero.make_loss(flags())
-        measure_loss("full_logits, not compiled", size, ids, call, full)
+        full = partial(call, sdzero.make_loss(flags()))
+        measure_loss("full_logits, not compiled", size, ids, full)
         if BIG:
-            for kind in (CHUNK["cuda"], (2**24, 32), (2**26, 8)):
+            full = partial(full, compiled=True)
+            for kind in (CHUNK["cuda"], (2**26, 2), (2**26, 8), (2**27, 8), (2**28, 4)):
                 what = f"full_logits, chunks of 2^{int(math.log2(kind[0]))} x {kind[1]}"
-                measure_loss(what, size, ids, call, common.compiled(full), kind)
-            kernels(f"loss full_logits, {size}", partial(call, common.compiled(full)))
+                measure_loss(what, size, ids, full, kind)
+            kernels(f"loss full_logits, {size}", full)
             for objective in ("topk_logits", "sampled_token"):
-                function = common.compiled(sdzero.make_loss(flags("--objective", objective)))
-                measure_loss(objective, size, ids, call, function)
+                function = sdzero.make_loss(flags("--objective", objective))
+                measure_loss(objective, size, ids, partial(call, function, compiled=True))
         half = n // 2  # whole logits of all tokens do not fit
 
         def whole(h=hidden[:half], t=teacher_hidden[:half], layers=layers):
@@ -715,23 +732,21 @@ def loss():
         free()
 
 
-def chunked(layers, hidden, teacher_hidden, tensors, function):
-    against = layers[1], teacher_hidden
-    divisor = len(hidden)
-    backward_by_chunks(function, layers[0], hidden * 1, *tensors, divisor=divisor, teacher=against)
+def chunked(layers, hidden, teacher_hidden, tensors, function, **how):
+    how.update(divisor=len(hidden), teacher=(layers[1], teacher_hidden))
+    backward_by_chunks(function, layers[0], hidden * 1, *tensors, **how)
 
 
-def measure_loss(what, size, ids, call, function, chunk=None):
+def measure_loss(what, size, ids, call, chunk=None):
     standard = CHUNK["cuda"]
     CHUNK["cuda"] = chunk or standard
     try:
-        call(function)  # compiles
-        took, memory = seconds_and_peak(partial(call, function))
-        took = ms(partial(call, function), 5) / 1e3
+        call()  # compiles
+        took, memory = seconds_and_peak(call)
+        took = ms(call, 5) / 1e3
     finally:
         CHUNK["cuda"] = standard
-    hidden = call.args[1]
-    share = 8 * hidden.numel() * ids / took / PEAK["product"]
+    share = 8 * call.args[1].numel() * ids / took / PEAK["product"]
     say(f"loss {what}, {size}", ms=took * 1e3, GB=memory / GB, share_of_products=share)
     row(f"loss {what}, {size}", f"{took * 1e3:.0f} ms, {memory / GB:.1f} GB")
 

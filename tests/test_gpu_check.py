@@ -24,10 +24,11 @@ from torch.utils._pytree import tree_leaves
 from transformers import AttentionInterface
 
 import common
+import losses
 import sdzero
 import srt
 from losses import OutputLayer, backward_by_chunks, hidden_states, predicting_last
-from rollout import LEVELS, Decoder, Rollout, generate, prefill, sample, uniforms
+from rollout import LEVELS, Decoder, Rollout, generate, prefill, sample, side_by_side, uniforms
 from teacher import Teacher
 
 SCRIPT = Path(__file__).with_name("gpu_check.py")
@@ -50,7 +51,7 @@ def flags(*given):
     return sdzero.parse_arguments([*nothing, *given])
 
 
-def by_chunks(loss, rows, against=True, vocab_size=37):
+def by_chunks(loss, rows, against=True, vocab_size=37, compiled=False):
     """Columns and gradients of `rows` tokens in chunks of 4, of a layer with rows beyond V."""
     student, other = tiny("llama", dtype=torch.float32), tiny("llama", 40, 1, torch.float32)
     generator = torch.Generator().manual_seed(rows)
@@ -67,8 +68,22 @@ def by_chunks(loss, rows, against=True, vocab_size=37):
         divisor=rows,
         teacher=teacher if against else None,
         size=4,
+        compiled=compiled,
     )
     return columns, hidden.grad, student.get_output_embeddings().weight.grad
+
+
+@pytest.fixture
+def compiles_anew():
+    """Nothing that was compiled before is used, nor afterwards what is compiled here."""
+
+    def forget():
+        torch._dynamo.reset()
+        losses.compiled_chunk_backward.cache_clear()
+
+    forget()
+    yield
+    forget()
 
 
 @pytest.mark.parametrize(
@@ -79,33 +94,33 @@ def by_chunks(loss, rows, against=True, vocab_size=37):
         ("--objective", "sampled_token", "--temperature", "0.7"),
     ],
 )
-def test_compiled_losses_are_captured_whole_and_once(given, monkeypatch):
+def test_compiled_losses_are_captured_whole_and_once(given, compiles_anew, monkeypatch):
     """As `distill` compiles them, without Inductor: the loss is a new closure in every micro-batch,
     which must not compile again; a graph break or a lost gradient shows, too."""
     compile = partial(torch.compile, backend="aot_eager", fullgraph=True)
     monkeypatch.setattr(torch, "compile", compile)
-    torch._dynamo.reset()
     counters.clear()
-    for rows in (9, 7, 8):  # chunks of 4, 4, 1; 4, 3; 4, 4
-        got = by_chunks(common.compiled(sdzero.make_loss(flags(*given))), rows)
+    for rows in (9, 7, 8, 0):  # chunks of 4, 4, 1; 4, 3; 4, 4; none
+        got = by_chunks(sdzero.make_loss(flags(*given)), rows, compiled=True)
         expected = by_chunks(sdzero.make_loss(flags(*given)), rows)
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
     assert counters["stats"]["unique_graphs"] == 2  # any number of rows, and one row
-    by_chunks(common.compiled(sdzero.make_loss(flags(*given))), 8, vocab_size=36)
+    by_chunks(sdzero.make_loss(flags(*given)), 8, vocab_size=36, compiled=True)
     assert counters["stats"]["unique_graphs"] == 3  # for one vocabulary
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="Inductor needs a C++ compiler")
-def test_a_loss_compiled_by_inductor():
-    """The real backend: its code writes no wrong gradient into the logits that it was given."""
+def test_losses_compiled_by_inductor(compiles_anew):
+    """The real backend. Where the gradient took the place of the logits, torch 2.11 computed the
+    log ratio from what was overwritten."""
 
-    def loss(logits, token_ids, weight):
+    def nll(logits, token_ids, weight):
         nll = -srt.token_logprobs(logits, token_ids)
         return torch.stack([weight * nll, nll], dim=-1)
 
-    torch._dynamo.reset()
-    got = by_chunks(common.compiled(loss), 8, against=False)
-    torch.testing.assert_close(got, by_chunks(loss, 8, against=False), rtol=1e-5, atol=1e-6)
+    for loss, against in ((nll, False), (sdzero.make_loss(flags()), True)):
+        got = by_chunks(loss, 8, against, compiled=True)
+        torch.testing.assert_close(got, by_chunks(loss, 8, against), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["base", "ema"])
@@ -266,7 +281,7 @@ def as_before(monkeypatch):
 def test_a_model_on_a_gpu(has_bfloat16, as_before, tmp_path, monkeypatch, capsys):
     """float32 where the card has no bfloat16, with a warning, as of a transformers that copies
     heads; and no cuDNN attention, in training either. Here nothing can be compiled for it."""
-    save_model(tmp_path / "model")
+    save_model(tmp_path / "model", family="qwen3")
     empty, ones = torch.empty, torch.ones
     monkeypatch.setattr(torch, "empty", lambda *sizes, device=None, **more: empty(*sizes, **more))
     monkeypatch.setattr(torch, "ones", lambda *sizes, device=None, **more: ones(*sizes, **more))
@@ -276,9 +291,14 @@ def test_a_model_on_a_gpu(has_bfloat16, as_before, tmp_path, monkeypatch, capsys
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has_bfloat16)
     monkeypatch.delattr(common.sdpa_attention, "pack_gqa", raising=False)
     torch.backends.cuda.enable_cudnn_sdp(True)
-    args = flags("--model", str(tmp_path / "model"), "--device", "cuda")
+    graphs = "on" if has_bfloat16 else "off"
+    model = "--model", str(tmp_path / "model")
+    args = flags(*model, "--device", "cuda", "--cuda-graphs", graphs)
     common.inherit_prompt(args)
     lm = common.load_lm(args)
+    mlps = (layer.mlp for layer in lm.model.model.layers)
+    packed = {side_by_side([mlp.gate_proj.weight, mlp.up_proj.weight]) for mlp in mlps}
+    assert packed == {graphs == "on"}
     assert not torch.backends.cuda.cudnn_sdp_enabled()
     assert torch._dynamo.config.suppress_errors and torch._dynamo.config.disable
     assert lm.model.dtype == (torch.bfloat16 if has_bfloat16 else torch.float32)
@@ -313,18 +333,24 @@ def test_compiled_layers_leave_attention_out(as_before, monkeypatch):
 def test_both_stages_compile_their_losses_on_a_gpu(monkeypatch):
     """And only there: on a CPU it does not pay."""
     model, seen = tiny("llama", dtype=torch.float32), []
+
+    def watched(*rest, compiled, **settings):
+        seen.append(compiled)
+        return backward_by_chunks(*rest, **settings)
+
     for script in (srt, sdzero):
-        monkeypatch.setattr(script, "compiled", lambda loss: seen.append(loss) or loss)
+        monkeypatch.setattr(script, "backward_by_chunks", watched)
     layer, teacher = OutputLayer(model), Teacher(model)
     trace = srt.Trace("", "", 0, "", "", "", True, [5], [6, 7], [8], [9, 1])
     example = sdzero.Example([5, 6], Rollout([7, 1], [-1.0, -1.0], True), 1, [8])
-    for wrap, compilations in ((lambda x: x, 0), (on_cuda, 2)):
+    for wrap, expected in ((lambda x: x, [False] * 2), (on_cuda, [True] * 2)):
+        seen.clear()
         for script in (srt, sdzero):
             rows = partial(lambda *rest, wrap: wrap(predicting_last(*rest)), wrap=wrap)
             monkeypatch.setattr(script, "predicting_last", rows)
         srt.srt_loss(model, layer, [trace], (1, 2), 1)
         sdzero.distill(model, teacher, layer, layer, [example], flags(), 1)
-        assert len(seen) == compilations
+        assert seen == expected
 
 
 def test_all_rows_of_the_output_layer_on_a_gpu(monkeypatch):

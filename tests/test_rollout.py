@@ -22,6 +22,7 @@ from rollout import (
     draw,
     fit_slots,
     generate,
+    pack_weights,
     prefill,
     sample,
     signed,
@@ -566,6 +567,91 @@ def test_fixed_lengths_and_sampled_logprobs(family):
 
 
 @pytest.fixture
+def products(monkeypatch):
+    """The widths of the packed products, in their order."""
+    seen, forward = [], rollout_module.PackedLinears.forward
+
+    def watched(packed, x):
+        if not packed.results:
+            seen.append(len(packed.weight))
+        return forward(packed, x)
+
+    monkeypatch.setattr(rollout_module.PackedLinears, "forward", watched)
+    return seen
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_packed_weights_sample_the_same(family, products):
+    """Most families have two groups of them in a layer, mixtures one, as those whose MLP has no
+    gate; three pack their weights themselves."""
+    model = build(family)
+    settings = dict(max_new_tokens=9, eos_token_ids=EOS, seed=0, slots=4)
+    expected = generate(model, PROMPTS * 2, **settings)
+    assert not products
+    weights = {name: (p, p.clone()) for name, p in model.named_parameters()}
+    pack_weights(model)
+    for name, p in model.named_parameters():
+        assert p is weights[name][0] and torch.equal(p, weights[name][1])
+    modules = list(map(id, model.modules()))
+    got = generate(model, PROMPTS * 2, **settings)
+    assert list(map(id, model.modules())) == modules
+    for r, e in zip(got, expected):
+        assert r.ids == e.ids and r.finished == e.finished
+        assert r.logprobs == pytest.approx(e.logprobs, abs=tolerance_of(model))
+    groups = 2 - (family in MIXTURES - {"qwen2_moe"} or family in ("glm4", "starcoder2"))
+    groups = 0 if family in ("gpt2", "gpt_neox", "phi3") else groups
+    layers = model.config.num_hidden_layers
+    assert len(list(rollout_module.same_input(model))) == layers * groups
+    assert bool(products) == bool(groups) and len(products) % max(1, layers * groups) == 0
+
+
+def assert_right(model, settings):
+    for prompt, r in zip(PROMPTS, generate(model, PROMPTS, **settings)):
+        assert r.logprobs == pytest.approx(full_forward_logprobs(model, prompt, r.ids), abs=1e-9)
+
+
+def test_packed_weights_are_the_ones_that_are_trained(products):
+    """Also by an optimizer that was there before. Weights that no longer lie side by side, as after
+    `model.to`, are not packed."""
+    model, settings = build("qwen2"), dict(max_new_tokens=9, eos_token_ids=[], seed=0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1)
+    pack_weights(model)
+    assert_right(model, settings)
+    everything = set(products)
+    ids = torch.tensor([PROMPTS[0]], device=DEVICE)
+    model(input_ids=ids).logits[0, :, 5].sum().backward()
+    before = model.model.layers[0].self_attn.v_proj.weight.clone()
+    optimizer.step()
+    assert (before - model.model.layers[0].self_attn.v_proj.weight).abs().max() > 1e-3
+    products.clear()
+    assert_right(model, settings)
+    assert set(products) == everything == {64, 96}
+    for layer in model.model.layers:
+        weight = layer.self_attn.k_proj.weight
+        weight.data = weight.data + 1
+    products.clear()
+    assert_right(model, settings)
+    assert set(products) == {96}
+    products.clear()
+    assert generate(model.float(), PROMPTS, **settings) and not products
+
+
+def test_packed_layers_are_put_back_on_errors(products, monkeypatch):
+    model = build("llama")
+    pack_weights(model)
+    modules = list(model.modules())
+
+    def broken(*args, **kwargs):
+        assert isinstance(model.model.layers[0].mlp.up_proj, rollout_module.PackedLinears)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(model.model.norm, "forward", broken)
+    with pytest.raises(KeyboardInterrupt):
+        generate(model, PROMPTS, max_new_tokens=3, eos_token_ids=[])
+    assert products and list(map(id, model.modules())) == list(map(id, modules))
+
+
+@pytest.fixture
 def compiles(monkeypatch):
     """torch.compile without Inductor. Returns a function that counts what it has compiled."""
     torch._dynamo.reset()
@@ -580,6 +666,7 @@ def compiles(monkeypatch):
 def test_compiled_layers_sample_the_same(family, compiles, monkeypatch):
     """And the cache is free afterwards, which an exception that the compiler keeps may hold."""
     model, init, caches = build(family), Decoder.__init__, []
+    pack_weights(model)
     prompts, settings = PROMPTS * 2, dict(max_new_tokens=14, eos_token_ids=EOS, seed=0, slots=4)
     expected = generate(model, prompts, **settings)
 
@@ -602,7 +689,12 @@ def test_layers_are_compiled_once(compiles):
     """For all layers, numbers of rows, lengths, calls, models of the same shape, and between steps
     of training: 36 layers would take minutes. One slot is another case: sizes of 1 are."""
     settings = dict(eos_token_ids=[], compile_layers=True, cuda_graph=True)
-    few, many = (build("qwen3", num_hidden_layers=n, max_position_embeddings=300) for n in (2, 5))
+    sizes = dict(
+        max_position_embeddings=300, head_dim=20
+    )  # of 80 packed rows: no length is as long
+    few, many = (build("qwen3", num_hidden_layers=n, **sizes) for n in (2, 5))
+    pack_weights(few)
+    pack_weights(many)
     generate(few, PROMPTS, max_new_tokens=200, slots=4, **settings)
     graphs = compiles()
     assert 0 < graphs <= 3
