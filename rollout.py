@@ -122,10 +122,10 @@ def generate(
         (for the tests).
     compile_layers: torch.compile the layers for the decode step. With cuda_graph a step is 1.2 to
         1.4 times as fast, with a third of the kernels; it takes some 20 s in the first call of a
-        process. `pack_weights` leaves still fewer kernels. Where transformers' attention is compiled too, it copies keys and values for every
-        query head; to keep it out, first call AttentionInterface.register("sdpa",
-        torch.compiler.disable(sdpa_attention_forward)), with the function of that name from
-        transformers.integrations.sdpa_attention.
+        process. `pack_weights` leaves still fewer kernels. Where transformers' attention is
+        compiled too, it copies keys and values for every query head; to keep it out, first call
+        AttentionInterface.register("sdpa", torch.compiler.disable(sdpa_attention_forward)), with
+        the function of that name from transformers.integrations.sdpa_attention.
 
     Raises ValueError for a model that `check_supported` refuses, for prompts that do not fit into
     the model's positions together with their responses, for EOS ids that are never sampled, and
