@@ -24,16 +24,16 @@ tokens and returns one number per token, in nats: the caller masks, sums and div
 
 import math
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache
 
 import torch
 import torch.nn.functional as F
 
 # How much `backward_by_chunks` works on at a time, by device: (logits of a chunk, chunks of a
 # block). The loss runs chunk by chunk, so that all that it computes from the logits stays small: in
-# fp32 a chunk is 0.5 MB on a CPU, whose cache it fits into, 256 MB on a GPU (with 64 MB the loss
-# took 1.3 to 1.6 times as long on an H100), 16 MB on an Apple one, which shares the machine's
-# memory. The matrix products run block by block, because they are slow with few rows.
+# fp32 a chunk is 0.5 MB on a CPU, whose cache it fits into, 256 MB on a GPU (with 64 MB an earlier
+# commit took 1.3 to 1.6 times as long on an H100), 16 MB on an Apple one, which shares the
+# machine's memory. The matrix products run block by block, because they are slow with few rows.
 CHUNK = {"cpu": (2**17, 96), "mps": (2**22, 8), "cuda": (2**26, 4)}
 
 
@@ -381,39 +381,44 @@ def chunk_backward(
     tensors: list[torch.Tensor],
     out: torch.Tensor,
 ) -> torch.Tensor:
-    """One chunk of `backward_by_chunks`: returns the loss's columns and writes the gradient, with
-    respect to the student's logits, into `out`.
+    """One chunk of `backward_by_chunks`, which explains the arguments: returns what the loss
+    returns, and writes the gradient with respect to the student's logits into `out`.
 
-    layers, logits: the student's, and the teacher's if there is one; logits before scale and cap.
+    layers: the student's, and the teacher's if there is one. logits: their matrix products, before
+    scale and cap. out: [n, V]; if this is not compiled it may be logits[0] itself.
     """
 
     def total(student_logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        both = zip(layers, [student_logits, *logits[1:]])
-        part = loss(*(layer.scale_and_cap(x) for layer, x in both), *tensors)
+        sides = zip(layers, [student_logits, *logits[1:]])
+        part = loss(*(layer.scale_and_cap(x) for layer, x in sides), *tensors)
         n, V = student_logits.shape
         if part.shape[:1] != (n,):
-            raise ValueError(f"loss of {n} rows must be [n] or [n, C]: {part.shape}")
+            raise ValueError(f"loss of {n} rows must return [n] or [n, C], not {list(part.shape)}")
         if part.dim() > 2 or part.shape[1:] == (V,):
             # Such as F.kl_div(..., reduction="none"): column 0 would be the loss of id 0.
             raise ValueError(f"loss returned {list(part.shape)}: sum over the vocabulary first")
         return (part if part.dim() == 1 else part[:, 0]).sum() / divisor, part.detach()
 
-    if torch.compiler.is_compiling():  # what compilers can follow
+    if torch.compiler.is_compiling():  # compilers follow torch.func only
         gradient, part = torch.func.grad(total, has_aux=True)(logits[0])
     else:  # the same, in less time
-        leaf = logits[0].detach().requires_grad_()
-        value, part = total(leaf)
-        value.backward()
-        gradient = leaf.grad
+        student_logits = logits[0].detach().requires_grad_()
+        value, part = total(student_logits)
+        (gradient,) = torch.autograd.grad(value, student_logits)
     out.copy_(gradient)
     return part
 
 
-@lru_cache
+@cache
 def compiled_chunk_backward() -> Callable:
-    """Compiled once for all numbers of rows, and all closures of the same code. The threshold keeps
-    Inductor from storing log pi - log pi_bar: loss and gradient then read each side's logits three
-    times and write once, 14 bytes per logit in bf16, where eager kernels move 208."""
+    """`chunk_backward`, compiled for each kind of loss and size of vocabulary, once for one row and
+    once for any other number.
+
+    Inductor stores an intermediate result that needs more than realize_reads_threshold reads. With
+    a high threshold it computes log pi - log pi_bar again instead, and `full_logits` is one kernel.
+    In bf16 this reads both sides' logits three times and writes the gradient once, 14 bytes for a
+    pair of logits.
+    """
     options = {"realize_reads_threshold": 100}
     return torch.compile(chunk_backward, dynamic=True, options=options)
 
@@ -433,7 +438,7 @@ def backward_by_chunks(
         columns = loss(layer(hidden), teacher_layer(teacher_hidden), *tensors)
         (columns[:, 0].sum() / divisor).backward()
 
-    but never holds [N, V] tensors, and computes nothing twice.
+    but holds the logits of one block of rows at most, and computes no matrix product twice.
 
     loss(logits [n, V], the teacher's logits [n, V] if there is a teacher, *tensors [n, ...]) for
         any n rows -> [n], or [n, C]: column 0 is the loss, the others are figures to log.
@@ -443,16 +448,18 @@ def backward_by_chunks(
     divisor: of the sum over rows: the number of tokens in the whole optimizer step, usually.
     teacher: its output layer and its hidden states [N, any], which get no gradient.
     size: rows of a chunk (default: by `CHUNK`).
-    compiled: torch.compile loss and gradient, for a GPU, where the passes over the logits, which
-        cost as much as the matrix products, become three. It takes some seconds once.
+    compiled: torch.compile the loss and its gradient. It is meant for a GPU, where without it the
+        passes over the logits take two to three times as long as the matrix products (measured on
+        an H100). The first call of a process then takes up to a minute.
 
-    Returns the columns of all rows, [N] or [N, C], detached. Gradients are added to the layer's
-    weights and to everything that `hidden` depends on, except what is frozen; with N = 0 they are
-    zeros. Raises ValueError for shapes that do not fit, before any gradient is touched.
+    Returns what the loss returns for all rows, [N] or [N, C], detached. Gradients are added to the
+    layer's weights and to everything that `hidden` depends on, except what is frozen; with N = 0
+    they are zeros. `tensors`, and what else the loss knows, get none. Raises ValueError for shapes
+    that do not fit, before any gradient is touched.
 
     What the loss computes from a chunk is dropped as soon as its gradient is known. The chunks of a
     block share the large matrix products, which are slow with few rows. Peak memory: about 12
-    chunk-sized and 2 block-sized tensors of logits; compiled 3 block-sized and a few chunk-sized.
+    tensors of a chunk in fp32 and 2 of a block in hidden's dtype; compiled, at most 8 and 3.
 
     The gradients of the output layer are written by hand, so that hooks on its weights never fire.
     DDP and FSDP add up gradients over devices by such hooks: there, sum `.grad` yourself.
@@ -460,8 +467,8 @@ def backward_by_chunks(
     if hidden.dim() != 2:
         rows = "take rows as predicting_last does, or all by hidden.flatten(0, 1)"
         raise ValueError(f"hidden must be [N, H], not {list(hidden.shape)}: {rows}")
-    teacher_layer, teacher_hidden = teacher or (None, hidden)
-    for tensor in (teacher_hidden, *tensors):
+    sides = [(layer, hidden.detach()), *([teacher] if teacher else [])]
+    for tensor in (*(states for _, states in sides), *tensors):
         if len(tensor) != len(hidden):
             raise ValueError(f"hidden has {len(hidden)} rows, but a tensor has {len(tensor)}")
 
@@ -471,45 +478,41 @@ def backward_by_chunks(
 
     # A tensor [block_rows, R] for each side, used again for each block. The student's is used twice
     # even within a block: when the loss of a chunk is done, nobody needs its logits any more, and
-    # the gradient of the loss with respect to them takes their place.
-    buffer = hidden.new_empty(block_rows, layer.rows)
-    if teacher is not None:
-        teacher_buffer = teacher_hidden.new_empty(block_rows, teacher_layer.rows)
-    layers = [layer] if teacher is None else [layer, teacher_layer]
-    gradients, run = buffer, chunk_backward
-    if compiled and len(hidden):
-        # Not in place: compiled by torch 2.11, a loss may read what is overwritten already.
-        gradients, run = torch.empty_like(buffer), compiled_chunk_backward()
+    # the gradient of the loss with respect to them takes their place. But not if it is compiled:
+    # code made by torch 2.11 has read logits after their gradient had been written over them.
+    buffers = [states.new_empty(block_rows, side.rows) for side, states in sides]
+    gradients, run = buffers[0], chunk_backward
+    compiled = compiled and len(hidden) > 0
+    if compiled:
+        gradients, run = torch.empty_like(gradients), compiled_chunk_backward()
         precision = torch.promote_types(hidden.dtype, torch.float32)
         divisor = hidden.new_full((), divisor, dtype=precision)  # a number would be compiled in
-    hidden_grad, columns = torch.empty_like(hidden), None
+    hidden_grad, columns, layers = torch.empty_like(hidden), None, [side for side, _ in sides]
     # With N = 0 there is one empty block of one empty chunk.
     for start in range(0, max(len(hidden), 1), block_rows):
-        block_hidden = hidden.detach()[start : start + block_rows]
-        n = len(block_hidden)
-        block_logits = [layer.linear(block_hidden, out=buffer[:n])[:, : layer.vocab_size]]
-        if teacher is not None:
-            teacher_block = teacher_hidden[start : start + n]
-            theirs = teacher_layer.linear(teacher_block, out=teacher_buffer[:n])
-            block_logits.append(theirs[:, : teacher_layer.vocab_size])
-
+        blocks = [states[start : start + block_rows] for _, states in sides]
+        n = len(blocks[0])
+        block_logits = [
+            side.linear(block, out=buffer[:n])[:, : side.vocab_size]
+            for side, block, buffer in zip(layers, blocks, buffers)
+        ]
         for begin in range(0, max(n, 1), chunk_rows):
             rows = slice(begin, min(begin + chunk_rows, n))  # of the block
             all_rows = slice(start + rows.start, start + rows.stop)
-            logits = [side[rows] for side in block_logits]
-            inputs = [tensor[all_rows] for tensor in tensors]
+            logits = [x[rows] for x in block_logits]
             out = gradients[rows, : layer.vocab_size]
-            for x in [*logits, out] if compiled else []:
-                # Else code that was tuned for another vocabulary would be taken from Inductor's
-                # cache on disk: after a model of 40 ids Qwen3's loss took three times as long.
-                torch._dynamo.mark_static(x, 1)
-            part = run(loss, layers, divisor, logits, inputs, out)
-            if columns is None:  # allocated late, not to split the allocator's chunk-sized pieces
+            if compiled:
+                # For each size of vocabulary anew: else Inductor takes code from its cache on disk
+                # that was tuned for another (after a model of 40 ids Qwen3's loss took 3 x as long)
+                for x in (*logits, out):
+                    torch._dynamo.mark_static(x, 1)
+            part = run(loss, layers, divisor, logits, [x[all_rows] for x in tensors], out)
+            if columns is None:  # not before memory for a chunk has been found in one piece
                 columns = part.new_empty(len(hidden), *part.shape[1:])
             columns[all_rows] = part
 
         gradients[:n, layer.vocab_size :] = 0  # columns beyond V have no loss
-        hidden_grad[start : start + n] = layer.linear_backward(block_hidden, gradients[:n])
+        hidden_grad[start : start + n] = layer.linear_backward(blocks[0], gradients[:n])
     if hidden.requires_grad:  # else only the output layer learns
         hidden.backward(hidden_grad)
     return columns

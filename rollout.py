@@ -30,7 +30,7 @@ STEP. A decode step feeds one token per row, at the row's own position, and samp
 It reads and writes only tensors that stay where they are, and the host only counts. Every few steps
 (on the CPU after each) the host looks which rows have ended, and drops what they sampled after
 their EOS. So a step of fixed shape can be captured as a CUDA graph (FixedShapes, below). Its layers
-can also be compiled.
+can also be compiled, and their weights packed.
 
 Read `generate`, `decode_all` and `Decoder.step` first.
 """
@@ -120,12 +120,15 @@ def generate(
         for each of up to 64 shapes (256 slots). The forward must not read tensors on the host, as
         some mixtures of experts do, or capturing fails. Without CUDA the same shapes run eagerly
         (for the tests).
-    compile_layers: torch.compile the layers for the decode step. With cuda_graph a step is 1.2 to
-        1.4 times as fast, with a third of the kernels; it takes some 20 s in the first call of a
-        process. `pack_weights` leaves still fewer kernels. Where transformers' attention is
-        compiled too, it copies keys and values for every query head; to keep it out, first call
+    compile_layers: torch.compile the layers and the drawing of the decode step. With cuda_graph a
+        step is 1.2 to 1.4 times as fast, with a third of the kernels; it takes some 20 s in the
+        first call of a process. By default transformers' attention is compiled with the layer, and
+        then copies keys and values for every query head. To leave it as it is, first call
         AttentionInterface.register("sdpa", torch.compiler.disable(sdpa_attention_forward)), with
         the function of that name from transformers.integrations.sdpa_attention.
+
+    After `pack_weights(model)` the projections to q, k and v are one matrix product, and gate and
+    up another, compiled or not.
 
     Raises ValueError for a model that `check_supported` refuses, for prompts that do not fit into
     the model's positions together with their responses, for EOS ids that are never sampled, and
@@ -154,6 +157,8 @@ def generate(
             decoder = Decoder(model, probe, slots, allocated, length - 1, eos, sampler)
             if compile_layers:
                 decoder.compiled = compile_forwards(model, len(probe))
+                decoder.uniforms = torch.compile(uniforms, dynamic=True)
+                decoder.sampler = torch.compile(sampler, dynamic=True)
             step = FixedShapes(decoder) if cuda_graph else decoder.step
             rollouts = decode_all(decoder, step, prompts, limits, seeds, ahead, every, progress)
             if compile_layers:  # which may leave the decoder in a reference cycle
@@ -501,7 +506,8 @@ class Decoder:
     def __init__(self, model, like, slots: int, length: int, last: int, eos: list[int], sampler):
         """like: keys and values as `prefill` returns them. length: tokens allocated per slot.
         last: the last position that can be used, at most length - 1."""
-        self.model, self.sampler, self.last, device = model, sampler, last, model.device
+        self.model, self.last, device = model, last, model.device
+        self.uniforms, self.sampler = uniforms, sampler
         self.cache = SlotCache(like, slots, length)
         precision = torch.promote_types(model.dtype, torch.float32)
         self.tokens = torch.zeros(slots, length, dtype=torch.long, device=device)  # by position
@@ -536,7 +542,7 @@ class Decoder:
         position = self.position[:n].unsqueeze(1)  # [n, 1], a view: it changes in place below
         self.cache.point(self.position[:n], length)
         token = self.tokens[:n].gather(1, position)
-        u = uniforms(self.seeds[:n], self.position[:n])
+        u = self.uniforms(self.seeds[:n], self.position[:n])
         with compiled_in(self.compiled, self.cache):
             logits = forward(self.model, self.cache, token, position, length)
         ids, logprobs = self.sampler(logits, u)
@@ -619,15 +625,16 @@ def decode_all(decoder, step, prompts, limits, seeds, ahead: int, check_every: i
     return rollouts
 
 
-# ---------- optional: packed weights, compiled layers, CUDA graphs (skip this on a first reading)
+# -------- for speed only: packed weights, compiled layers, CUDA graphs (not for a first reading)
 
-# Linear layers that read the same input, by their names in a module, in the order of their calls.
+# Linear layers that read the same input, by their names in a module. In all FAMILIES (the tests
+# compare them) each is called once for an input, in this order.
 SAME_INPUT = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
 
 
 def same_input(model) -> Iterator[tuple[torch.nn.Module, dict[str, torch.nn.Linear]]]:
     """The modules that have such layers, with those layers by name."""
-    for module in list(model.modules()):
+    for module in model.modules():
         for names in SAME_INPUT:
             linears = {name: getattr(module, name, None) for name in names}
             if {type(linear) for linear in linears.values()} == {torch.nn.Linear}:
@@ -636,22 +643,23 @@ def same_input(model) -> Iterator[tuple[torch.nn.Module, dict[str, torch.nn.Line
 
 @torch.no_grad()
 def pack_weights(model) -> None:
-    """Lay the weights of linear layers that read the same input side by side in memory: `generate`
-    then computes them by one matrix product. A product with a small weight, such as that of the
-    keys, takes longer than reading it.
+    """Lay the weights of linear layers that read the same input side by side in memory, so that
+    `generate` can compute these layers by one matrix product. The product with a small weight, such
+    as that of k_proj, takes longer than it takes to read the weight from memory.
 
     The parameters stay the same objects with the same values, to be trained and saved as before.
-    Call it when the model is on its device: `model.to` moves each weight by itself. Layers with an
-    adapter are left alone, and hooks of packed layers are not called in `generate`."""
+    Call it when the model is on its device: `model.to` moves each weight separately, and then each
+    layer is computed by itself again. Layers that are not exactly nn.Linear, as those with an
+    adapter, are left alone with their neighbours. `generate` calls no hooks of packed layers."""
     for _, linears in same_input(unwrapped(model)):
         weights = [linear.weight for linear in linears.values()]
-        for weight, part in zip(weights, torch.cat(weights).split(list(map(len, weights)))):
+        for weight, part in zip(weights, torch.cat(weights).split([len(w) for w in weights])):
             weight.data = part
 
 
 class PackedLinears(torch.nn.Module):
-    """Takes the place of each of several layers: the first call computes them all, and each call
-    returns the result of one, in turn."""
+    """One object that takes the place of each of several layers. The first call computes them all,
+    and each call returns the result of one, in the order of the layers."""
 
     def __init__(self, linears: list[torch.nn.Linear]):
         super().__init__()
@@ -669,11 +677,13 @@ class PackedLinears(torch.nn.Module):
 
 
 def side_by_side(weights: list[torch.Tensor]) -> bool:
-    if not all(type(weight.data) is torch.Tensor and weight.is_contiguous() for weight in weights):
+    """Whether they follow one another in one storage, as `pack_weights` left them. (Two storages
+    may be neighbours by chance, but no view spans them.)"""
+    if not all(type(w.data) is torch.Tensor and w.is_contiguous() for w in weights):
         return False
-    ends = [weight.data_ptr() + weight.nbytes for weight in weights]
-    storages = {weight.untyped_storage().data_ptr() for weight in weights}
-    return len(storages) == 1 and ends[:-1] == [weight.data_ptr() for weight in weights[1:]]
+    storages = {w.untyped_storage().data_ptr() for w in weights}
+    starts, ends = [w.data_ptr() for w in weights], [w.data_ptr() + w.nbytes for w in weights]
+    return len(storages) == 1 and starts[1:] == ends[:-1]
 
 
 @contextmanager
@@ -686,20 +696,23 @@ def packed_products(model):
     ]
     try:
         for module, linears in packed:
-            module._modules.update(dict.fromkeys(linears, PackedLinears(list(linears.values()))))
+            together = PackedLinears(list(linears.values()))
+            for name in linears:
+                setattr(module, name, together)
         yield
     finally:
         for module, linears in packed:
-            module._modules.update(linears)
+            for name, linear in linears.items():
+                setattr(module, name, linear)
 
 
 def compile_forwards(model, layers: int) -> list[tuple]:
-    """The model's layers, each with its compiled forward.
+    """The model's layers, each with its compiled forward. layers: how many there are; they are the
+    ModuleList of this length.
 
-    All layers are the same code, which is compiled once: their weights and their tensors of the
-    cache are arguments of it. A layer's index is a constant to the compiler, so that
-    `cache.layers[index]` would be compiled for each layer; therefore `compiled_in` hands the tensor
-    over as `cache.one`."""
+    To the compiler a layer's index is a constant: it would compile `cache.layers[index]` anew for
+    each layer. So `compiled_in` hands over each layer's tensor as `cache.one`, and one compilation
+    serves all layers, which are the same code otherwise."""
     lists = (m for m in model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == layers)
     return [(layer, torch.compile(layer.forward, dynamic=True)) for layer in next(lists)]
 
@@ -708,32 +721,33 @@ def compile_forwards(model, layers: int) -> list[tuple]:
 def compiled_in(compiled: list[tuple], cache: SlotCache):
     """While a step runs, its layers are the compiled ones."""
 
-    def run(forward, tensor, *args, **kwargs):
-        # Cut here: a compiler would take "all slots" and "some of them" for two cases.
+    def run(compiled_forward, tensor, *args, **kwargs):
+        # Cut here, not inside: compilers take "all slots" and "some of them" for two cases.
         cache.one = tensor[: len(cache.rows)]
-        return forward(*args, **kwargs)
+        return compiled_forward(*args, **kwargs)
 
-    own = [vars(layer).get("forward") for layer, _ in compiled]  # as accelerate's hooks set it
+    # Some layers have a forward of their own, such as accelerate's hooks set, beside their class's.
+    own = [vars(layer).get("forward") for layer, _ in compiled]
     try:
-        for (layer, forward), tensor in zip(compiled, cache.layers):
-            layer.forward = partial(run, forward, tensor)
+        for (layer, compiled_forward), tensor in zip(compiled, cache.layers):
+            layer.forward = partial(run, compiled_forward, tensor)
         yield
     finally:
         cache.one = None
-        for (layer, _), forward in zip(compiled, own):
+        for (layer, _), own_forward in zip(compiled, own):
             vars(layer).pop("forward", None)
-            if forward is not None:
-                layer.forward = forward
+            if own_forward is not None:
+                layer.forward = own_forward
 
 
 class FixedShapes:
     """`Decoder.step` in a few fixed shapes, as CUDA graphs need them.
 
     The number of rows is rounded up to 2, 4, 8, ... or all slots (a compiler takes one row for
-    another case), the length to eighths of the cache's, at most 8 for each number of rows. Lengths
-    are multiples of 64, as is the cache's, since attention kernels would pad a mask whose rows are
-    not aligned. On CUDA a shape runs eagerly the first time, which warms it up; the second time it
-    is captured, and from then on replayed."""
+    another case), the length to multiples of an eighth of the cache's, which is itself rounded up
+    to 64s: at most 8 lengths for each number of rows. They are multiples of 64 because attention
+    kernels would pad a mask whose rows are not aligned. On CUDA a shape runs eagerly the first
+    time, which warms it up; the second time it is captured, and from then on replayed."""
 
     def __init__(self, decoder: Decoder):
         self.decoder = decoder
@@ -741,7 +755,7 @@ class FixedShapes:
 
     def __call__(self, n: int, length: int):
         slots, allocated = self.decoder.tokens.shape
-        block = 64 * -(-allocated // 512)
+        block = 64 * -(-allocated // 512)  # an eighth, rounded up to 64s
         rows = min(max(2, 1 << (n - 1).bit_length()), slots)
         shape = rows, min(-(-length // block) * block, allocated)
         if shape not in self.graphs or self.decoder.eos.device.type != "cuda":
@@ -752,9 +766,9 @@ class FixedShapes:
         self.graphs[shape].replay()
 
     def step(self, n: int, length: int):
-        """cuDNN's attention is allowed, which torch prefers on an H100, where it is the fastest:
-        for so few shapes its plans are worth their time, some 50 ms for each, once in a process.
-        Elsewhere `sampling_mode` has it off."""
+        """`Decoder.step` with cuDNN's attention, which torch chooses on an H100 if it is allowed,
+        and which is the fastest there. It plans for each shape anew, once in a process, some 50 ms:
+        worth it for these few shapes. `sampling_mode`, in which this runs, has it off elsewhere."""
         torch.backends.cuda.enable_cudnn_sdp(True)
         try:
             self.decoder.step(n, length)

@@ -172,9 +172,9 @@ def srt_loss(
     token_ids = torch.tensor(token_ids, device=hidden.device)  # [N]
     weights = torch.tensor(weights, device=hidden.device)  # [N]
 
-    def weighted_nll(logits, ids, weights):
+    def weighted_nll(logits, ids, weight):
         nll = -token_logprobs(logits, ids)
-        return torch.stack([weights * nll, nll], dim=-1)
+        return torch.stack([weight * nll, nll], dim=-1)
 
     columns = backward_by_chunks(
         weighted_nll, layer, hidden, token_ids, weights, divisor=divisor, compiled=hidden.is_cuda

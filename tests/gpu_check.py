@@ -5,11 +5,11 @@
     python tests/gpu_check.py --output checks --smoke     tiny, on a CPU: figures mean nothing
 
 It needs torch >= 2.11 (CUDA), transformers >= 5.17 and this repository; neither data nor a hub.
-The parts, in the order of their worth, with minutes on an H100. (Compiling the first loss took 50
-to 70 s of parts 1, 5 and 8 there, in each process; layers 17. Part 7 never came to its end: an
-estimate. It sampled ids that the loss leaves out, which it no longer does.)
+The parts, the most useful first, with minutes on an H100. (Compiling the first loss took 50 to 70 s
+of parts 1, 5 and 8 there, in each process; layers 17. The minutes of part 7 are an estimate: it
+failed after the rows below, because it sampled ids that the loss leaves out, mended since.)
 
-    0  0.1  ceilings    copy bandwidth and bf16 matrix products, of which all shares below are
+    0  0.1  ceilings    copy bandwidth and bf16 matrix products: all shares are shares of these
     1  4.4  right       the families' greedy tokens against the CPU in float64, eagerly, by CUDA
                         graphs and compiled; log-probabilities; the distribution and the random
                         numbers of replayed graphs; losses, gradients and optimizer against the CPU;
@@ -49,10 +49,11 @@ The ceilings: copying 3.03 TB/s, products 787 TFLOP/s. Random weights of the mod
     3.7 ms, attention 2.0, all else 0.9. The logits of four layers are 1.61% away from float64;
     compiled, attention included, 1.37%.
 
-    Since then weights are packed. Not run, but read in Inductor's code for an H100 (torch 2.11 and
-    2.14, from tensors without a GPU): 12 launches a layer instead of 16; cuBLAS adds two sums of
-    split products. By the kernels' times q, k and v took 22 us a layer, and their 31 MB in one
-    product should take 14, at the speed of products of that size: 0.3 ms less a step.
+    Since then weights are packed, and drawing is compiled. Not run, but read in Inductor's code for
+    an H100 (torch 2.11 and 2.14, from tensors without a GPU): 12 launches a layer instead of 16, to
+    which cuBLAS adds two sums of split products, and 10 for drawing instead of 52. By the kernels'
+    times q, k and v took 22 us a layer, and their 31 MB in one product should take 14, at the speed
+    of products of that size: 0.3 ms less a step.
 
     attention of one layer, ms       cuDNN   torch's own
     16 rows x 2,048 tokens           0.064         0.095
@@ -77,16 +78,17 @@ The ceilings: copying 3.03 TB/s, products 787 TFLOP/s. Random weights of the mod
     full_logits, both layers, 8,192 x 2,560 x 151,669              66 ms (49% of products)    2.6 GB
     the same with whole logits, half of the tokens                 53 ms                     14.9 GB
     full_logits, 8,192 x 4,096 x 128,256, 8 chunks of 2^26 *       72 ms (61%)                2.7 GB
-    the same, 2 chunks of 2^26, the default *                      77 ms (57%)                1.1 GB
+    the same, 4 chunks of 2^26 *                                   72 ms (61%)                1.6 GB
+    the same, 2 chunks of 2^26 *                                   77 ms (57%)                1.1 GB
     the same, 1 chunk of 2^28 *                                    69 ms (63%)                2.8 GB
     stage 2, Qwen3-1.7B, 16 responses, 20,544 tokens               3.9 s (13%)  35.2 (estimate 38.4)
     stage 1, Qwen3-1.7B, 4 traces, 22,340 tokens                   2.0 s                4.1 GB more
     stage 2, Qwen3-4B, a response of 4,096 tokens                  1.0 s        77.0 (estimate 77.3)
 
 The losses of the 26th ran in blocks of 8 chunks of 2^26 logits, the steps in 32 of 2^24; all of
-them compiled without their gradients, which moved 32 bytes a logit with the copy of the gradient.
-Compiled with it the loss is one kernel that moves 14, in two thirds of the instructions, read as
-above. The default is 4 chunks of 2^26 now. Neither has been run.
+them compiled apart from their gradients, which took 32 bytes for each pair of logits, with the copy
+of the gradient. Compiled with its gradient (not run, read as above) full_logits is one kernel,
+takes 14 bytes and two thirds of the instructions. The default is 4 chunks of 2^26 now.
 """
 
 import argparse

@@ -691,7 +691,7 @@ def test_shapes_that_do_not_fit_are_refused_before_any_gradient():
                 lambda *x: x[0].sum(-1), layer, hidden * 1, *tensors, divisor=1, **wrong
             )
     for wrong in (lambda x: against_mirror(x).mean(), lambda x: against_mirror(x)[:1]):
-        with pytest.raises(ValueError, match=r"must be \[n\] or \[n, C\]"):
+        with pytest.raises(ValueError, match=r"must return \[n\] or \[n, C\], not"):
             backward_by_chunks(wrong, layer, hidden * 1, divisor=1)
     # A number per vocabulary entry: column 0 would be taken for the loss.
     for wrong in (lambda x: x.softmax(-1) * x, lambda x: x[:, :2, None]):
