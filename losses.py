@@ -24,7 +24,7 @@ tokens and returns one number per token, in nats: the caller masks, sums and div
 
 import math
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 
 import torch
 import torch.nn.functional as F
@@ -380,12 +380,14 @@ def chunk_backward(
     logits: list[torch.Tensor],
     tensors: list[torch.Tensor],
     out: torch.Tensor,
+    functional: bool = False,
 ) -> torch.Tensor:
     """One chunk of `backward_by_chunks`, which explains the arguments: returns what the loss
     returns, and writes the gradient with respect to the student's logits into `out`.
 
     layers: the student's, and the teacher's if there is one. logits: their matrix products, before
-    scale and cap. out: [n, V]; if this is not compiled it may be logits[0] itself.
+    scale and cap. out: [n, V]; it may be logits[0] itself, unless this is compiled.
+    functional: let a compiler differentiate by torch.func, since it cannot follow autograd.
     """
 
     def total(student_logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -397,9 +399,10 @@ def chunk_backward(
         if part.dim() > 2 or part.shape[1:] == (V,):
             # Such as F.kl_div(..., reduction="none"): column 0 would be the loss of id 0.
             raise ValueError(f"loss returned {list(part.shape)}: sum over the vocabulary first")
-        return (part if part.dim() == 1 else part[:, 0]).sum() / divisor, part.detach()
+        # Cloned, since what the loss returns may be a view of the logits that `out` overwrites.
+        return (part if part.dim() == 1 else part[:, 0]).sum() / divisor, part.detach().clone()
 
-    if torch.compiler.is_compiling():  # compilers follow torch.func only
+    if functional and torch.compiler.is_compiling():
         gradient, part = torch.func.grad(total, has_aux=True)(logits[0])
     else:  # the same, in less time
         student_logits = logits[0].detach().requires_grad_()
@@ -414,13 +417,13 @@ def compiled_chunk_backward() -> Callable:
     """`chunk_backward`, compiled for each kind of loss and size of vocabulary, once for one row and
     once for any other number.
 
-    Inductor stores an intermediate result that needs more than realize_reads_threshold reads. With
-    a high threshold it computes log pi - log pi_bar again instead, and `full_logits` is one kernel.
+    Inductor stores an intermediate result that needs more than realize_reads_threshold reads, 4 by
+    default. With 8 it computes log pi - log pi_bar again instead, and `full_logits` is one kernel.
     In bf16 this reads both sides' logits three times and writes the gradient once, 14 bytes for a
     pair of logits.
     """
-    options = {"realize_reads_threshold": 100}
-    return torch.compile(chunk_backward, dynamic=True, options=options)
+    options = {"realize_reads_threshold": 8}
+    return torch.compile(partial(chunk_backward, functional=True), dynamic=True, options=options)
 
 
 def backward_by_chunks(
@@ -450,7 +453,10 @@ def backward_by_chunks(
     size: rows of a chunk (default: by `CHUNK`).
     compiled: torch.compile the loss and its gradient. It is meant for a GPU, where without it the
         passes over the logits take two to three times as long as the matrix products (measured on
-        an H100). The first call of a process then takes up to a minute.
+        an H100). The first call of a process then takes up to a minute. torch.func.grad must be
+        able to differentiate the loss: it ignores the backward of a custom autograd.Function, and
+        the logits do not say that they require a gradient. After torch._dynamo's limit of 8 kinds
+        of loss, vocabularies and numbers in closures, what is new is not compiled.
 
     Returns what the loss returns for all rows, [N] or [N, C], detached. Gradients are added to the
     layer's weights and to everything that `hidden` depends on, except what is frozen; with N = 0
@@ -486,7 +492,8 @@ def backward_by_chunks(
     if compiled:
         gradients, run = torch.empty_like(gradients), compiled_chunk_backward()
         precision = torch.promote_types(hidden.dtype, torch.float32)
-        divisor = hidden.new_full((), divisor, dtype=precision)  # a number would be compiled in
+        # a number would be compiled in
+        divisor = hidden.new_full((), float(divisor), dtype=precision)
     hidden_grad, columns, layers = torch.empty_like(hidden), None, [side for side, _ in sides]
     # With N = 0 there is one empty block of one empty chunk.
     for start in range(0, max(len(hidden), 1), block_rows):

@@ -113,7 +113,7 @@ def generate(
         from rounding errors of a forward over other rows. Response i of generate(..., seed=s) has
         `stream_seeds(s, len(prompts))[i]`; a list gives each response's own, for a part of a batch.
     vocab_size: ids from this one on are never sampled (output layers may be wider than tokenizers).
-    progress: called with 1 whenever a response is complete.
+    progress: called with 1 whenever a response is complete. It must leave the model alone.
     check_every: steps between two looks at what has ended. None: 1 on the CPU, 8 elsewhere.
     cuda_graph: decode in fixed shapes, on CUDA by replaying graphs: 1.2 to 6 times as fast (4B on
         an H100: the most with few slots and a slow host). Each call captures them anew, some 0.1 s
@@ -633,11 +633,21 @@ SAME_INPUT = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
 
 
 def same_input(model) -> Iterator[tuple[torch.nn.Module, dict[str, torch.nn.Linear]]]:
-    """The modules that have such layers, with those layers by name."""
+    """The modules that have such layers, with those layers by name: only layers that are alike and
+    do nothing else, as they would with an adapter, with hooks or with a forward of their own."""
+
+    def kind(linear):
+        if type(linear) is not torch.nn.Linear or "forward" in vars(linear):
+            return None
+        if linear._forward_hooks or linear._forward_pre_hooks:
+            return None
+        return linear.weight.dtype, linear.weight.device, linear.bias is None
+
     for module in model.modules():
         for names in SAME_INPUT:
-            linears = {name: getattr(module, name, None) for name in names}
-            if {type(linear) for linear in linears.values()} == {torch.nn.Linear}:
+            linears = {name: module._modules.get(name) for name in names}
+            kinds = {kind(linear) for linear in linears.values()}
+            if len(kinds) == 1 and None not in kinds:
                 yield module, linears
 
 
@@ -647,14 +657,15 @@ def pack_weights(model) -> None:
     `generate` can compute these layers by one matrix product. The product with a small weight, such
     as that of k_proj, takes longer than it takes to read the weight from memory.
 
-    The parameters stay the same objects with the same values, to be trained and saved as before.
-    Call it when the model is on its device: `model.to` moves each weight separately, and then each
-    layer is computed by itself again. Layers that are not exactly nn.Linear, as those with an
-    adapter, are left alone with their neighbours. `generate` calls no hooks of packed layers."""
+    The parameters stay the same objects with the same values, to be trained and saved as before
+    (but safetensors' save_model wants no shared memory). Call it when the model is on its device:
+    `model.to` moves each weight separately, and then each layer is computed by itself again, as are
+    layers with an adapter or with hooks, and their neighbours."""
     for _, linears in same_input(unwrapped(model)):
         weights = [linear.weight for linear in linears.values()]
-        for weight, part in zip(weights, torch.cat(weights).split([len(w) for w in weights])):
-            weight.data = part
+        with torch.inference_mode(weights[0].is_inference()):  # as they are, not as the caller is
+            for weight, part in zip(weights, torch.cat(weights).split([len(w) for w in weights])):
+                weight.data = part
 
 
 class PackedLinears(torch.nn.Module):

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
+from functools import partial
 
 import numpy as np
 import pytest
@@ -763,6 +764,36 @@ def test_hidden_states_of_autocast(inside, dtype, device):
     for p, wanted in zip((hidden, model.lm_head.weight), grads):
         assert p.grad.dtype == p.dtype
         torch.testing.assert_close(p.grad, wanted, rtol=0.1, atol=0.1)
+
+
+def test_a_loss_that_returns_logits_themselves():
+    """Not the gradient that takes their place in memory."""
+    for loss in (lambda x: x[:, 3], lambda x: x[:, :2]):
+        _, layer, hidden = head_and_hidden()
+        values = backward_by_chunks(loss, layer, hidden * 1, divisor=1)
+        torch.testing.assert_close(values, loss(layer(hidden)).detach())
+
+
+def test_a_step_that_its_caller_compiles():
+    """There, too, the gradient takes the place of the logits, which torch.func would read later."""
+    torch._dynamo.reset()
+    results = []
+    for wrap in (lambda step: step, partial(torch.compile, backend="aot_eager")):
+        model, layer, hidden = head_and_hidden()
+
+        def step(hidden, layer=layer):
+            return backward_by_chunks(against_mirror, layer, hidden * 1, divisor=1, size=2)
+
+        results.append([wrap(step)(hidden), hidden.grad, model.lm_head.weight.grad])
+    torch.testing.assert_close(*results)
+    torch._dynamo.reset()
+
+
+def test_only_hidden_states_and_output_layer_get_a_gradient():
+    _, layer, hidden = head_and_hidden()
+    weight, scale = torch.ones(9, requires_grad=True), torch.ones((), requires_grad=True)
+    backward_by_chunks(lambda x, w: w * scale * x[:, 3], layer, hidden * 1, weight, divisor=1)
+    assert hidden.grad.any() and weight.grad is None and scale.grad is None
 
 
 def test_chunks_without_a_token_give_zero_gradients():

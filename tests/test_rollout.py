@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from tiny import tiny
 from torch._dynamo.utils import counters
 
@@ -634,6 +635,86 @@ def test_packed_weights_are_the_ones_that_are_trained(products):
     assert set(products) == {96}
     products.clear()
     assert generate(model.float(), PROMPTS, **settings) and not products
+
+
+def unlike_bias(mlp):
+    mlp.up_proj.bias = torch.nn.Parameter(mlp.up_proj.weight[:, 0].detach() + 1)
+
+
+def another_class(mlp):
+    mlp.up_proj = torch.nn.utils.parametrizations.weight_norm(mlp.up_proj)
+
+
+def with_hook(mlp):
+    mlp.up_proj.register_forward_hook(lambda module, inputs, output: output + 1)
+
+
+def with_early_hook(mlp):
+    mlp.up_proj.register_forward_pre_hook(lambda module, inputs: (inputs[0] + 1,))
+
+
+def with_own_forward(mlp):
+    mlp.up_proj.forward = lambda x: F.linear(x, mlp.up_proj.weight) + 1
+
+
+CHANGES = [unlike_bias, another_class, with_hook, with_early_hook, with_own_forward]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("before", [True, False])
+def test_layers_that_are_not_alike_are_not_packed(change, before, products):
+    """Nor any more, if they were packed before."""
+    model = build("llama")
+    if before:
+        pack_weights(model)
+    for layer in model.model.layers:
+        change(layer.mlp)
+    pack_weights(model)
+    assert_right(model, dict(max_new_tokens=9, eos_token_ids=[], seed=0))
+    assert set(products) == {64}
+
+
+def test_packing_weights_of_two_dtypes_changes_none():
+    model = build("llama", dtype=torch.float32)
+    model.model.layers[0].mlp.up_proj.double()
+    before = {name: p.dtype for name, p in model.named_parameters()}
+    pack_weights(model)
+    assert {name: p.dtype for name, p in model.named_parameters()} == before
+
+
+def test_packed_weights_train_wherever_they_were_packed():
+    model = build("llama")
+    with torch.inference_mode():
+        pack_weights(model)
+    model(input_ids=torch.tensor([[3, 4]], device=DEVICE)).logits.sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+class Forwarding(torch.nn.Module):
+    """Has the attributes of what it wraps, as a compiled or checkpointed layer has."""
+
+    def __init__(self, wrapped):
+        super().__init__()
+        self.wrapped = wrapped
+
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.wrapped, name)
+
+    def forward(self, *args, **kwargs):
+        return self.wrapped(*args, **kwargs)
+
+
+def test_packed_layers_of_wrapped_modules(products):
+    model = build("llama")
+    for layer in model.model.layers:
+        layer.mlp, layer.self_attn = Forwarding(layer.mlp), Forwarding(layer.self_attn)
+    pack_weights(model)
+    names = [name for name, _ in model.named_modules()]
+    assert_right(model, dict(max_new_tokens=9, eos_token_ids=[], seed=0))
+    assert set(products) == {64, 96} and [name for name, _ in model.named_modules()] == names
 
 
 def test_packed_layers_are_put_back_on_errors(products, monkeypatch):
