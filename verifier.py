@@ -1312,7 +1312,7 @@ def _run(job: dict, given: str = "") -> str | None:
         env = {"OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}
         child = subprocess.Popen(command, **pipes, cwd=folder, env=env, start_new_session=True)
         with child, contextlib.suppress(subprocess.TimeoutExpired):
-            try:  # the launcher stops it after `timeout`, and needs time for a fork bomb's processes
+            try:  # the launcher stops it after `timeout`; killing a fork bomb may take it seconds
                 data = b"%10d" % len(header) + header + given.encode(errors="replace")
                 child.communicate(data, job["timeout"] + 20)
             finally:
