@@ -156,9 +156,7 @@ def generate(
         try:
             decoder = Decoder(model, probe, slots, allocated, length - 1, eos, sampler)
             if compile_layers:
-                decoder.compiled = compile_forwards(model, len(probe))
-                decoder.uniforms = torch.compile(uniforms, dynamic=True)
-                decoder.sampler = torch.compile(sampler, dynamic=True)
+                decoder.compile()
             step = FixedShapes(decoder) if cuda_graph else decoder.step
             rollouts = decode_all(decoder, step, prompts, limits, seeds, ahead, every, progress)
             if compile_layers:  # which may leave the decoder in a reference cycle
@@ -517,6 +515,12 @@ class Decoder:
         self.ended = torch.zeros(slots, dtype=torch.bool, device=device)  # by an EOS, or by nan
         self.eos = torch.tensor(eos, dtype=torch.long, device=device)
         self.compiled: list[tuple] = []  # layers of the model, with their compiled forwards
+
+    def compile(self):
+        """Compile the step's layers, and the drawing."""
+        self.compiled = compile_forwards(self.model, len(self.cache.layers))
+        self.uniforms = torch.compile(self.uniforms, dynamic=True)
+        self.sampler = torch.compile(self.sampler, dynamic=True)
 
     def admit(self, written, rows: list[int], sources: list[int], prompts, seeds: list[int]):
         """Slots `rows` take `prompts`, whose keys and values are rows `sources` of `written`."""
