@@ -31,7 +31,8 @@ Claimed equal (accuracy by category: tests/bench_verifier.py):
   assignments  x = 5, f(2) = 5, m + n = 5, Area = 5 for 5; not 2x = 10 for 10
   tuples       in order; intervals with their brackets; vectors, matrices, multiples of them
   sets, lists  in any order; 1, 1, 2 is not 1, 2; 2, 1 is not x = 1, y = 2; {1, 2} is not (1, 2)
-  expressions  polynomial and rational ones: 2(x+1) = 2x+2. The case of a letter counts.
+  expressions  polynomial and rational ones: 2(x+1) = 2x+2. The case of a letter counts. Roots and
+               logarithms of letters are compared where these are positive: \ln(ab) = \ln a + \ln b
   relations    equations up to a constant factor, inequalities a positive one; x > 3 = (3, \infty)
   choices      (B) = B = \text{B} = B. 12; ACD = A, C, D; words as they are spelled, in any case
 Not claimed: conversion of units, number words (but thousand, million), decimal commas,
@@ -42,15 +43,16 @@ environments cases and aligned, answers of more than 600 characters, numbers bey
 a number is its unit whatever it means: 5 wrong is 5, 3mg is 3 milligrams, and 5 apples is not 5
 pears. A calculation with different units (5 cm x 3 cm = 15 cm^2) is not read. Not detected are
 more than ten right digits next to an irrational number (0.33333333333\pi), a small term next to a
-large one (e^{-100} + 1), and that |x - 3| is not 3 - x: variables are compared below 2.5.
+large one (e^{-100} + 1), and that |x - 3| is not 3 - x: variables are compared below 2.5. They are
+real numbers (|z|^2 = z^2, xyx^{-1} = y), but products of capitals with ^{-1} or ^T are matrices.
 
 One answer through all steps: verify(r"So it is \boxed{\frac{1}{2}\text{ cm}}.", "0.5")
   extract_answer  \frac{1}{2}\text{ cm}
   _clean          \frac {1}{2} ‹cm›
   _tokens         command \frac, sign {, number 1, close }, sign {, number 2, close }, word cm
-  _Reader         _Node("value", (1/2,) * 6, unit="cm"): its values at six points
-  _Comparison     equal to _Node("value", (1/2,) * 6): the numbers agree, and one has no unit
-An expression is its values at six points, where every variable is a number drawn by its name.
+  _Reader         _Node("value", (1/2,) * 8, unit="cm"): its values at eight points
+  _Comparison     equal to _Node("value", (1/2,) * 8): the numbers agree, and one has no unit
+An expression is its values at eight points, where every variable is a number drawn by its name.
 Rational functions that differ agree there with a chance of 1e-15: no algebra is needed.
 
 Private characters, which a cleaned text holds for what TeX spells in several ways:
@@ -76,6 +78,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import unicodedata
 from decimal import Decimal
 from fractions import Fraction
 from operator import mul, neg, truediv
@@ -112,6 +115,10 @@ def is_equivalent(answer: str, gold: str) -> bool:
     same = _same_choice(a, b)
     if same is not None:
         return same
+    x, y = map(_INTEGER.fullmatch, (a, b))
+    a, b = x[1] if x else a, y[1] if y else b
+    if x and y:  # n π is k π
+        b = re.sub(rf"(?<![A-Za-z\\]){y[2]}(?![A-Za-z])", x[2], b)
     a, b = (_FILLER.sub("", text).strip() or text for text in (a, b))
     x, y = _LABELLED.fullmatch(a), _LABELLED.fullmatch(b)
     return (not x[1] or not y[1] or _plain(x[1]) == _plain(y[1])) and _same_text(x[2], y[2])
@@ -228,9 +235,10 @@ def _with_boxes_before(text: str, markers: list, last: re.Match, content: str) -
 
 
 _REASON = re.compile(r"""(?ix)  # what may follow the answer in its sentence
-    \b(?:because|since|which|where|so|as|but|hence|thus|therefore|after|from|given|not|by|using
+    \b(?:because|since|which|where|so|as|hence|thus|therefore|after|from|given|not|by|using
     |altogether|I\ (?:think|believe)|and\ (?:we|this|that|it|so|not)
-    |(?:when|if)\b(?!.*\b(?:when|if|otherwise)\b))\b""")  # not: 5 if n is even, 6 otherwise
+    |(?:when|if)\b(?!.*\b(?:when|if|otherwise)\b)  # not: 5 if n is even, 6 otherwise
+    |but\b(?!(?=.*\d).*\b(?:could|might|may|possibly|acceptable)\b))\b""")  # 5, but it may be 6
 _FORMULA = re.compile(r"""(?x)  # in its delimiters, alone or before a unit, and no item of a list
     (?:\$\$?|\\[(\[])((?:[^$\\]|\\[^)\]])+)(?:\$\$?|\\[)\]])
     (?!(?:[ ,;]|and\b|or\b)*(?:\$|\\\(|-?\d))(?!\s*[a-z]+\ (?:and\ |or\ )?(?:\$|\\\(|-?\d))
@@ -241,7 +249,7 @@ _SENTENCE = re.compile(r"""(?x)  # She sold 72 clips in May. Not: She sold 6 doz
     (?!.*(?:[\\^*/=+]|n't|\b(?:not?|never|or|than|about|nearly|almost|approximately|around|roughly
     |over|under|times)\b))(?:that\ |[A-Z])[a-z]+\ [a-z]+\ """)
 _SENTENCE_END = re.compile(r"""(?x)  # not: **5** or **6**; 5 — no, 6
-    (?:[.?]|!(?!\s*[=+/-]))(?=[\s*]|$)|(?<=\w)\*\*(?!\w|\s?(?:or|and)\b)|\n|<[|/]
+    (?:[.?](?!\s*or\b)|!(?!\s*[=+/-]))(?=[\s*]|$)|(?<=\w)\*\*(?!\w|\s?(?:or|and)\b)|\n|<[|/]
     |\s—\s(?!(?:no|wait|or)\b)|\s[-–]\s(?=(?:the|this|that|which|it)\b)|;\s(?=[a-z]{3})""")
 _BOLD = re.compile(r"""(?x)  # It takes **5 hours**. Not: It is not **5**; more than **5**; **5** or
     (?!.*(?:n't|\b(?:not?|never|than|or)\b))[A-Z][a-z]*\ [^\n*.]{3,100}\*\*([^*\n]{1,60})\*\*""")
@@ -306,29 +314,41 @@ and land wedge, < lt, > gt, ≤ le leq leqslant, ≥ ge geq geqslant, ≠ ne neq
 ⦃ { lbrace, ⦄ } rbrace, [ lbrack, ] rbrack, ( langle, ) rangle rfloor rceil, ⌊( lfloor, ⌈( lceil
 | | lvert rvert vert, ⦃⦄ emptyset varnothing, ∪ cup bigcup, ∖ setminus backslash smallsetminus
 ‹gcd› gcd, ‹lcm› lcm, ‹max› max, ‹min› min, ‹det› det, log lg, tan tg, cot ctg, arctan arctg
-α alpha, β beta, γ gamma, δ delta, ε epsilon varepsilon, η eta, θ theta, λ lambda, μ mu, ν nu
-ρ rho, σ sigma, τ tau, φ phi, ψ psi, ω omega, Δ Delta, Γ Gamma, Ω Omega"""
-_IGNORED = r"""left right big Big bigl bigr Bigl Bigr bigg Bigg displaystyle textstyle quad qquad bm
-limits boxed mathit mathbb mathbf mathcal boldsymbol vec overrightarrow angle triangle hline bf rm
-it large Large underline therefore checkmark , ; : ! > ( ) [ ]"""  # these become a space
+α alpha, β beta, γ gamma, δ delta, ε epsilon varepsilon, η eta, θ theta vartheta, λ lambda, μ mu
+ν nu, ρ rho, σ sigma, τ tau, φ phi varphi, ψ psi, ω omega, Δ Delta, Γ Gamma, Ω Omega"""
+_IGNORED = r"""left right big Big bigl bigr Bigl Bigr bigg Bigg biggl biggr displaystyle textstyle
+quad qquad bm limits boxed emph ensuremath nonumber newline hfill mathit mathbb mathbf mathcal
+boldsymbol vec overrightarrow angle triangle hline bf rm it large Large underline therefore
+checkmark , ; : ! > ( ) [ ]"""  # these become a space
 _COMMANDS = dict.fromkeys([" ", "", *_IGNORED.split()], " ")
 _COMMANDS.update((name, f" {name} ") for name in _FUNCTIONS)
 for _line in re.split(", |\n", _SPELLINGS):  # a sign, and its commands: ⏎ is \\ and ≤ \le or \leq
     _COMMANDS.update(dict.fromkeys(_line.split()[1:], f" {_line.split()[0]} "))
-_UNICODE = {chr(i + 0xFEE0): chr(i) for i in range(0x21, 0x7F)}  # full-width forms
-_UNICODE |= dict(zip("。、~−–×·⋅÷’⟨⟩º\u00a0\u202f\u2009‹›", ".,\x20--***/'()°\x20\x20\x20\x20\x20"))
-_UNICODE |= {c: f" {x}" for c, x in zip("½¼¾⅓⅔", ("1/2", "1/4", "3/4", "1/3", "2/3"))}
-_UNICODE |= {c: f"^{n}" for n, c in zip("23456789", "²³⁴⁵⁶⁷⁸⁹")}
-_UNICODE |= {"ℝ": r"\mathbb{R}", "∅": r"\emptyset ", "\u200b": "", **dict.fromkeys('“”"`', "")}
+_UNICODE = map(chr, [*range(0xFF01, 0xFF5F), *range(0x1D400, 0x1D800)])  # full-width, 𝑥
+_UNICODE = {c: unicodedata.normalize("NFKC", c) for c in _UNICODE}
+_UNICODE |= dict(zip("。、~−–×·⋅÷⁄∶’′⟨⟩º˚∘ϕ⩽⩾", ".,\x20--***//:''()°°°φ≤≥"))
+for _c in "½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞":
+    _UNICODE[_c] = f" {Fraction(unicodedata.numeric(_c)).limit_denominator(9)}"
+_UNICODE |= {"ℝ": r"\mathbb{R}", "ℤ": r"\mathbb{Z}", "ℕ": r"\mathbb{N}", "∅": r"\emptyset "}
+_UNICODE |= {"⌊": r"\lfloor ", "⌋": r"\rfloor ", "⌈": r"\lceil ", "⌉": r"\rceil "}
+_UNICODE |= {"∩": r"\cap ", "∧": r"\land ", "∨": r"\lor ", "″": "''"}
+_UNICODE |= {**dict.fromkeys('∠△“”"`\u200b', ""), **dict.fromkeys("‹›\u00a0\u202f\u2009", " ")}
 _UNICODE = str.maketrans(_UNICODE)
 # These are units in \text{}, and last after a number and a space: 5 m. But 5m is a product.
 _UNIT_LETTER = "[ghlmsJLNVW]"
 _VARIABLE = f"(?!{_UNIT_LETTER})[A-Za-z]"
-_TEXT = r"\\(?:text[a-z]*|operatorname|math(?:rm|bf|sf|tt)|mbox)(?![a-z])"
+_TEXT = r"\\(?:text[a-z]*|operatorname|math(?:rm|bf|sf|tt)|[mh]box)(?![a-z])"
 _SEPARATOR = r"(?:\\[a-z]+)?\{\s*,?\s*(?:\\[!,])?\s*\}(?:\\[!,])?|,\\!"
+_VECTOR = r"\\(?:vec|overrightarrow)\s*\{([A-Z]{2})\}"
 _REPEATING = r"(\d{0,50})\.(\d{0,50})\\(?:overline|bar|dot)\{(\d{1,50})\}"
+_FLOOR = r"""(?x)  # with a letter in it
+    ((?:\A|[-+=\d])\ *)\[\ *(?=[^][]*(?<![\\A-Za-z])[a-z](?![a-z]))
+    ((?:\\frac|√)[^][,;&]*)\](?=\ *(?:[-+]|\Z))"""
 _SIGNS = {"<=": "≤", ">=": "≥", "!=": "≠", "==": "=", "begin": "⟦", "end": "⟧"}
 _REWRITES = [  # tests check every example, and every "in any order"
+    # signs without TeX, in this order
+    # 5x⁻¹² -> 5x^{-12}; log₂3 -> log_2 3
+    (r"(?:([²³¹⁰-ⁿ]+)|([₀-ₜ]+))(?=(\d?))", lambda m: _script(*m.groups())),
     # TeX as it was written, in any order
     (r"\.\.\.|\\[lc]dots|…", r"\\dots "),  # 1, ... -> 1, \dots
     (rf"(?:{_SEPARATOR})\s*(?=\d{{3}}(?!\d))", ""),  # 1{,}234 -> 1234
@@ -343,6 +363,14 @@ _REWRITES = [  # tests check every example, and every "in any order"
     (r"\\(?:(?:text)?color|hspace|tag|phantom)\{[^{}]*\}|\\overline(?=\{[A-Z]{2}\})", " "),
     (r"(?<=\\\\)\[[\d.]+ ?[a-z]{2}\]", ""),  # 1\\[4pt]2 -> 1\\2
     (r"\{([^{}]*)\\over([^{}]*)\}", r"{\\frac{\1}{\2}}"),  # {1\over2} -> {\frac{1}{2}}
+    (r"\^\s*\{?\s*((?:\\prime\s*)+)\}?", lambda m: "'" * m[1].count("p")),  # y^{\prime} -> y'
+    # 5{\rm cm} -> 5\text{cm}; 5\rm{cm} -> 5\text{cm}
+    (r"\{\\rm\b\s*([^{}]*)\}|\\rm\s*\{([^{}]*)\}", r"\\text{\1\2}"),
+    # AB is a product of two letters; a vector is not: 2\vec{AB} -> 2 V_{AB}
+    (_VECTOR, lambda m: f" V_{{{m[1]}}}" if len(m[0]) < len(m.string) else m[1]),
+    # cross products have an order: \vec a\times b -> \vec a\cross b
+    (r"(\\(?:vec|mathbf|bm|boldsymbol)\s*\{?[A-Za-z]\}?\s*)\\times\b", r"\1\\cross"),
+    (r"\\math(?:bb|rm)\s*\{?E\}?\s*(?=(?:\\left)?\[)", "E"),  # \mathbb{E}[X] -> E[X]
     # words, in this order
     # \operatorname{tg}x -> \tg x
     (_TEXT + r"\s*\{((?:arc)?(?:sin|cos|tan|tg)|cot|ctg|ln|lg|log)\}", r"\\\1 "),
@@ -376,6 +404,8 @@ _REWRITES = [  # tests check every example, and every "in any order"
     # after a number and a space, a last letter is a unit: 5 m/s -> 5 ‹m›/s
     (rf"\A(\s*[-+]?[\d.,]+) +({_UNIT_LETTER})(?=(?:[\^/]\w+)*\s*\Z)", r"\1 ‹\2›"),
     # in any order
+    # a bracket around a fraction or a root is a floor: [\frac {n}{2}]+1 -> ⌊(\frac {n}{2})+1
+    (_FLOOR, r"\1⌊(\2)"),
     # a number after a power is a factor: 2^6 3^5 -> 2^6*3^5; 8!2! -> 8!*2!
     (r"((?<!_)[\w)]\^(?:\{[^{}]*\}|[a-z]|\w(?=\s))|!)\s*(?=\d)", r"\1*"),
     # 5 ‹million people› -> 5 ‹million› ‹people›
@@ -391,7 +421,14 @@ def _clean(text: str) -> str:
     text = " ".join(text.translate(_UNICODE).split())  # (long runs of blanks would take minutes)
     for pattern, replacement in _REWRITES:
         text = re.sub(pattern, replacement, text)
-    return " ".join(text.split()).lstrip(" ,;:=≈").rstrip(" .,;:")
+    return " ".join(text.split()).lstrip(" ,;:=≈").rstrip(" .,;:⏎")
+
+
+def _script(above: str | None, below: str | None, after: str) -> str:
+    """Raised or lowered characters as TeX. after: the digit that follows."""
+    plain = unicodedata.normalize("NFKC", above or below).replace("−", "-")
+    plain = plain if len(plain) == 1 else f"{{{plain}}}"
+    return ("^" if above else "_") + plain + " " * len(after)
 
 
 # ------------------------------------------------------- choices, labels and words around an answer
@@ -410,10 +447,14 @@ _FILLER = re.compile(rf"""(?ix)  # words around an answer; the lookbehind saves 
     |a\ total\ of|equal\ to|either|both)\b\ ?›?\s*
     |(?<=[^\s,])(?:[ ,]*‹?(?:altogether|in\ total|in\ all|overall|combined|total)
     |,\ ?‹?(?:respectively|exactly|precisely|each|now|of\ course))›?\s*\Z
-    |(?<=[^\s,(])[ ,(‹]*(?:for\ (?:all|any|every)\b[^\d<>≤≥≠]{{0,40}}|(?:since|because)\b.*
-    |[kn]\ ∈\ \{{?Z\}}?\s*\)?)\Z|(?<=[\d}}])[\ ‹]+\(
-    (?![^)]{{0,60}}(?:{_CHANGED}|\b(?:maybe|base|mod|factorial|percent|or|and)\b))
+    |(?<=[^\s,(])[ ,(‹]*(?:for\ (?:all|any|every)\b[^\d<>≤≥≠]{{0,40}}|(?:since|because)\b.*)\Z
+    |(?<=[\d}}])[\ ‹]+\(
+    (?![^)]{{0,60}}(?:{_CHANGED}|\b(?:maybe|base|mod|factorial|percent|or|and
+    |if|when|unless|where|odd|even)\b))
     (?=by|[a-z]*[aeiou])[a-z]{{2}}[a-z\ -]{{2,60}}\)\ ?›?\Z""")
+_INTEGER = re.compile(r"""(?x)  # π/4 + n π, n ∈ Z; or where n is an integer
+    (.*?[^ ,(‹])[ ,(‹]*(?:(?:where|for|with)(?:\ all|\ any|\ some)?[ ›]*)?\b([kmn])
+    (?:\ *∈\ *\{?\ *Z\ *\}?|[ ‹]*is\ an(?:y)?\ integer)[ ›)]*""")
 _LABELLED = re.compile(rf"""(?sx)  # total cost: 5, ‹The cost is› 5, A(1, 2); the label may be empty
     ((?![^:]{{0,60}}{_CHANGED}[^:]{{0,60}}(?::|\bis\b))(?=[^:\d]*[A-Za-z]{{3}})
     [A-Za-z‹][^=:<>≤≥≠≈∈\d]{{0,60}}(?::|\bis\b\ ?›?)|[A-Z]\ ?(?=\([^()]*,)|)(.*)""")
@@ -453,7 +494,7 @@ def _plain(text: str) -> str:
     text = re.sub("[‹› ]+", " ", text).strip()
     article, _, rest = text.partition(" ")
     words = all(map(_is_wordlike, rest.lower().split()))  # (a sin x is a product)
-    if article.lower() == "the" or article.lower() in ("a", "an") and words:
+    if rest and (article.lower() == "the" or article.lower() in ("a", "an") and words):
         text = rest
     text = re.sub(r"\s(?!\d)|(?<!\w)\s", "", re.sub(r"\{([\w:])\}", r"\1", text))
     low = text.lower()
@@ -464,14 +505,14 @@ def _plain(text: str) -> str:
 # -------------------------------------------------------------------------------- reading an answer
 
 # With these limits no text takes 100 ms (measured); a number of 2^13 bits is near 10^2400.
-_MAX_LENGTH, _MAX_DEPTH, _MAX_BITS, _POINTS = 600, 24, 2**13, 6
+_MAX_LENGTH, _MAX_DEPTH, _MAX_BITS, _POINTS = 600, 24, 2**13, 8
 
 
 class _Node(NamedTuple):
     """What an answer, or a part of it, was read as."""
 
     kind: str  # value, relation, text, ∪, ±; the brackets of a group, [] of a matrix, "" of a list
-    items: list | tuple  # of a value: six numbers, Fraction or complex; of a relation: its sides
+    items: list | tuple  # of a value: eight numbers, Fraction or complex; of a relation: its sides
     unit: str = ""  # of a value
     # Of a relation: the signs between its sides, = ≠ < ≤ ≈ ∈; > and ≥ are turned around.
     # Of a list joined by `or`: "or". Of an interval after ∈, or from an inequality: "∈". Such a
@@ -487,6 +528,10 @@ class _Node(NamedTuple):
     def is_constant(self) -> bool:
         nodes = self.alternatives  # (sets of fractions would be slow)
         return all(x.kind == "value" and x.items.count(x.items[0]) == _POINTS for x in nodes)
+
+    @property
+    def is_variable(self) -> bool:
+        return self.kind == "value" and not self.is_constant
 
     @property
     def is_name(self) -> bool:
@@ -513,7 +558,8 @@ _UNREAD_NAME = re.compile(r"""(?x)  # \sum_{k=1}^{9} k, |A ∪ B|, a \bmod 7; no
     # and with its right side. Without signs and numbers, except in brackets and scripts
     ((?![A-Za-z]\s*\^|(?:sin|cos|tan|ln|log|exp)\b|\\frac|\\binom)(?!.*\\(?:l?not|neg|nexists|sim
     |equiv|cong|[gl]l|gg)\b)(?!.*(?:\b(?:since|because)\b|›\ *\^))
-    (?:[A-Za-z|‹›°∪\s]|\\bmod\s*\w+|\\[A-Za-z]+|[_^]\s*\w|\([^()]*\)|[_^]?\s*\{[^{}]*\}){1,60}+)
+    (?:[^=<>,;]{1,60}\\dots[^=<>,;]{1,60}|  # 1 + 2 + \dots + 9
+    (?:[A-Za-z|‹›°∪\s]|\\bmod\s*\w+|\\[A-Za-z]+|[_^]\s*[\w∞]|\([^()]*\)|[_^]?\s*\{[^{}]*\}){1,60}+))
     =([^=]+)""")
 
 
@@ -535,7 +581,7 @@ def _read(text: str) -> _Node:
     if len(nodes) == 1:
         return nodes[0]
     joined = {*re.findall(r"\b(?:and|or)\b", text)}
-    if joined and any(set(node.signs) & {*"<≤≠"} for node in nodes):
+    if joined and any(set(x.signs) & {*"<≤≠"} or x.is_variable for x in nodes):
         if len(joined) == 2:
             raise ValueError("and beside or")
         return _Node(*joined, nodes)
@@ -568,12 +614,15 @@ class _Reader:
 
     def __init__(self, text: str):
         self.tokens = iter(_tokens(text))
+        self.ahead = next(self.tokens, ("end", ""))
         self.next()
 
     def next(self) -> str:
         token = self.token
         self.read += " " * (self.kind == "word") + token
-        self.kind, self.token = next(self.tokens, ("end", ""))
+        (self.kind, self.token), self.ahead = self.ahead, next(self.tokens, ("end", ""))
+        if self.kind == "number" and self.ahead == ("sign", "^"):
+            self.kind = "base"  # a number that is a factor after anything: n 2^k
         return token
 
     def sees(self, signs: str) -> bool:
@@ -662,7 +711,9 @@ class _Reader:
         unit = _unit(re.sub(r"[{}]", "", self.read[start:]), node.is_constant)
         return _for_each_sign(lambda part: part._replace(unit=part.unit or unit), [node])
 
-    def product(self, signs="*/(√{⟦[", kinds=("name", "call", "command", "function")) -> _Node:
+    def product(
+        self, signs="*/(√{⟦[", kinds=("name", "base", "call", "command", "function")
+    ) -> _Node:
         """Factors that begin with one of these signs or kinds of tokens: 2x, 2 * 3."""
         node = self.power()
         while self.sees(signs) or self.kind in kinds:
@@ -690,7 +741,7 @@ class _Reader:
         if self.depth > _MAX_DEPTH:
             raise ValueError("too deep")
         kind, token = self.kind, self.next()
-        if kind == "number":
+        if kind in ("number", "base"):
             node = _number(token)
         elif kind == "name":
             node = _symbol(re.sub("[{} ]", "", token))
@@ -735,6 +786,8 @@ class _Reader:
         return _apply(_power, result, power)
 
     def bracket(self, left: str) -> _Node:
+        if self.kind == "and":  # 5 (or 6)
+            self.fail()
         items = [] if self.kind == "close" else self.items("close")
         kind = left + self.accept(_CLOSING[left])
         if len(items) == 1 and kind in ("()", "[]", "{}"):
@@ -747,18 +800,23 @@ class _Reader:
 
 
 _LETTER = "[A-Za-zΑ-Ωα-ορ-ω]"  # without pi
-_INDEX = r"(?:_(?:\w|\{\w{1,9}\})'*|'+)"
+_INDEX = r"(?:_(?:\w|\{\w[\w+,-]{0,8}\})'*|'+)"
 _NAME = rf"(?:{_LETTER}{_INDEX}|P\([^()]*(?:[=<>≤≥|∪‹]|\\cap)[^()]*\))"  # x_1, x', P(X = 2)
 _CALL = rf"""(?:(?:[fgFG]{_INDEX}?(?:\^(?:\{{-?\w+\}}|\w))?|[⌊⌈])(?=\s*\()  # f(x + 1), f^{{-1}}(2)
+    |E(?=\s*\[)  # an expectation
     # P(x), but e(x) and i(3) are products
     |(?![ei]\s*\(){_LETTER}{_INDEX}?(?=\s*\(\s*(?:[\d.]+|{_LETTER}{_INDEX}?)\s*\)))"""
+_INVERSE = r"\s*\^\s*(?:\{\s*(?:-1|T)\s*\}|T)"
+# A product of matrices, B^{-1}A^T, has an order: it is a variable of that name.
+_MATRICES = rf"(?=[A-Z\s]*{_INVERSE})(?:[A-Z](?!_)(?:{_INVERSE})?\s*){{2,}}"
 _TOKEN = re.compile(rf"""(?x)  # a number may have groups of three digits: 1,234 or 1 234
     \s*(?:(?P<and>[,;&]|(?i:‹?\s*(?:and|or)(?![A-Za-z])\s*›?))
     |‹(?P<word>[^›]*)›
     |(?P<number>(?:(?<![,^_])\d{{1,3}}(?:(?:,\d{{3}})+|(?:[ ]\d{{3}})+)(?![, ]?\d)
         |\d+)(?:\.\d+)?(?:[eE][+-]?\d{{1,3}})?|\.\d+)
     |(?P<function>(?:{"|".join(_FUNCTIONS)})(?![A-Za-z]))
-    |(?P<name>{_NAME}|[π∞])|(?P<call>{_CALL})|(?P<letters>(?:(?!{_CALL}|{_NAME}){_LETTER})+)
+    |(?P<name>{_MATRICES}|{_NAME}|[π∞])|(?P<call>{_CALL})
+    |(?P<letters>(?:(?!{_CALL}|{_NAME}){_LETTER})+)
     |(?P<command>\\[A-Za-z]+)|(?P<close>[}}⦄)\]⟧⏎])|(?P<sign>\S))""")
 _SIDE_NAME = re.compile(rf"""(?x)  # x, m + n, a/b, f^{{-1}}(2), [ABC]; not 2x, x + 1, x^2, -x
     (?!.*(?<!\^)[({{|]-|-)(?:(?!log|ln|exp)(?:{_NAME}|{_LETTER})(?:\^\{{-1\}}(?=\())?(?:\(-?\d+\))?
@@ -800,7 +858,7 @@ def _letters(run: str, kind: str, before: str, spaced: bool) -> list[tuple[str, 
         return [("name", run)]
     low, follows = run.lower(), kind in ("number", "close")
     begins = kind == "and" or before in "=<>≤≥≠≈∈([⦃"
-    may_be_unit = kind == "number" or before == "/" or spaced and (follows or kind == "name")
+    may_be_unit = kind == "number" or before in ("/", "%") or spaced and (follows or kind == "name")
     is_unit = low in _UNITS and may_be_unit
     is_word = (begins or follows and spaced) and _is_wordlike(low)
     if is_unit or is_word or begins and low in ("no", "on", "is"):
@@ -830,8 +888,9 @@ _NUMBER_WORD = re.compile(r"""(?x)  # not a unit: it changes the number before i
     \w+tieths?|(?:\w+illion|(?:thir|four|fif|six|seven|eigh|nine)teen|hundred|thousand|dozen
     |(?:twen|thir|for|fif|six|seven|eigh|nine)ty|one|two|three|four|five|six|seven|eight|nine|ten
     |eleven|twelve|third|quarter|mil)(?:ths?|s)?|(?:fif|eigh|nin|twelf)ths?|half|halfs|halves
-    |twice|thrice|score|least|most|double|triple|factorial|plus|minus|negative|point|root|power
-    |remainder|(?:squar|cub|doubl|tripl|halv|divid|multipli|increas|decreas|reduc|rais|add|subtract)ed""")
+    |lakh|crore|gross|permille|twice|thrice|score|least|most|double|triple|factorial|plus|minus
+    |negative|point|root|power|remainder|(?:squar|cub|doubl|tripl|halv|divid|multipli|increas|decreas
+    |reduc|rais|add|subtract)ed""")
 
 
 def _unit(text: str, constant: bool) -> str:
@@ -869,19 +928,22 @@ def _symbol(name: str) -> _Node:
     """A constant (infinity is one) or a variable.
 
     Every variable has both signs, so that |x| is not x; and no two small letters have the same or
-    opposite ones at every point, so that |a + d| is not |a| + |d|, nor |ad| = ad.
+    opposite ones at every point, so that |a + d| is not |a| + |d|, nor |ad| = ad. Modulo 8 letters
+    differ from point to point and from each other, so that (-1)^n is neither (-1)^k nor
+    (-1)^(n(n-1)/2): three bits of a code, shifted by one from point to point, whose factor 233 was
+    found by trial.
     """
     if name in _CONSTANTS:
         return _Node("value", (_CONSTANTS[name],) * _POINTS)
-    draw = random.Random(name).randrange  # the same in every process
-    signs = sum(map(ord, name)) % 31 + 1  # five bits, not all 0; at the last point all are positive
-    draws = [2 * draw(1, 500_000) + k % 2 for k in range(_POINTS)]  # even and odd, for (-1)^n
+    draw, code = random.Random(name).randrange, sum(map(ord, name))  # the same in every process
+    signs = code % 31 + 1  # five bits, not all 0; at the last three points all are positive
+    draws = [8 * draw(1, 125_000) + (233 * code >> k + 1) % 8 for k in range(_POINTS)]
     points = [Fraction(-n if signs >> k & 1 else n, 400_009) for k, n in enumerate(draws)]
     return _Node("value", tuple(points))
 
 
 def _apply(function, *arguments: _Node) -> _Node:
-    """The function at the six points; an ArithmeticError or ValueError where it has no value."""
+    """The function at the eight points; an ArithmeticError or ValueError where it has no value."""
     if "±" in [argument.kind for argument in arguments]:
         return _for_each_sign(functools.partial(_apply, function), arguments)
     if arguments[-1].kind == "[]" and function in (mul, neg):  # a matrix, a row of it
@@ -1005,7 +1067,9 @@ class _Comparison:
         short, long = sorted((a.unit, b.unit), key=len)
         if short not in ("", long) and not (short in "$£€¥₹%°" and long.startswith(f"{short} ")):
             return False  # $18 is 18 dollars per hour, and 25% is 25% of the boys
-        equal = all(map(_close, a.items, b.items))
+        # √(ab) is √a √b, and ln(ab) is ln a + ln b, where all letters are positive
+        start = -3 if _has_branches(a.text) and _has_branches(b.text) else 0
+        equal = all(map(_close, a.items[start:], b.items[start:]))
         if a.unit[:1] == "%" == b.unit[:1] or "%" not in a.unit + b.unit:
             return equal
         percent, other = (a, b) if a.unit[:1] == "%" else (b, a)
@@ -1105,6 +1169,11 @@ def _close(x: Fraction | complex, y: Fraction | complex) -> bool:
     if any(n > 10**9 or n.denominator > 1024 and 10**400 % n.denominator == 0 for n in exact):
         return False
     return x == y or abs(x - y) < (1e-13 if exact else 1e-11) * max(abs(x), abs(y))
+
+
+def _has_branches(text: str) -> bool:
+    """Whether roots or logarithms, but no absolute values and no powers of -1, are in a text."""
+    return re.match(r"(?!.*(?:[|]|\(-)).*(?:√|(?<![a-z])(?:ln|log))", text) is not None
 
 
 def _differences(relation: _Node) -> list[_Node]:

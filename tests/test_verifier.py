@@ -107,7 +107,7 @@ def test_the_worked_example_of_the_docstring():
     assert " ".join(" ".join(token) for token in verifier._tokens(cleaned)) == (
         r"command \frac sign { number 1 close } sign { number 2 close } word cm"
     )
-    assert value == verifier._Node("value", (0.5,) * 6, "cm", text=r"\frac{1}{2} cm")
+    assert value == verifier._Node("value", (0.5,) * 8, "cm", text=r"\frac{1}{2} cm")
     assert verify(response, gold) is True
 
 
