@@ -9,6 +9,7 @@ on stderr and exit code 2.
 """
 
 import argparse
+import codecs
 import csv
 import functools
 import hashlib
@@ -24,12 +25,14 @@ import sys
 import time
 import traceback
 from argparse import Namespace
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from itertools import chain
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import NoReturn
 
 import numpy as np
@@ -321,6 +324,8 @@ class Optimizer:
         if not math.isfinite(norm):
             raise FloatingPointError(f"the norm of the gradient is {norm}")
         if not norm:
+            for weight, _, _ in self.narrow:
+                weight.grad = None  # in fp32: the compiler refuses it beside a bf16 weight
             return norm
         for group in self.adamw.param_groups:
             group["lr"] = lr
@@ -564,6 +569,8 @@ class Run:
         notes = self.check_resume(settings) if task.args.resume else []
         barrier()  # all processes have looked at the folder before one writes
         self.lock = locked(self.folder)
+        if rank() == 0:  # whose settings the others may see already
+            check_output(self.args)  # again: loading took time, in which another run may have begun
         if (self.folder / "config.json").exists():  # complete: its settings and its log stay
             self.clean_up()  # what a kill left beside the final model
             print(f"{self.folder} is complete")
@@ -955,6 +962,17 @@ def check_flags(args: Namespace) -> None:
         fail("--lora-alpha belongs to --lora")
     if args.eval_only:
         return
+    check_output(args)
+    if args.lora and not args.lora_alpha:
+        args.lora_alpha = 2 * args.lora
+    if args.lr is None:
+        args.lr = 10 * LR if args.lora else LR
+        if args.lora:
+            print(f"learning rate {args.lr}: for --lora ten times that of full fine-tuning")
+
+
+def check_output(args: Namespace) -> None:
+    """Fail where the folder holds something that the run would mix with."""
     if args.output.exists() and not args.output.is_dir():
         fail(f"{args.output} is a file: name another --output")
     there = {path.name for path in args.output.iterdir()} if args.output.exists() else set()
@@ -965,12 +983,6 @@ def check_flags(args: Namespace) -> None:
     if not args.resume and there - {".lock", "settings.json.tmp"}:
         how = "go on with its run with --resume" if begun else "empty it"
         fail(f"{args.output} already holds something: name another --output, or {how}")
-    if args.lora and not args.lora_alpha:
-        args.lora_alpha = 2 * args.lora
-    if args.lr is None:
-        args.lr = 10 * LR if args.lora else LR
-        if args.lora:
-            print(f"learning rate {args.lr}: for --lora ten times that of full fine-tuning")
 
 
 # -------------------------------------------------------------------- loading the model, the prompt
@@ -1028,7 +1040,8 @@ def load_lm(args: Namespace) -> LM:
     if not all(isinstance(i, int | None) for i in ends):
         fail(f"eos_token_id {config.eos_token_id!r} in {name}'s generation_config.json is no id")
     eos_ids = {tokenizer.eos_token_id, *ends, *stops} - {None}
-    if min(eos_ids, default=math.inf) >= len(tokenizer):
+    size = max(tokenizer.get_vocab().values()) + 1  # len(tokenizer), unless ids have gaps
+    if min(eos_ids, default=math.inf) >= size:
         fail(f"{name} has no EOS token, so responses could not end: give --stop-tokens")
     if stops:
         config.eos_token_id = sorted(eos_ids)  # for whoever loads the output
@@ -1042,9 +1055,9 @@ def load_lm(args: Namespace) -> LM:
     if context is None:
         fail(f"{name} does not say how long its context is (max_position_embeddings)")
     rows = model.get_output_embeddings().weight.shape[0]
-    if rows < len(tokenizer):
-        fail(f"{name} has {rows} embeddings for the {len(tokenizer)} tokens of its tokenizer")
-    return LM(model, tokenizer, eos_ids, len(tokenizer), context)
+    if rows < size:
+        fail(f"{name} has {rows} embeddings for the {size} tokens of its tokenizer")
+    return LM(model, tokenizer, eos_ids, size, context)
 
 
 def prepare_torch(device: str, compiles: bool) -> None:
@@ -1064,6 +1077,7 @@ def prepare_torch(device: str, compiles: bool) -> None:
     except Exception as error:  # Triton needs a C compiler
         warn(f"nothing is compiled here, which makes it slower: {last_cause(error)}")
         torch._dynamo.config.disable = True
+    torch._dynamo.config.recompile_limit = 64  # 8 is not much for all temperatures and batches
     torch._dynamo.config.suppress_errors = True  # from here on torch says why, and goes on without
 
 
@@ -1157,65 +1171,66 @@ def render(lm: LM, problem: str, args: Namespace) -> list[int]:
 
 # ------------------------------------------------------------------- loading problems, the verifier
 
-DATA_FILES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+DATA_FILES = (".jsonl", ".json", ".csv", ".parquet")
 
 
-def load_rows(name: str, default_split: str):
-    """The rows of a data set: a file, or NAME[:CONFIG][@SPLIT] of a folder or the hub."""
-    import datasets  # here, so that all the rest runs where it is not installed
+def load_rows(name: str, default_split: str) -> dict[str, Sequence]:
+    """The columns of a data set: a file, or NAME[:CONFIG][@SPLIT] of a folder or the hub.
 
-    datasets.utils.logging.set_verbosity(50)  # what it logs as an error it also raises
-    if not sys.stderr.isatty():
-        datasets.disable_progress_bars()
+    Text files are read here: the library guesses a type for each column, so that 007 becomes 7 and
+    2020-01-01 a date, and may read an old copy where a file's time stamp is that of another.
+    """
     path = Path(name)
     if path.suffix in DATA_FILES and not path.is_file():
         fail(f"no such data file: {name}")
-    if path.is_file():
-        if path.suffix not in DATA_FILES:
-            fail(f"{name} is no data file of a known form: {', '.join(DATA_FILES)}")
-        if not path.stat().st_size:
-            fail(f"the data set {name} is empty")
-        source = {"path": DATA_FILES[path.suffix], "data_files": str(path), "split": "train"}
-    else:
-        rest, _, split = name.partition("@")
-        rest, _, config = rest.partition(":") if not Path(rest).exists() else (rest, "", "")
-        check_is_there(rest, "data set")
-        source = {"path": rest, "name": config or None, "split": split or default_split}
-    with loading(name):
-        if path.suffix == ".csv":
-            source["keep_default_na"] = False  # "NA" is text, a blank makes no integers inexact
-            csv.field_size_limit(2**31 - 1)
-            with open(path, newline="", errors="replace") as file:
-                widths = [len(row) for row in csv.reader(file)]
-            if max(widths) > widths[0]:  # pandas would take the first field for the row's name
-                row = widths.index(max(widths)) + 1
-                fail(f"row {row} of {name} has {max(widths)} fields, the header {widths[0]}")
-        return datasets.load_dataset(**source)
+    if path.is_file() and path.suffix not in DATA_FILES:
+        fail(f"{name} is no data file of a known form: {', '.join(DATA_FILES)}")
+    with explained(f"cannot load the data set {name}"):  # each builder has its own exceptions
+        if path.suffix in DATA_FILES and path.suffix != ".parquet":
+            rows = text_rows(path)
+            return {key: [row.get(key) for row in rows] for key in dict.fromkeys(chain(*rows))}
+        import datasets  # here, so that all the rest runs where it is not installed
+
+        datasets.utils.logging.set_verbosity(50)  # what it logs as an error it also raises
+        if not sys.stderr.isatty():
+            datasets.disable_progress_bars()
+        if path.is_file():
+            with TemporaryDirectory() as cache:
+                settings = {"cache_dir": cache, "keep_in_memory": True}
+                table = datasets.Dataset.from_parquet(name, **settings)
+        else:
+            rest, _, split = name.partition("@")
+            rest, _, config = rest.partition(":") if not Path(rest).exists() else (rest, "", "")
+            check_is_there(rest, "data set")
+            table = datasets.load_dataset(rest, config or None, split=split or default_split)
+        columns = {key: table[key] for key in table.column_names}
+        for key, feature in table.features.items():  # the digits that were meant: 0.1
+            if (kind := getattr(feature, "dtype", "")) in ("float16", "float32"):
+                texts = [x if x is None else str(np.dtype(kind).type(x)) for x in columns[key]]
+                columns[key] = [x if x is None else float(x) for x in texts]
+        return columns
 
 
-@contextmanager
-def loading(name: str):
-    """Say why a data set cannot be loaded, and at which line: `datasets` does not say that."""
-    try:
-        yield
-    except Exception as error:  # each builder has its own
-        cause = last_cause(error)
-        # it may have a header; or the row groups of a Parquet file are of 0 rows
-        if re.search("corresponds to no data|BatchSize must be greater than 0", f"{error} {cause}"):
-            fail(f"the data set {name} is empty")
-        at = broken_line(name) if name.endswith(".jsonl") else ""
-        fail(f"cannot load the data set {name}: {cause}{at}")
-
-
-def broken_line(name: str) -> str:
-    """Which line of a .jsonl is the first that is not an object, and why, as a remark."""
-    with suppress(OSError):
-        for i, line in enumerate(open(name, "rb"), 1):
-            try:
-                json_object(str(line, "utf-8-sig").strip() or "{}")
-            except (argparse.ArgumentTypeError, UnicodeDecodeError) as why:
-                return f" (line {i}: {why})"
-    return ""
+def text_rows(path: Path) -> list[dict]:
+    """The rows of a .jsonl, .json or .csv file. All that a .csv holds is text."""
+    if path.suffix == ".csv":
+        csv.field_size_limit(2**31 - 1)
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            rows = list(csv.DictReader(file, strict=True))
+        if long := [i for i, row in enumerate(rows, 2) if None in row]:
+            raise ValueError(f"row {long[0]} has more fields than the header")
+        return rows
+    data, rows = path.read_bytes().removeprefix(codecs.BOM_UTF8), []
+    if path.suffix == ".json" and data.lstrip()[:1] == b"[":
+        rows = json.loads(data)
+        if not all(isinstance(row, dict) for row in rows):
+            raise ValueError("it is no list of JSON objects")
+        return rows
+    for i, line in enumerate(data.split(b"\n"), 1):
+        if line.strip():
+            with explained(f"cannot load the data set {path}: line {i}"):
+                rows.append(json_object(str(line, "utf-8")))
+    return rows
 
 
 def is_empty(answer: object) -> bool:
@@ -1250,28 +1265,31 @@ def load_problems(args: Namespace, name: str, split: str = "train") -> tuple[dic
 
     def column(given: str | None, usual: tuple[str, ...], flag: str):
         for candidate in [given] if given else usual:
-            if candidate in rows.column_names:
-                with loading(name):  # it is decoded only now
+            if candidate in rows:
+                with explained(f"cannot load the data set {name}"):  # it is decoded only now
                     return list(rows[candidate])
-        there = ", ".join(rows.column_names) + ("" if given else f": give {flag}")
+        there = ", ".join(rows) + ("" if given else f": give {flag}")
         fail(f"{name} has no column {given or ' or '.join(usual)}; it has {there}")
 
+    if not max(map(len, rows.values()), default=0):
+        fail(f"the data set {name} is empty")
     texts = column(args.problem_column, ("problem", "question", "prompt"), "--problem-column")
     answers = column(args.answer_column, ("answer", "solution", "tests"), "--answer-column")
-    problems, counts = {}, {"rows": len(rows), "incomplete": 0, "duplicates": 0}
+    problems, counts = {}, {"rows": len(texts), "incomplete": 0, "duplicates": 0}
     for i, (text, answer) in enumerate(zip(texts, answers), 1):
         if not isinstance(text, str) or not text.strip() or is_empty(answer):
             counts["incomplete"] += 1
-        elif (key := key_of(text)) in problems:
-            counts["duplicates"] += 1
-        else:
-            row = f"row {i} of {name}, for --verifier {args.verifier}"
-            with explained(row, TypeError, ValueError, SyntaxError):
+            continue
+        row = f"row {i} of {name}, for --verifier {args.verifier}"
+        with explained(row, TypeError, ValueError, SyntaxError):
+            if (key := key_of(text)) in problems:
+                counts["duplicates"] += 1
+            else:
                 problems[key] = text, checked_answer(answer, args.verifier)
     if not problems:
         kinds = sorted({type(text).__name__ for text in texts} - {"str", "NoneType"})
         but = f" (problems are text, these are {', '.join(kinds)})" if kinds else ""
-        fail(f"all {len(rows)} rows of {name} are incomplete: no problem, or no answer{but}")
+        fail(f"all {len(texts)} rows of {name} are incomplete: no problem, or no answer{but}")
     return problems, counts
 
 
@@ -1300,6 +1318,8 @@ def split_problems(lm: LM, args: Namespace, saved: dict, half: bool) -> tuple[li
         """Never cut: a problem without its beginning is another problem."""
         bar = progress(keys, "tokenizing")
         problems = [Problem(*rows[key], render(lm, rows[key][0], args)) for key in bar]
+        if empty := [p for p in problems if not p.prompt_ids]:
+            fail(f"the tokenizer of {args.model} makes no token of {empty[0].text!r:.60}")
         short = [p for p in problems if len(p.prompt_ids) + args.max_new_tokens <= lm.context]
         counts[name] = len(problems) - len(short)
         return short
@@ -1314,7 +1334,7 @@ def split_problems(lm: LM, args: Namespace, saved: dict, half: bool) -> tuple[li
     problems = problems[: args.problems or default]
     counts.update(held_out=len(held_out), training=len(problems))
     wanted, kind = (held_out, "evaluate") if args.eval_only else (problems, "train on")
-    if not wanted:
+    if not wanted and not getattr(args, "traces", None):
         fail(
             f"no problem is left to {kind}: {len(kept_apart)} are held out (--eval-problems), "
             f"{len(saved['problems'])} were used by stage 1, of {json.dumps(counts)}; a prompt "
@@ -1335,22 +1355,26 @@ def load_verifier(name: str) -> Callable[[list[str], list], list[int]]:
             fail("--verifier code cannot run programs on this machine: a right one came out wrong")
     else:
         unknown = f"--verifier {name} is neither math nor code nor a module:function to be imported"
-        with explained(unknown):  # importing runs the user's code
-            sys.path.insert(0, os.getcwd())
+        with explained(unknown, Exception, SystemExit):  # importing runs the user's code
+            sys.path.append(os.getcwd())
             module, function = name.split(":")
-            verify = getattr(importlib.import_module(module), function)
+            verify = getattr(imported := importlib.import_module(module), function)
+            here = Path(*module.split(".")).with_suffix(".py").resolve()
+            if here.exists() and here != Path(imported.__file__).resolve():
+                raise ImportError(f"{imported.__file__} is {module} already: rename {here}")
 
     def verdict_of(pair: tuple[str, object]) -> int:
         try:
             found = verify(*pair)
-            if found not in (0, 1):  # True and False are 1 and 0
-                fail(f"--verifier {name} returned {found!r}: True or False is wanted")
-            return int(found)
-        except Exception as error:  # the user's code: say where
+            verdict = int(found) if found in (0, 1) else None  # True and False are 1 and 0
+        except (Exception, SystemExit) as error:  # the user's code: say where
             at = traceback.extract_tb(error.__traceback__)[-1]
             where = f"{Path(at.filename).name}:{at.lineno}"
             cause = f"{type(error).__name__} ({where}): {last_cause(error)}"
             fail(f"--verifier {name} raised {cause}")
+        if verdict is None:
+            fail(f"--verifier {name} returned {found!r}: True or False is wanted")
+        return verdict
 
     def verdicts_of(pairs: list[tuple]) -> list[int]:
         if name != "code":

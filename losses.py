@@ -24,7 +24,7 @@ tokens and returns one number per token, in nats: the caller masks, sums and div
 
 import math
 from collections.abc import Callable
-from functools import cache, partial
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -422,8 +422,11 @@ def compiled_chunk_backward() -> Callable:
     In bf16 this reads both sides' logits three times and writes the gradient once, 14 bytes for a
     pair of logits.
     """
-    options = {"realize_reads_threshold": 8}
-    return torch.compile(partial(chunk_backward, functional=True), dynamic=True, options=options)
+
+    def run(*arguments):
+        return chunk_backward(*arguments, functional=True)
+
+    return torch.compile(run, dynamic=True, options={"realize_reads_threshold": 8})
 
 
 def backward_by_chunks(

@@ -284,7 +284,8 @@ def load_traces(lm: LM, args: Namespace) -> tuple[list[Trace], list[str]]:
         if not traces:
             fail(f"{path} holds no trace")
         for trace in traces:
-            right = trace.reward in (0, 1) and isinstance(trace.problem, str)
+            right = isinstance(trace.reward, int) and trace.reward in (0, 1)
+            right = right and isinstance(trace.problem, str)
             known = all(type(i) is int and 0 <= i < lm.vocab_size for i in trace.ids)
             if not (right and known and trace.revision_ids):
                 fail(f"{other}: a reward or an id is out of range")

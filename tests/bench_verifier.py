@@ -10,7 +10,7 @@ By hand, not part of the tests:
 A GSM8K answer is graded against itself (must be right) and as the response to the problem before.
 
 Right verdicts in percent on the 3,235 cases of tests/verifier_cases.jsonl (1,366 of them wrong), by
-the third command without GSM8K, 2026-11-28, on the project's machine (Xeon, 2 cores, Python 3.11).
+the third command without GSM8K, 2026-11-28, on the project's machine (EPYC, 2 cores, Python 3.11).
 `before` is verifier.py of commit c4b0e6d; the cases from "hedging" on are kinds that readers found.
 
     category                          cases  before  here  math-verify

@@ -152,18 +152,6 @@ def sampled(model, prompts, *, max_new_tokens, eos_token_ids, seed, **rest):
 ROWS_BY = {name: [row[i] for row in ROWS[:20]] for i, name in enumerate(("problem", "answer"))}
 
 
-class Rows:
-    """A data set without the data-set library, which would take most of the time here."""
-
-    column_names = ["problem", "answer"]
-
-    def __len__(self):
-        return 20
-
-    def __getitem__(self, name):
-        return ROWS_BY[name]
-
-
 def ending(folder):
     """All that a run leaves behind, by name."""
     found = {}
@@ -205,7 +193,7 @@ def small(tmp_path_factory):
     save_model(folder / "base", tokenizer=tokenizer, **sizes)
     assert (folder / "base" / "additional_chat_templates").is_dir()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(common, "load_rows", lambda *rest: Rows())
+        patch.setattr(common, "load_rows", lambda *rest: ROWS_BY)
         call(srt, *SMALL, *OWN["srt"], model=folder / "base", dataset="x", output=folder / "srt")
     return {"srt": folder / "base", "sdzero": folder / "srt"}
 
@@ -221,7 +209,7 @@ def quick(monkeypatch):
         return copy.deepcopy(loaded[args.model])
 
     monkeypatch.setattr(common, "load_lm", load_lm)
-    monkeypatch.setattr(common, "load_rows", lambda *rest: Rows())
+    monkeypatch.setattr(common, "load_rows", lambda *rest: ROWS_BY)
     monkeypatch.setattr(common, "generate", sampled)
     monkeypatch.setattr(srt, "PROBLEMS_AT_ONCE", 3)
 

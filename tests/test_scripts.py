@@ -455,17 +455,17 @@ BAD = {
     "a broken line": (
         "srt",
         "--model {base} --dataset {broken}",
-        "(line 3: must be a JSON object, not '{{\"problem\":')",
+        "line 3: must be a JSON object, not '{{\"problem\":",
     ),
     "another encoding": (
         "srt",
         "--model {base} --dataset {made}/utf16.jsonl",
-        "(line 1: 'utf-8' codec can't decode byte 0xff",
+        "line 1: 'utf-8' codec can't decode byte 0xff",
     ),
     "latin-1": (
         "srt",
         "--model {base} --dataset {made}/latin.jsonl",
-        "(line 2: 'utf-8' codec can't decode",
+        "line 2: 'utf-8' codec can't decode",
     ),
     "problems that are chats": (
         "srt",

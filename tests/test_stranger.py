@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 from test_scripts import FLAGS, STAGE_1, STAGE_2, call, lines_of, save_model, save_rows, task_of
+from tiny import make_tokenizer
 
 import common
 import sdzero
@@ -254,3 +255,87 @@ def test_one_long_problem_is_no_reason_to_refuse_the_others(capsys):
 def test_a_fine_tuned_model_is_not_taken_for_stage_1(capsys):
     sdzero.check(checked([3], context=99, problems=[], trained=["k"]))
     assert "does not come from stage 1" in capsys.readouterr().err
+
+
+def leaving(response, answer):
+    raise SystemExit(0)
+
+
+@pytest.mark.parametrize(
+    "verify, line",
+    [
+        ("test_stranger:leaving", "raised SystemExit (test_stranger.py:"),
+        ("leaves:verify", "to be imported: 0"),
+        ("verifier:verify", "is verifier already: rename"),
+        ("json:loads", "is json already: rename"),
+    ],
+)
+def test_a_verifier_that_leaves_or_is_another_one(
+    verify, line, base, data, tmp_path, ended, monkeypatch
+):
+    """sys.exit(0) ended a run without a model and without a word; the repository's verifier.py was
+    taken for a copy of it that the user had changed."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "leaves.py").write_text("raise SystemExit(0)\n")
+    for name in ("verifier", "json"):
+        (tmp_path / f"{name}.py").write_text("def verify(response, answer): return True\n")
+    flags = dict(model=base, dataset=data, verifier=verify, output="out")
+    code, _, err = ended(srt, *FLAGS, **flags)
+    assert code == 2 and line in err and not (tmp_path / "out").exists(), err
+
+
+def test_a_run_that_begins_while_another_one_loads(base, data, tmp_path, ended, monkeypatch):
+    """It went on from that one's checkpoint with its own flags, and said that it was saved."""
+    split, out = common.split_problems, tmp_path / "out"
+
+    def slow(*arguments):
+        (out / "checkpoint-4").mkdir(parents=True)
+        (out / "checkpoint-4" / "training_state.pt").touch()
+        return split(*arguments)
+
+    monkeypatch.setattr(common, "split_problems", slow)
+    monkeypatch.setattr(common, "generate", None)
+    code, _, err = ended(srt, *FLAGS, model=base, dataset=data, output=out)
+    assert code == 2 and "already holds something" in err
+    assert not (out / "settings.json").exists()
+
+
+def test_ids_with_gaps(tmp_path, data):
+    """phi-4-mini's: ids from len(tokenizer) on, its EOS among them, would never be sampled."""
+    tokenizer = make_tokenizer()
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    state["model"]["vocab"]["~"] += 7  # the last one
+    tokenizer._tokenizer = type(tokenizer.backend_tokenizer).from_str(json.dumps(state))
+    path = save_model(tmp_path / "base", tokenizer=tokenizer, vocab_size=120)
+    task = task_of(srt, *FLAGS, model=path, dataset=data)
+    assert task.lm.vocab_size == len(tokenizer) + 7
+    assert task.lm.text([len(tokenizer) + 6]) == "~"
+
+
+def test_a_problem_without_a_token(data, tmp_path, ended, monkeypatch):
+    """With a tokenizer that drops what it does not know; sampling failed in mid-run."""
+    monkeypatch.setattr(common, "render", lambda lm, text, args: [5] * (text != "1 + 2 = ?"))
+    path = save_model(tmp_path / "base")
+    code, _, err = ended(srt, *FLAGS, model=path, dataset=data, output=tmp_path / "out")
+    assert code == 2 and "makes no token of '1 + 2 = ?'" in err
+
+
+@pytest.mark.parametrize("reward", [1.0, "1", None])
+def test_the_reward_of_a_trace_is_a_whole_number(reward, base, data, tmp_path, ended):
+    """pandas writes 1.0 where a column had a gap: it was a traceback."""
+    trace = srt.Trace("1?", "1", reward, "", "", "", True, [5], [6], [7], [8])
+    (tmp_path / "traces.jsonl").write_text(json.dumps(vars(trace)) + "\n")
+    flags = dict(model=base, dataset=data, traces=tmp_path / "traces.jsonl")
+    code, _, err = ended(srt, *FLAGS, **flags, output=tmp_path / "out")
+    assert code == 2 and "a reward or an id is out of range" in err
+
+
+def test_traces_beside_held_out_problems_only(base, data, tmp_path):
+    """The traces are what is trained on: no other problem has to be left."""
+    flags = [*FLAGS, "--model", base, "--batch-size", "32", "--eval-samples", "1", "--epochs", "1"]
+    call(srt, *flags, "--eval-problems", "2", "--dataset", data, "--collect-only",
+         "--output", tmp_path / "collected")  # fmt: skip
+    other = save_rows(tmp_path / "other.jsonl", [(f"{i} - 1 = ?", str(i - 1)) for i in range(3)])
+    flags += ["--traces", tmp_path / "collected" / "traces.jsonl", "--dataset", other]
+    call(srt, *flags, "--eval-problems", "3", "--output", tmp_path / "out")
+    assert (tmp_path / "out" / "config.json").exists()

@@ -506,6 +506,17 @@ def test_a_gradient_that_is_not_finite_stops_before_the_weights_are_touched(valu
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters()))
 
 
+def test_a_gradient_of_zeros_does_not_stay():
+    """An fp32 gradient beside a bf16 weight: the compiler refuses whatever comes next."""
+    model = tiny("llama", dtype=torch.bfloat16)
+    optimizer = Optimizer(model)
+    before = [p.clone() for p in model.parameters()]
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p, dtype=torch.float32)
+    assert optimizer.step(1.0) == 0
+    assert all(p.grad is None and torch.equal(p, b) for p, b in zip(model.parameters(), before))
+
+
 def test_learning_rates():
     """Catches a first step of 0, a warm-up that is one step off, a cosine that ends early."""
     cosine = argparse.Namespace(lr=2.0, warmup=0.05, lr_schedule="cosine")
