@@ -386,6 +386,9 @@ def checkpoint_layers(model: torch.nn.Module) -> None:
     The method was renamed in transformers 5.2x."""
     enable = getattr(model, "activation_checkpointing_enable", None)
     (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
+    # it lets the embedding's output require a gradient, in sampling too, where the compiler would
+    # compile the first layer apart from the others; only the reentrant way needs that
+    model.disable_input_require_grads()
 
 
 # -------------------------------------------------------------------------------- several processes
