@@ -439,6 +439,25 @@ def test_a_toy_that_was_killed_goes_on(commands, tmp_path):
     toy.both_stages(tmp_path, 0)  # finished: neither is called again
 
 
+def test_a_toy_of_another_world_is_refused(tmp_path, monkeypatch, capsys):
+    """Catches a world whose results pass for those of another --seed."""
+
+    def stop(*args):
+        raise RuntimeError
+
+    monkeypatch.setattr(toy, "pretrain", lambda world, tokenizer: tiny("llama"))
+    monkeypatch.setattr(toy, "both_stages", stop)
+    for seed, end in (("0", RuntimeError), ("0", RuntimeError), ("1", SystemExit)):
+        with pytest.raises(end) as stopped:
+            toy.main(["--out", str(tmp_path), "--seed", seed])
+    message = f"{tmp_path} holds another world than 1: name another --out\n"
+    assert stopped.value.code == 2 and capsys.readouterr().err.endswith(message)
+    (tmp_path / "stage1.jsonl").unlink()
+    with pytest.raises(SystemExit):
+        toy.main(["--out", str(tmp_path)])
+    assert f"cannot use {tmp_path}, name another --out" in capsys.readouterr().err
+
+
 def test_commands_of_the_ablations(commands, tmp_path, capsys):
     """Each variant is another one, from the right model; what the toy has run is not run again."""
     toy.both_stages(tmp_path, 7)
@@ -670,7 +689,7 @@ def test_worlds(tmp_path, capsys):
     [
         (toy, "--seeds 0", "--seeds: must be at least 1, not 0"),
         (toy, "--seeds -1", "--seeds: must be at least 1, not -1"),
-        (toy, "--out file", "cannot write to file"),
+        (toy, "--out file", "cannot use file, name another --out"),
         (real, "--model m --out file", "cannot write to file"),
         (worlds, "--collect . --results none.jsonl", "no seed*/report.json"),
         (worlds, "--results none.jsonl", "cannot read none.jsonl"),
@@ -767,6 +786,7 @@ def test_the_toy_prints_what_it_measured(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(toy, "pictures", lambda out: None)
     (tmp_path / "base").mkdir()
     (tmp_path / "base" / "config.json").touch()
+    (tmp_path / "stage1.jsonl").write_text(toy.make_row(toy.World(3)))
     toy.main(["--out", str(tmp_path), "--seed", "3"])
     out = capsys.readouterr().out
     percents = {"base": 50, "SRT": 60, "SD-Zero": 70}
