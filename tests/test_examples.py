@@ -335,6 +335,8 @@ def test_commands_of_the_real_model(monkeypatch, tmp_path, capsys):
         seen[args.output.name] = args
         args.output.mkdir(exist_ok=True)
         (args.output / "config.json").touch()
+        settings = {"flags": {"model": args.model, "seed": args.seed}}
+        (args.output / "settings.json").write_text(json.dumps(settings))
         line = json.dumps({"kind": "train", "step": 1, "seconds": 90.0, "sample": "text"})
         (args.output / "metrics.jsonl").write_text(f"{line}\n")
 
@@ -367,6 +369,27 @@ def test_commands_of_the_real_model(monkeypatch, tmp_path, capsys):
     lines = [json.loads(line) for line in open(tmp_path / "report.jsonl")]
     assert [line["row"] for line in lines if "row" in line][:2] == ["base", "SRT"]
     assert {line["run"] for line in lines if "run" in line} == real.RUNS.keys()
+    for other in (["--model", "smollm2"], ["--model", "another", "--seed", "5"]):
+        with pytest.raises(SystemExit) as stopped:
+            real.main([*other, "--out", str(tmp_path)])
+        message = f"{tmp_path} was begun with --model smollm2 --seed 5: give these, or another"
+        assert stopped.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_problems_of_the_real_model_follow_the_seed(monkeypatch, tmp_path):
+    """Catches those of another seed, or half a file, of a call that was killed before the base."""
+
+    def stop(*args):
+        raise RuntimeError
+
+    monkeypatch.setattr(real, "run", stop)
+    (tmp_path / "both.jsonl").touch()
+    for seed in (0, 1):
+        with pytest.raises(RuntimeError):
+            real.main(["--model", "m", "--out", str(tmp_path), "--seed", str(seed)])
+        found = (tmp_path / "stage1.jsonl").read_text()
+        real.write_problems(tmp_path, seed)
+        assert found == (tmp_path / "stage1.jsonl").read_text()
 
 
 # --------------------------------------------------------------------- the toy and its ablations
@@ -690,7 +713,7 @@ def test_worlds(tmp_path, capsys):
         (toy, "--seeds 0", "--seeds: must be at least 1, not 0"),
         (toy, "--seeds -1", "--seeds: must be at least 1, not -1"),
         (toy, "--out file", "cannot use file, name another --out"),
-        (real, "--model m --out file", "cannot write to file"),
+        (real, "--model m --out file", "cannot use file, name another --out"),
         (worlds, "--collect . --results none.jsonl", "no seed*/report.json"),
         (worlds, "--results none.jsonl", "cannot read none.jsonl"),
         (worlds, "--results file", "cannot read file"),
