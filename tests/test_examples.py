@@ -244,6 +244,26 @@ def test_nothing_learned(method, verdict, base, data, tmp_path, monkeypatch, cap
     assert not (tmp_path / "out" / "config.json").exists()
 
 
+@pytest.mark.parametrize("method", ["sft", "sdft"])
+def test_resume_compares_the_solutions(method, base, tmp_path, monkeypatch, capsys):  # noqa: F811
+    """One that has changed is refused, of the same problems and answers; the same ones go on."""
+
+    def stop(*args):
+        raise RuntimeError
+
+    monkeypatch.setattr(baselines, "train", stop)
+    rows = [{"problem": f"{i}?", "answer": f"{i}", "worked": "ab"} for i in range(16)]
+    path = tmp_path / "data.jsonl"
+    for worked, end in (("ab", RuntimeError), ("ab", RuntimeError), ("ba", SystemExit)):
+        rows = [{**row, "worked": worked} for row in rows]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        resume = ["--resume"] if (tmp_path / "out").exists() else []
+        with pytest.raises(end) as stopped:
+            command(method, base, path, tmp_path / "out", "--solution-column", "worked", *resume)
+    message = "--resume needs the traces that the run began with: these are other ones"
+    assert stopped.value.code == 2 and message in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "method, flags, message",
     [
