@@ -227,7 +227,8 @@ def evaluate(name: str, args: argparse.Namespace) -> dict:
             done = call("sdzero.py", [*flags, *more], stdout=subprocess.PIPE, text=True)
             found.append(json.loads(done.stdout[done.stdout.index("{") :]))
         found[0]["greedy"] = found[1]["accuracy"]
-        path.write_text(json.dumps(found[0], indent=1))
+        (args.out / "eval.tmp").write_text(json.dumps(found[0], indent=1))
+        (args.out / "eval.tmp").replace(path)  # a kill leaves no half, which would be taken for it
     return json.loads(path.read_text())
 
 

@@ -604,7 +604,9 @@ def main(argv=None):
         tables.append(table)
         figures.append(kl)
         report = {"world": seed, "rows": table, "kl": kl}
-        (out / "report.json").write_text(json.dumps(report, indent=1))
+        with common.explained(f"cannot write to {out}, make room and repeat", OSError):
+            (out / "report.tmp").write_text(json.dumps(report, indent=1))
+            os.replace(out / "report.tmp", out / "report.json")  # a kill leaves no half of it
         pictures(out)
 
     print(f"\n| model | {' | '.join(COLUMNS)} |\n| --- |{' --- |' * len(COLUMNS)}")

@@ -412,6 +412,23 @@ def test_problems_of_the_real_model_follow_the_seed(monkeypatch, tmp_path):
         assert found == (tmp_path / "stage1.jsonl").read_text()
 
 
+def half_written(path, text):
+    """Instead of Path.write_text: a disk that is full, or a kill."""
+    path.write_bytes(text[: len(text) // 2].encode())
+    raise OSError("no room")
+
+
+def test_half_an_evaluation_is_none(monkeypatch, tmp_path):
+    """It is what the next call of real.py reads instead of evaluating."""
+    evaluation = SimpleNamespace(stdout='problems\n{"accuracy": 0.5}')
+    monkeypatch.setattr(real, "call", lambda *args, **how: evaluation)
+    args = SimpleNamespace(out=tmp_path, device="cpu", seed=0)
+    with monkeypatch.context() as patch, pytest.raises(OSError):
+        patch.setattr(Path, "write_text", half_written)
+        real.evaluate("srt", args)
+    assert real.evaluate("srt", args) == {"accuracy": 0.5, "greedy": 0.5}
+
+
 # --------------------------------------------------------------------- the toy and its ablations
 
 
@@ -718,6 +735,11 @@ def test_worlds(tmp_path, capsys):
     assert "| SD-Zero | 75.0 / 85.0 | 80.0 ± 7.1 |" in first and "500.0 ± 0.0" in first
     worlds.main(flags)  # from the file alone
     assert capsys.readouterr().out == first
+    for nowhere in ("/dev/full", "/proc/x/toy.jsonl"):
+        with pytest.raises(SystemExit) as stopped:
+            worlds.main(["--collect", str(tmp_path), "--results", nowhere])
+        message = f"cannot write {nowhere}, name another --results"
+        assert stopped.value.code == 2 and message in capsys.readouterr().err
     lines = lines_of(results)
     assert worlds.mean_curve(lines, "sdzero") == [(0.0, [25, 25]), (0.0, [75, 85])]
     try:
@@ -737,14 +759,30 @@ def test_worlds(tmp_path, capsys):
         (worlds, "--collect . --results none.jsonl", "no seed*/report.json"),
         (worlds, "--results none.jsonl", "cannot read none.jsonl"),
         (worlds, "--results file", "cannot read file"),
+        (worlds, "--results rows", "cannot read rows: it holds no results of toy.py"),
+        (worlds, "--results kl", "cannot read kl: it holds no results of toy.py"),
+        (worlds, "--collect w", "w/seed0/report.json is damaged, repeat the command of toy.py"),
+        (worlds, "--collect v", "cannot read the runs of toy.py in v: v/seed0/srt/metrics.jsonl,"),
         (worlds, "--output file/a.png", "cannot write file/a.png"),
+        (worlds, "--output a.xyz", "cannot write a.xyz: Format 'xyz' is not supported"),
         (ablations, "--toy .", "no finished run"),
+        (ablations, "--toy w", "no finished run"),
     ],
 )
 def test_what_the_examples_refuse(example, flags, message, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("file").write_text("no JSON")
-    if "a.png" in flags:
+    Path("rows").write_text(json.dumps({"kl": {}}))
+    Path("kl").write_text(json.dumps({"row": "SRT", **dict.fromkeys(toy.COLUMNS.values(), 1)}))
+    for path, text in (
+        ("w/seed0/report.json", '{"world": 0, "ro'),
+        ("w/sdzero/config.json", ""),
+        ("v/seed0/report.json", '{"world": 0}'),
+        ("v/seed0/srt/metrics.jsonl", "{}\n"),
+    ):
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(path).write_text(text)
+    if "--output" in flags:
         pytest.importorskip("matplotlib")
     with pytest.raises(SystemExit) as stopped:
         example.main(flags.split())
@@ -841,3 +879,10 @@ def test_the_toy_prints_what_it_measured(monkeypatch, tmp_path, capsys):
         for n, verdict in ((1, "wrong"), (2, "right")):
             figures = " | ".join([f"{nats * n:.1f}"] * 7)
             assert f"| {name} | {verdict} | {14 * n}.0 | {25 * n}.0 | {figures} |" in out
+    report = (tmp_path / "report.json").read_text()
+    assert json.loads(report)["world"] == 3
+    monkeypatch.setattr(Path, "write_text", half_written)
+    with pytest.raises(SystemExit):
+        toy.main(["--out", str(tmp_path), "--seed", "3"])
+    assert f"cannot write to {tmp_path}, make room and repeat" in capsys.readouterr().err
+    assert (tmp_path / "report.json").read_text() == report
