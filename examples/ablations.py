@@ -112,7 +112,7 @@ def main(argv=None):
     add("--toy", type=Path, default=Path("runs/toy"), help="what toy.py wrote (default: runs/toy)")
     add("--grid", action="store_true", help="the learning rates instead")
     args = parser.parse_args(argv)
-    if not (args.toy / "sdzero" / "config.json").exists():
+    if not all((args.toy / run / "config.json").exists() for run in ("srt", "sdzero")):
         print(f"ablations.py: {args.toy} holds no finished run of toy.py", file=sys.stderr)
         raise SystemExit(2)
     started = time.time()

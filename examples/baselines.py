@@ -431,7 +431,8 @@ def main(argv: list[str] | None = None) -> None:
         solutions = load_solutions(task, args)
         traces = worked_solutions(task, solutions) if args.method == "sft" else None
         shown = {key: ids_of(task.lm, text) for key, text in solutions.items()}
-    run = Run(task)
+    # a column that has changed is seen by --resume; of the other methods nothing comes from a file
+    run = Run(task, traces or list(shown.items()) or None)
     if args.method in ("sft", "rft"):
         fine_tune(task, args, run, traces)
     elif args.method == "grpo":

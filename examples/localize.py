@@ -35,6 +35,7 @@ from common import (
     check_flags,
     count,
     entry,
+    explained,
     fail,
     inherit_prompt,
     load_lm,
@@ -402,7 +403,8 @@ def main(argv: list[str] | None = None) -> None:
 
     tables = score(lm, teacher, examples, args)
     content, groups = page(lm, args, problems, examples, tables, len(held_out) - len(examples))
-    args.output.write_text(content, encoding="utf-8")
+    with explained(f"cannot write the page {args.output}, name another --output", OSError):
+        args.output.write_text(content, encoding="utf-8")
     for name, g in groups.items():
         figures = [f"{key} {g[key]:.4g}" for _, key, _ in ROWS]
         print(f"{name}  " + "  ".join(figures))

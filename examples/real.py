@@ -63,7 +63,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common import PHRASES, explained
+from common import PHRASES, explained, fail
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -227,7 +227,8 @@ def evaluate(name: str, args: argparse.Namespace) -> dict:
             done = call("sdzero.py", [*flags, *more], stdout=subprocess.PIPE, text=True)
             found.append(json.loads(done.stdout[done.stdout.index("{") :]))
         found[0]["greedy"] = found[1]["accuracy"]
-        path.write_text(json.dumps(found[0], indent=1))
+        (args.out / "eval.tmp").write_text(json.dumps(found[0], indent=1))
+        (args.out / "eval.tmp").replace(path)  # a kill leaves no half, which would be taken for it
     return json.loads(path.read_text())
 
 
@@ -262,10 +263,16 @@ def main(argv: list[str] | None = None) -> None:
     add("--device", default="cpu", help="cpu or cuda (default: cpu)")
     add("--seed", type=int, default=0, help="of the problems and of all sampling (default: 0)")
     args = parser.parse_args(argv)
-    if not (args.out / "both.jsonl").exists():
-        with explained(f"cannot write to {args.out}", OSError):
+    base = args.out / "base"
+    with explained(f"cannot use {args.out}, name another --out", OSError):
+        if not (base / "settings.json").exists():
             args.out.mkdir(parents=True, exist_ok=True)
-        write_problems(args.out, args.seed)
+            write_problems(args.out, args.seed)
+        elif (base / "config.json").exists():  # until then baselines.py --resume compares them
+            flags = json.loads((base / "settings.json").read_text())["flags"]
+            if (flags["model"], flags["seed"]) != (args.model, args.seed):
+                begun = f"--model {flags['model']} --seed {flags['seed']}"
+                fail(f"{args.out} was begun with {begun}: give these, or another --out")
     rows, log = [], []
     for name, (row, _, model, _, _) in RUNS.items():
         run(name, args.out / model if model else args.model, args)

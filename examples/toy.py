@@ -296,17 +296,18 @@ def pretrain(world, tokenizer):
     return model.eval()
 
 
+def make_row(world):
+    """A line of a file of problems. The solution is for SDFT's teacher only."""
+    goods = world.make_problem()
+    row = {"problem": question(goods), "answer": str(world.answer(goods))}
+    row["solution"] = solution(goods, [world.price[good] for good in goods])
+    return json.dumps(row) + "\n"
+
+
 def write(out, world):
     """The problems, then the base model, which has seen none of them, in `out`."""
     for name, size in SIZES.items():
-        rows = []
-        for _ in range(size):
-            goods = world.make_problem()
-            row = {"problem": question(goods), "answer": str(world.answer(goods))}
-            # for SDFT's teacher only
-            row["solution"] = solution(goods, [world.price[good] for good in goods])
-            rows.append(json.dumps(row) + "\n")
-        (out / f"{name}.jsonl").write_text("".join(rows))
+        (out / f"{name}.jsonl").write_text("".join(make_row(world) for _ in range(size)))
     # the baselines' problems: those of both stages
     both = (out / "stage1.jsonl").read_text() + (out / "stage2.jsonl").read_text()
     (out / "both.jsonl").write_text(both)
@@ -583,11 +584,14 @@ def main(argv=None):
     for seed in range(args.seed, args.seed + args.seeds):
         out = args.out / f"seed{seed}" if args.seeds > 1 else args.out
         world = World(seed)
-        if not (out / "base" / "config.json").exists():
-            with common.explained(f"cannot write to {out}", OSError):
+        with common.explained(f"cannot use {out}, name another --out", OSError):
+            if not (out / "base" / "config.json").exists():
                 out.mkdir(parents=True, exist_ok=True)
-            show_pages(World(seed))  # a world of its own: the other one's draws stay as they are
-            write(out, world)
+                show_pages(World(seed))  # of its own: the other world's draws stay as they are
+                write(out, world)
+            elif open(out / "stage1.jsonl").readline() != make_row(World(seed)):
+                # a world is known by its first problem; its results would pass for this one's
+                common.fail(f"{out} holds another world than {seed}: name another --out")
         table, kl = both_stages(out, seed), {}
         table["base, revised by SRT"], *attempts = revised_by_srt(out, seed, "base")
         kl["base"] = where_the_kl_is(world, *attempts)
@@ -600,7 +604,9 @@ def main(argv=None):
         tables.append(table)
         figures.append(kl)
         report = {"world": seed, "rows": table, "kl": kl}
-        (out / "report.json").write_text(json.dumps(report, indent=1))
+        with common.explained(f"cannot write to {out}, make room and repeat", OSError):
+            (out / "report.tmp").write_text(json.dumps(report, indent=1))
+            os.replace(out / "report.tmp", out / "report.json")  # a kill leaves no half of it
         pictures(out)
 
     print(f"\n| model | {' | '.join(COLUMNS)} |\n| --- |{' --- |' * len(COLUMNS)}")

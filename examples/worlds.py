@@ -38,7 +38,8 @@ def collect(folder: Path) -> list[dict]:
     """The lines of the results file, from folder/seed*/, the runs of toy.py."""
     lines = []
     for report in sorted(folder.glob("seed*/report.json")):
-        content = json.loads(report.read_text())
+        with explained(f"{report} is damaged, repeat the command of toy.py"):
+            content = json.loads(report.read_text())
         world = {"world": content["world"]}
         for run in CURVES:
             if not (report.parent / run).exists():
@@ -139,19 +140,23 @@ def main(argv: list[str] | None = None) -> None:
     add("--output", type=Path, default=FIGURE, help="the PNG (default: %(default)s)")
     args = parser.parse_args(argv)
     if args.collect:
-        lines = collect(args.collect)
+        with explained(f"cannot read the runs of toy.py in {args.collect}"):
+            lines = collect(args.collect)
         if not lines:
             print(f"worlds.py: no seed*/report.json in {args.collect}", file=sys.stderr)
             raise SystemExit(2)
-        args.results.parent.mkdir(parents=True, exist_ok=True)
         text = "".join(json.dumps(rounded(line)) + "\n" for line in lines)
-        args.results.write_text(text)
+        with explained(f"cannot write {args.results}, name another --results", OSError):
+            args.results.parent.mkdir(parents=True, exist_ok=True)
+            args.results.write_text(text)
     with explained(f"cannot read {args.results}"):  # which may be any other file
         lines = [json.loads(line) for line in open(args.results)]
+        if not all(any(key in line for line in lines) for key in ("row", "kl")):
+            raise ValueError("it holds no results of toy.py, which --collect FOLDER writes")
         print_table(lines)
         toy.print_kl([line["kl"] for line in lines if "kl" in line])
     try:
-        with explained(f"cannot write {args.output}", OSError):
+        with explained(f"cannot write {args.output}", OSError, ValueError):  # .xyz is no format
             draw(lines, args.output)
     except ImportError as error:
         print(f"worlds.py: no figure: {error}; pip install -e '.[plot]'", file=sys.stderr)

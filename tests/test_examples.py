@@ -244,6 +244,26 @@ def test_nothing_learned(method, verdict, base, data, tmp_path, monkeypatch, cap
     assert not (tmp_path / "out" / "config.json").exists()
 
 
+@pytest.mark.parametrize("method", ["sft", "sdft"])
+def test_resume_compares_the_solutions(method, base, tmp_path, monkeypatch, capsys):  # noqa: F811
+    """One that has changed is refused, of the same problems and answers; the same ones go on."""
+
+    def stop(*args):
+        raise RuntimeError
+
+    monkeypatch.setattr(baselines, "train", stop)
+    rows = [{"problem": f"{i}?", "answer": f"{i}", "worked": "ab"} for i in range(16)]
+    path = tmp_path / "data.jsonl"
+    for worked, end in (("ab", RuntimeError), ("ab", RuntimeError), ("ba", SystemExit)):
+        rows = [{**row, "worked": worked} for row in rows]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        resume = ["--resume"] if (tmp_path / "out").exists() else []
+        with pytest.raises(end) as stopped:
+            command(method, base, path, tmp_path / "out", "--solution-column", "worked", *resume)
+    message = "--resume needs the traces that the run began with: these are other ones"
+    assert stopped.value.code == 2 and message in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "method, flags, message",
     [
@@ -335,6 +355,8 @@ def test_commands_of_the_real_model(monkeypatch, tmp_path, capsys):
         seen[args.output.name] = args
         args.output.mkdir(exist_ok=True)
         (args.output / "config.json").touch()
+        settings = {"flags": {"model": args.model, "seed": args.seed}}
+        (args.output / "settings.json").write_text(json.dumps(settings))
         line = json.dumps({"kind": "train", "step": 1, "seconds": 90.0, "sample": "text"})
         (args.output / "metrics.jsonl").write_text(f"{line}\n")
 
@@ -367,6 +389,44 @@ def test_commands_of_the_real_model(monkeypatch, tmp_path, capsys):
     lines = [json.loads(line) for line in open(tmp_path / "report.jsonl")]
     assert [line["row"] for line in lines if "row" in line][:2] == ["base", "SRT"]
     assert {line["run"] for line in lines if "run" in line} == real.RUNS.keys()
+    for other in (["--model", "smollm2"], ["--model", "another", "--seed", "5"]):
+        with pytest.raises(SystemExit) as stopped:
+            real.main([*other, "--out", str(tmp_path)])
+        message = f"{tmp_path} was begun with --model smollm2 --seed 5: give these, or another"
+        assert stopped.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_problems_of_the_real_model_follow_the_seed(monkeypatch, tmp_path):
+    """Catches those of another seed, or half a file, of a call that was killed before the base."""
+
+    def stop(*args):
+        raise RuntimeError
+
+    monkeypatch.setattr(real, "run", stop)
+    (tmp_path / "both.jsonl").touch()
+    for seed in (0, 1):
+        with pytest.raises(RuntimeError):
+            real.main(["--model", "m", "--out", str(tmp_path), "--seed", str(seed)])
+        found = (tmp_path / "stage1.jsonl").read_text()
+        real.write_problems(tmp_path, seed)
+        assert found == (tmp_path / "stage1.jsonl").read_text()
+
+
+def half_written(path, text):
+    """Instead of Path.write_text: a disk that is full, or a kill."""
+    path.write_bytes(text[: len(text) // 2].encode())
+    raise OSError("no room")
+
+
+def test_half_an_evaluation_is_none(monkeypatch, tmp_path):
+    """It is what the next call of real.py reads instead of evaluating."""
+    evaluation = SimpleNamespace(stdout='problems\n{"accuracy": 0.5}')
+    monkeypatch.setattr(real, "call", lambda *args, **how: evaluation)
+    args = SimpleNamespace(out=tmp_path, device="cpu", seed=0)
+    with monkeypatch.context() as patch, pytest.raises(OSError):
+        patch.setattr(Path, "write_text", half_written)
+        real.evaluate("srt", args)
+    assert real.evaluate("srt", args) == {"accuracy": 0.5, "greedy": 0.5}
 
 
 # --------------------------------------------------------------------- the toy and its ablations
@@ -437,6 +497,25 @@ def test_a_toy_that_was_killed_goes_on(commands, tmp_path):
     toy.both_stages(tmp_path, 0)
     assert {name: args.resume for name, args in commands.items()} == {"srt": True, "sdzero": False}
     toy.both_stages(tmp_path, 0)  # finished: neither is called again
+
+
+def test_a_toy_of_another_world_is_refused(tmp_path, monkeypatch, capsys):
+    """Catches a world whose results pass for those of another --seed."""
+
+    def stop(*args):
+        raise RuntimeError
+
+    monkeypatch.setattr(toy, "pretrain", lambda world, tokenizer: tiny("llama"))
+    monkeypatch.setattr(toy, "both_stages", stop)
+    for seed, end in (("0", RuntimeError), ("0", RuntimeError), ("1", SystemExit)):
+        with pytest.raises(end) as stopped:
+            toy.main(["--out", str(tmp_path), "--seed", seed])
+    message = f"{tmp_path} holds another world than 1: name another --out\n"
+    assert stopped.value.code == 2 and capsys.readouterr().err.endswith(message)
+    (tmp_path / "stage1.jsonl").unlink()
+    with pytest.raises(SystemExit):
+        toy.main(["--out", str(tmp_path)])
+    assert f"cannot use {tmp_path}, name another --out" in capsys.readouterr().err
 
 
 def test_commands_of_the_ablations(commands, tmp_path, capsys):
@@ -656,6 +735,11 @@ def test_worlds(tmp_path, capsys):
     assert "| SD-Zero | 75.0 / 85.0 | 80.0 ± 7.1 |" in first and "500.0 ± 0.0" in first
     worlds.main(flags)  # from the file alone
     assert capsys.readouterr().out == first
+    for nowhere in ("/dev/full", "/proc/x/toy.jsonl"):
+        with pytest.raises(SystemExit) as stopped:
+            worlds.main(["--collect", str(tmp_path), "--results", nowhere])
+        message = f"cannot write {nowhere}, name another --results"
+        assert stopped.value.code == 2 and message in capsys.readouterr().err
     lines = lines_of(results)
     assert worlds.mean_curve(lines, "sdzero") == [(0.0, [25, 25]), (0.0, [75, 85])]
     try:
@@ -670,19 +754,35 @@ def test_worlds(tmp_path, capsys):
     [
         (toy, "--seeds 0", "--seeds: must be at least 1, not 0"),
         (toy, "--seeds -1", "--seeds: must be at least 1, not -1"),
-        (toy, "--out file", "cannot write to file"),
-        (real, "--model m --out file", "cannot write to file"),
+        (toy, "--out file", "cannot use file, name another --out"),
+        (real, "--model m --out file", "cannot use file, name another --out"),
         (worlds, "--collect . --results none.jsonl", "no seed*/report.json"),
         (worlds, "--results none.jsonl", "cannot read none.jsonl"),
         (worlds, "--results file", "cannot read file"),
+        (worlds, "--results rows", "cannot read rows: it holds no results of toy.py"),
+        (worlds, "--results kl", "cannot read kl: it holds no results of toy.py"),
+        (worlds, "--collect w", "w/seed0/report.json is damaged, repeat the command of toy.py"),
+        (worlds, "--collect v", "cannot read the runs of toy.py in v: v/seed0/srt/metrics.jsonl,"),
         (worlds, "--output file/a.png", "cannot write file/a.png"),
+        (worlds, "--output a.xyz", "cannot write a.xyz: Format 'xyz' is not supported"),
         (ablations, "--toy .", "no finished run"),
+        (ablations, "--toy w", "no finished run"),
     ],
 )
 def test_what_the_examples_refuse(example, flags, message, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("file").write_text("no JSON")
-    if "a.png" in flags:
+    Path("rows").write_text(json.dumps({"kl": {}}))
+    Path("kl").write_text(json.dumps({"row": "SRT", **dict.fromkeys(toy.COLUMNS.values(), 1)}))
+    for path, text in (
+        ("w/seed0/report.json", '{"world": 0, "ro'),
+        ("w/sdzero/config.json", ""),
+        ("v/seed0/report.json", '{"world": 0}'),
+        ("v/seed0/srt/metrics.jsonl", "{}\n"),
+    ):
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(path).write_text(text)
+    if "--output" in flags:
         pytest.importorskip("matplotlib")
     with pytest.raises(SystemExit) as stopped:
         example.main(flags.split())
@@ -767,6 +867,7 @@ def test_the_toy_prints_what_it_measured(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(toy, "pictures", lambda out: None)
     (tmp_path / "base").mkdir()
     (tmp_path / "base" / "config.json").touch()
+    (tmp_path / "stage1.jsonl").write_text(toy.make_row(toy.World(3)))
     toy.main(["--out", str(tmp_path), "--seed", "3"])
     out = capsys.readouterr().out
     percents = {"base": 50, "SRT": 60, "SD-Zero": 70}
@@ -778,3 +879,10 @@ def test_the_toy_prints_what_it_measured(monkeypatch, tmp_path, capsys):
         for n, verdict in ((1, "wrong"), (2, "right")):
             figures = " | ".join([f"{nats * n:.1f}"] * 7)
             assert f"| {name} | {verdict} | {14 * n}.0 | {25 * n}.0 | {figures} |" in out
+    report = (tmp_path / "report.json").read_text()
+    assert json.loads(report)["world"] == 3
+    monkeypatch.setattr(Path, "write_text", half_written)
+    with pytest.raises(SystemExit):
+        toy.main(["--out", str(tmp_path), "--seed", "3"])
+    assert f"cannot write to {tmp_path}, make room and repeat" in capsys.readouterr().err
+    assert (tmp_path / "report.json").read_text() == report

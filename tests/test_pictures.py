@@ -339,6 +339,13 @@ def test_what_a_user_can_mend(flags, message, models_and_problems, capsys, monke
     assert stopped.value.code == 2 and message in error and "Traceback" not in error
 
 
+def test_a_page_that_cannot_be_written(models_and_problems, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        call(models_and_problems, "--output", "/dev/full")
+    message = "cannot write the page /dev/full, name another --output: "
+    assert stopped.value.code == 2 and message in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("error, code", [(KeyboardInterrupt, 130), (torch.OutOfMemoryError, 1)])
 def test_an_end_that_nothing_resumes(error, code, models_and_problems, ended, monkeypatch):
     def stop(*args):
