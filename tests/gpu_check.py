@@ -844,7 +844,6 @@ def training():
         share = products / took / PEAK["product"]
         values = dict(gradient_s=took, share_of_products=share, optimizer_s=update)
         say(f"stage-2 step of Qwen3-1.7B, {which}", tokens=student_tokens, **values)
-    kernels("stage-2 step of Qwen3-1.7B", gradient)
     figure = f"{student_tokens / (took + update):,.0f} tokens/s, {share:.0%} of the products' peak"
     row(f"stage-2 step of Qwen3-1.7B without sampling, {scored:,} response tokens", figure)
     if BIG:
@@ -852,6 +851,7 @@ def training():
         values = dict(estimate_GB=estimate / GB, peak_GB=held / GB, reserved_GB=reserved / GB)
         say("memory of that step", **values, right=0.8 < estimate / held < 1.25)
         row("memory of that step", f"{held / GB:.1f} GB (estimate {estimate / GB:.1f})")
+    kernels("stage-2 step of Qwen3-1.7B", gradient)  # after the peak was read
     traces = []
     for e in examples[-4:]:
         ids = [e.prompt_ids, e.response.ids, e.phrase_ids, e.response.ids]
