@@ -410,8 +410,10 @@ def distribution():
             say(what, chi_square_z=z, samples=len(tokens), right=bool(right))
 
 
+@torch.inference_mode()
 def random_numbers():
-    """Replayed graphs and other slots must sample the same; without a seed each call is new."""
+    """Replayed graphs and other slots must sample the same; without a seed each call is new. And
+    compiled drawing, which rounds otherwise: one of 64 tokens may be another."""
     model = tiny("qwen3").to(DEVICE)
 
     def responses(seed, slots=6):
@@ -429,8 +431,24 @@ def random_numbers():
         eagerly = responses(3)
     finally:
         rollout.FixedShapes.capture = capture
-    right = all(values.values())
-    say("right: random numbers", graphs_equal_eager=replayed == eagerly, **values, right=right)
+    values["graphs_equal_eager"] = replayed == eagerly
+    say("right: random numbers", **values, right=all(values.values()))
+
+    decoder, rows = full_decoder(model, 1, 64), torch.arange(64, device=DEVICE)
+    seeds = torch.tensor(rollout.stream_seeds(1, 64), device=DEVICE)
+    logits = 3 * torch.randn(64, QWEN3["4B"]["vocab_size"], device=DEVICE).to(HALF)
+    drawn = []
+    for compiled in (False, BIG):
+        if compiled:
+            decoder.compile()  # on the CPU tests compile
+        u = decoder.uniforms(seeds, rows)
+        drawn.append((u, *decoder.sampler(logits, u)))
+    (u, ids, logprobs), (other_u, other_ids, other_logprobs) = drawn
+    same = ids == other_ids
+    values = dict(uniforms_equal=torch.equal(u, other_u), ids_equal=int(same.sum()))
+    values["worst"] = (logprobs - other_logprobs)[same].abs().max().item()
+    right = values["uniforms_equal"] and values["ids_equal"] >= 63 and values["worst"] < 1e-4
+    say("right: compiled drawing", **values, right=right)
 
 
 def loss_gradients():
