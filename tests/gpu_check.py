@@ -544,13 +544,6 @@ def optimizer():
 def scripts():
     """Both stages of a tiny bf16 model by their own main; each again, broken off and resumed."""
 
-    class Rows(list):  # what `load_rows` returns, without the library
-        column_names = property(lambda self: list(self[0]))
-
-        def __getitem__(self, key):
-            column = isinstance(key, str)
-            return [line[key] for line in self] if column else super().__getitem__(key)
-
     def broken(run, kind, step, values):
         log(run, kind, step, values)
         if (kind, step) == ("train", 3):  # the last checkpoint is of step 2
@@ -568,8 +561,7 @@ def scripts():
         grown.append((allocated() - before) / weights)
         return step
 
-    log, restore, load_rows = common.Run.log, common.Run.restore, common.load_rows
-    common.load_rows = lambda name, split: Rows(map(json.loads, open(name)))
+    log, restore = common.Run.log, common.Run.restore
     with tempfile.TemporaryDirectory() as name:
         folder, tokenizer = Path(name), make_tokenizer()
         settings = dict(vocab_size=len(tokenizer) + 3, eos_token_id=0, max_position_embeddings=256)
@@ -601,7 +593,6 @@ def scripts():
                 common.Run.restore = restore
         finally:
             common.Run.log, common.Run.restore = log, restore
-            common.load_rows = load_rows
         for name, added in zip(("srt", "sdzero"), grown, strict=True):
             flat, sampled = [], []
             for path in (folder / name, folder / f"{name}-parts"):
