@@ -9,12 +9,12 @@ on stderr and exit code 2.
 """
 
 import argparse
-import codecs
 import csv
 import functools
 import hashlib
 import importlib
 import inspect
+import io
 import json
 import math
 import os
@@ -32,7 +32,6 @@ from dataclasses import dataclass
 from datetime import timedelta
 from itertools import chain
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import NoReturn
 
 import numpy as np
@@ -965,7 +964,8 @@ def check_flags(args: Namespace) -> None:
         fail("--lora-alpha belongs to --lora")
     if args.eval_only:
         return
-    check_output(args)
+    with explained(f"cannot use {args.output}", OSError):
+        check_output(args)
     if args.lora and not args.lora_alpha:
         args.lora_alpha = 2 * args.lora
     if args.lr is None:
@@ -1180,59 +1180,74 @@ DATA_FILES = (".jsonl", ".json", ".csv", ".parquet")
 def load_rows(name: str, default_split: str) -> dict[str, Sequence]:
     """The columns of a data set: a file, or NAME[:CONFIG][@SPLIT] of a folder or the hub.
 
-    Text files are read here: the library guesses a type for each column, so that 007 becomes 7 and
-    2020-01-01 a date, and may read an old copy where a file's time stamp is that of another.
+    A single file is read here. The library, which reads folders, guesses a type for each column, so
+    that 007 becomes 7 and 2020-01-01 a date, and may take an old copy of a changed file.
     """
-    path = Path(name)
-    if path.suffix in DATA_FILES and not path.is_file():
-        fail(f"no such data file: {name}")
-    if path.is_file() and path.suffix not in DATA_FILES:
-        fail(f"{name} is no data file of a known form: {', '.join(DATA_FILES)}")
-    with explained(f"cannot load the data set {name}"):  # each builder has its own exceptions
+    with explained(f"cannot load the data set {name}"):  # each reader has its own exceptions
+        path = Path(name)
+        if path.suffix in DATA_FILES and not path.is_file():
+            fail(f"no such data file: {name}")
+        if path.is_file() and path.suffix not in DATA_FILES:
+            fail(f"{name} is no data file of a known form: {', '.join(DATA_FILES)}")
         if path.suffix in DATA_FILES and path.suffix != ".parquet":
-            rows = text_rows(path)
+            rows = csv_rows(path) if path.suffix == ".csv" else json_rows(path)
             return {key: [row.get(key) for row in rows] for key in dict.fromkeys(chain(*rows))}
         import datasets  # here, so that all the rest runs where it is not installed
+        from pyarrow import parquet  # what it reads with
 
         datasets.utils.logging.set_verbosity(50)  # what it logs as an error it also raises
         if not sys.stderr.isatty():
             datasets.disable_progress_bars()
         if path.is_file():
-            with TemporaryDirectory() as cache:
-                settings = {"cache_dir": cache, "keep_in_memory": True}
-                table = datasets.Dataset.from_parquet(name, **settings)
+            table = datasets.Dataset(parquet.ParquetFile(path).read())
         else:
             rest, _, split = name.partition("@")
             rest, _, config = rest.partition(":") if not Path(rest).exists() else (rest, "", "")
             check_is_there(rest, "data set")
             table = datasets.load_dataset(rest, config or None, split=split or default_split)
-        columns = {key: table[key] for key in table.column_names}
-        for key, feature in table.features.items():  # the digits that were meant: 0.1
-            if (kind := getattr(feature, "dtype", "")) in ("float16", "float32"):
-                texts = [x if x is None else str(np.dtype(kind).type(x)) for x in columns[key]]
-                columns[key] = [x if x is None else float(x) for x in texts]
-        return columns
+        return {key: table[key] for key in table.column_names}
 
 
-def text_rows(path: Path) -> list[dict]:
-    """The rows of a .jsonl, .json or .csv file. All that a .csv holds is text."""
-    if path.suffix == ".csv":
-        csv.field_size_limit(2**31 - 1)
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            rows = list(csv.DictReader(file, strict=True))
-        if long := [i for i, row in enumerate(rows, 2) if None in row]:
-            raise ValueError(f"row {long[0]} has more fields than the header")
-        return rows
-    data, rows = path.read_bytes().removeprefix(codecs.BOM_UTF8), []
-    if path.suffix == ".json" and data.lstrip()[:1] == b"[":
-        rows = json.loads(data)
-        if not all(isinstance(row, dict) for row in rows):
-            raise ValueError("it is no list of JSON objects")
-        return rows
-    for i, line in enumerate(data.split(b"\n"), 1):
-        if line.strip():
-            with explained(f"cannot load the data set {path}: line {i}"):
-                rows.append(json_object(str(line, "utf-8")))
+def text_of(path: Path) -> str:
+    data = path.read_bytes()
+    try:
+        return str(data, "utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise ValueError(f"line {line}: {error}") from None
+
+
+def csv_rows(path: Path) -> list[dict]:
+    """The rows of a .csv file, all of it text."""
+    csv.field_size_limit(2**31 - 1)
+    reader, rows = csv.DictReader(io.StringIO(text_of(path), newline=""), strict=True), []
+    names = [name for name in reader.fieldnames or () if name]
+    if len({*names}) < len(names):
+        raise ValueError(f"two columns have one name: {', '.join(names)}")
+    try:
+        for row in reader:
+            if None in row:
+                raise ValueError(f"line {reader.line_num}: more fields than in the header")
+            rows.append(row)
+    except csv.Error as error:
+        raise ValueError(f"line {reader.line_num + 1}: {error}") from None
+    return rows
+
+
+def json_rows(path: Path) -> list[dict]:
+    """The objects of a .jsonl or .json file: one after the other, in lists or not."""
+    text, at, rows = text_of(path), 0, []
+    decoder, blanks = json.JSONDecoder(), re.compile(r"[ \t\r\n]*")
+    try:
+        while (at := blanks.match(text, at).end()) < len(text):
+            value, end = decoder.raw_decode(text, at)
+            found = value if isinstance(value, list) else [value]
+            if not all(isinstance(row, dict) for row in found):
+                raise ValueError(f"must be a JSON object, not {text[at:end]!r:.100}")
+            rows.extend(found)
+            at = end
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"line {text.count(chr(10), 0, at) + 1}: {error}") from None
     return rows
 
 
@@ -1262,6 +1277,15 @@ def checked_answer(answer: object, verifier_name: str) -> object:
     return answer
 
 
+def with_short_floats(column: Sequence) -> list:
+    """The values of a column, and 0.1 for what float32 makes of it, 0.10000000149011612."""
+    kind = getattr(getattr(column, "features", None), "dtype", "")
+    if kind not in ("float16", "float32"):
+        return list(column)
+    short = np.dtype(kind).type
+    return [x if x is None or x % 1 == 0 else float(str(short(x))) for x in column]
+
+
 def load_problems(args: Namespace, name: str, split: str = "train") -> tuple[dict, dict]:
     """The distinct problems of a data set, {key: (text, answer)}, and counts of its rows."""
     rows = load_rows(name, split)
@@ -1270,7 +1294,7 @@ def load_problems(args: Namespace, name: str, split: str = "train") -> tuple[dic
         for candidate in [given] if given else usual:
             if candidate in rows:
                 with explained(f"cannot load the data set {name}"):  # it is decoded only now
-                    return list(rows[candidate])
+                    return with_short_floats(rows[candidate])
         there = ", ".join(rows) + ("" if given else f": give {flag}")
         fail(f"{name} has no column {given or ' or '.join(usual)}; it has {there}")
 
@@ -1284,7 +1308,7 @@ def load_problems(args: Namespace, name: str, split: str = "train") -> tuple[dic
             counts["incomplete"] += 1
             continue
         row = f"row {i} of {name}, for --verifier {args.verifier}"
-        with explained(row, TypeError, ValueError, SyntaxError):
+        with explained(row, TypeError, ValueError, SyntaxError, RecursionError):
             if (key := key_of(text)) in problems:
                 counts["duplicates"] += 1
             else:
@@ -1361,10 +1385,12 @@ def load_verifier(name: str) -> Callable[[list[str], list], list[int]]:
         with explained(unknown, Exception, SystemExit):  # importing runs the user's code
             sys.path.append(os.getcwd())
             module, function = name.split(":")
-            verify = getattr(imported := importlib.import_module(module), function)
-            here = Path(*module.split(".")).with_suffix(".py").resolve()
-            if here.exists() and here != Path(imported.__file__).resolve():
-                raise ImportError(f"{imported.__file__} is {module} already: rename {here}")
+            imported, path = importlib.import_module(module), Path(*module.split("."))
+            taken = getattr(imported, "__file__", None) or "a module of Python's"
+            here = [x for x in (path.with_suffix(".py"), path / "__init__.py") if x.exists()]
+            if here and Path(taken).resolve() not in [x.resolve() for x in here]:
+                raise ImportError(f"{taken} is {module} already: rename {here[0]}")
+            verify = getattr(imported, function)
 
     def verdict_of(pair: tuple[str, object]) -> int:
         try:

@@ -455,7 +455,7 @@ BAD = {
     "a broken line": (
         "srt",
         "--model {base} --dataset {broken}",
-        'line 3: must be a JSON object, not \'{{"problem":',
+        "line 3: Expecting value",
     ),
     "another encoding": (
         "srt",

@@ -81,7 +81,7 @@ def test_a_csv_row_with_a_comma_too_many(tmp_path, capsys):
     path.write_text("problem,answer\nfine,1\nWhat is 1,000 plus 2,1002\n")
     with pytest.raises(SystemExit) as end:
         common.load_rows(str(path), "train")
-    assert end.value.code == 2 and "row 3" in capsys.readouterr().err
+    assert end.value.code == 2 and "line 3" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -268,6 +268,9 @@ def leaving(response, answer):
         ("leaves:verify", "to be imported: 0"),
         ("verifier:verify", "is verifier already: rename"),
         ("json:loads", "is json already: rename"),
+        ("json:no_such", "is json already: rename"),
+        ("time:sleep", "a module of Python's is time already: rename time"),
+        ("wave:open", "is wave already: rename wave"),  # a package
     ],
 )
 def test_a_verifier_that_leaves_or_is_another_one(
@@ -277,7 +280,8 @@ def test_a_verifier_that_leaves_or_is_another_one(
     taken for a copy of it that the user had changed."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "leaves.py").write_text("raise SystemExit(0)\n")
-    for name in ("verifier", "json"):
+    (tmp_path / "wave").mkdir()
+    for name in ("verifier", "json", "time", "wave/__init__"):
         (tmp_path / f"{name}.py").write_text("def verify(response, answer): return True\n")
     flags = dict(model=base, dataset=data, verifier=verify, output="out")
     code, _, err = ended(srt, *FLAGS, **flags)
