@@ -9,7 +9,7 @@ By hand, not part of the tests:
 
 A GSM8K answer is graded against itself (must be right) and as the response to the problem before.
 
-Right verdicts in percent on the 3,235 cases of tests/verifier_cases.jsonl (1,366 of them wrong), by
+Right verdicts in percent on the 3,271 cases of tests/verifier_cases.jsonl (1,386 of them wrong), by
 the third command without GSM8K, 2026-11-28, on the project's machine (EPYC, 2 cores, Python 3.11).
 `before` is verifier.py of commit c4b0e6d; the cases from "hedging" on are kinds that readers found.
 
@@ -25,11 +25,11 @@ the third command without GSM8K, 2026-11-28, on the project's machine (EPYC, 2 c
     degrees                              19    89.5   100         78.9
     units                               129    85.3   100         74.4
     currency                             43    72.1   100         41.9
-    assignments                          78    80.8   100         83.3
+    assignments                          83    80.7   100         79.5
     tuples                               34    88.2   100         76.5
     intervals                            32    84.4   100         65.6
     sets                                 66    83.3   100         81.8
-    matrices                             24    87.5   100         87.5
+    matrices                             28    82.1   100         82.1
     expressions                          61    83.6   100         88.5
     equations                            19   100.0   100         89.5
     inequalities                         29    96.6   100         79.3
@@ -37,7 +37,7 @@ the third command without GSM8K, 2026-11-28, on the project's machine (EPYC, 2 c
     words                                64    89.1   100         56.2
     varied                              272    96.0   100         77.2
     extraction                          532    88.7   100         69.5
-    hedging                             112    42.9   100         59.8
+    hedging                             115    44.3   100         60.0
     decimal point                        21    81.0   100         95.2
     letters as units                     55    58.2   100         69.1
     labels on both sides                 56    57.1   100         85.7
@@ -56,7 +56,7 @@ the third command without GSM8K, 2026-11-28, on the project's machine (EPYC, 2 c
     numbers after powers                 34    44.1   100         94.1
     set differences                      28    64.3   100         85.7
     adverbs and separators               43    46.5   100         69.8
-    and, or                              24    50.0   100         66.7
+    and, or                              30    50.0   100         63.3
     rounding                             15    46.7   100         53.3
     near irrational numbers              22    90.9   100         68.2
     the name on the right                15    80.0   100         80.0
@@ -66,14 +66,14 @@ the third command without GSM8K, 2026-11-28, on the project's machine (EPYC, 2 c
     labels that are formulas             83    45.8   100         43.4
     factorials and floors of letters     29    55.2   100         75.9
     TeX noise                            60    31.7   100         35.0
-    powers of minus one                  25    76.0   100         80.0
+    powers of minus one                  27    77.8   100         81.5
     conditions in brackets                9    77.8   100         66.7
-    matrices and vectors by letters      18    55.6   100         61.1
+    matrices and vectors by letters      24    50.0   100         54.2
     names with more than a letter        15    46.7   100         46.7
-    signs outside TeX                    26    19.2   100         19.2
-    periods                              11    18.2   100         45.5
-    roots and logarithms of letters      19    73.7   100         57.9
-    all                                3235    72.2   100         70.2
+    signs outside TeX                    29    20.7   100         20.7
+    periods                              12    25.0   100         50.0
+    roots and logarithms of letters      25    76.0   100         64.0
+    all                                3271    72.1   100         70.0
 
 The 100% are no surprise: the file was mended until it had them. Six answers that were right (\\mp,
 \\choose and the like) and one near miss (sixteen right digits times pi) have been given up: see
@@ -94,10 +94,14 @@ wrongly accepted, none of them for two golds (after the mending 100 and 99.8%, 2
 1,571 pairs of answers, many aimed at the code, with letters for numbers, matrices and signs outside
 TeX: 87.4%, 24 wrongly accepted, most of them powers of -1 (after the mending 95.2% and 5), and
 434 responses: 94.9%, 9 wrongly accepted (95.6% and 6).
+A seventh wrote 1,240 blind, after that mending, 756 of them near misses: 97.2%, one wrongly accepted
+(204% for 204, which the rules allow; after the next mending 97.7%), then with the code at hand some
+40 pairs that are wrongly taken for equal, of which the ordinary ones are mended, and not all: floors
+as [n/2], matrices in brackets, powers of -1 by chance.
 Of code 149 of 149; a later set, blind as well, 284 of 285 (a program that prints an int of more
 than 4,300 digits is right here), and none of 150 hostile programs passed. Their kinds are among
 the cases above, with other numbers.
-Of the file's near misses math-verify accepts 395.
+Of the file's near misses math-verify accepts 402.
 Speed: 28 times math-verify's, in CPU time on the same cases. On GSM8K all 8,792 gold answers equal
 themselves and only those neighbours that have the same number; before the file was made smaller
 math-verify gave 2,634 of the 2,638 verdicts on the test set (in the other four it rejects a right
