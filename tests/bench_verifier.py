@@ -94,10 +94,10 @@ wrongly accepted, none of them for two golds (after the mending 100 and 99.8%, 2
 1,571 pairs of answers, many aimed at the code, with letters for numbers, matrices and signs outside
 TeX: 87.4%, 24 wrongly accepted, most of them powers of -1 (after the mending 95.2% and 5), and
 434 responses: 94.9%, 9 wrongly accepted (95.6% and 6).
-A seventh wrote 1,240 blind, after that mending, 756 of them near misses: 97.2%, one wrongly accepted
-(204% for 204, which the rules allow; after the next mending 97.7%), then with the code at hand some
-40 pairs that are wrongly taken for equal, of which the ordinary ones are mended, and not all: floors
-as [n/2], matrices in brackets, powers of -1 by chance.
+A seventh wrote 1,240 blind, after that mending, 756 of them near misses: 97.2%, one wrongly
+accepted (204% for 204, which the rules allow; after the next mending 97.7%), then with the code at
+hand some 40 pairs that are wrongly taken for equal. The ordinary ones are mended; not mended are
+floors as [n/2], matrices in brackets, and powers of -1 that agree by chance.
 Of code 149 of 149; a later set, blind as well, 284 of 285 (a program that prints an int of more
 than 4,300 digits is right here), and none of 150 hostile programs passed. Their kinds are among
 the cases above, with other numbers.
